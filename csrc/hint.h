@@ -1,0 +1,40 @@
+// The op `hint` on raw pointers: K pairs of features, the distance of each sample, and its gradient.
+#pragma once
+
+#include <cstdint>
+
+#include "kd.h"
+
+namespace mtkd_fast {
+
+// One pair: [samples, elements] each, dense within a sample, in the same element order.
+struct FeaturePair {
+  const void* student;
+  const void* teacher;
+  int64_t student_stride, teacher_stride;  // from sample to sample, in elements
+  int64_t elements;
+  DType student_dtype, teacher_dtype;
+  void* gradient;                          // [samples, elements], stride `elements`, the student's dtype; backward only
+};
+
+// weights: element (k, n) at k·pair_stride + n·sample_stride, or null for ones.
+template <typename acc_t>
+struct HintArgs {
+  int64_t samples;
+  int pairs;
+  FeaturePair pair[kMaxTeachers];
+  const acc_t* weights;
+  int64_t weights_pair_stride, weights_sample_stride;
+  acc_t* distance;  // [pairs, samples]: mean over a sample's elements of (f − g)². Forward only.
+};
+
+// Forward: distance; a pair of weight 0 is not read, its distance is 0.
+// Backward: gradient = weight·2·(f − g)/elements, 0 where the weight is 0 (and the pair is not read).
+void hint_forward_cpu(const HintArgs<float>&, int64_t begin, int64_t end);   // over pairs·samples, pair-major
+void hint_forward_cpu(const HintArgs<double>&, int64_t begin, int64_t end);
+void hint_backward_cpu(const HintArgs<float>&, int64_t begin, int64_t end);
+void hint_backward_cpu(const HintArgs<double>&, int64_t begin, int64_t end);
+const char* hint_forward_cuda(const HintArgs<float>&, int device, void* stream);
+const char* hint_backward_cuda(const HintArgs<float>&, int device, void* stream);
+
+}  // namespace mtkd_fast

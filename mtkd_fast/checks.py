@@ -1,0 +1,205 @@
+"""Every ValueError and TypeError a caller can meet: the argument, what was expected, what came."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MAX_TEACHERS = 64
+LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+REDUCTIONS = ("none", "sum", "mean")
+WEIGHT_RULES = ("uniform", "confidence", "entropy")
+
+
+def tensor(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    return value
+
+
+def one_of(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def number(name: str, value: object, *, above: float = -math.inf, low: float = -math.inf, high: float = math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not (math.isfinite(value) and value > above and low <= value <= high):
+        bounds = f" > {above:g}" if above > -math.inf else f" in [{low:g}, {high:g}]" if low > -math.inf else ""
+        raise ValueError(f"{name} must be a finite number{bounds}, got {value!r}")
+
+
+def logits_dtype(name: str, value: Tensor) -> None:
+    if value.dtype not in LOGIT_DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
+
+
+def student_logits(value: object) -> Tensor:
+    student = tensor("student_logits", value)
+    logits_dtype("student_logits", student)
+    if student.dim() == 0 or student.shape[-1] == 0:
+        raise ValueError(f"student_logits must have shape [..., C] with C >= 1, got {tuple(student.shape)}")
+    return student
+
+
+def teacher_sequence(value: object) -> list[Tensor]:
+    """A sequence of K tensors, or one [K, ..., C] tensor, as a list; each a tensor of logits."""
+    if isinstance(value, Tensor):
+        if value.dim() < 2:
+            raise ValueError(f"teacher_logits, as one tensor, must have shape [K, ..., C], got {tuple(value.shape)}")
+        teachers = list(value.unbind(0))
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        teachers = list(value)
+    else:
+        raise TypeError(
+            f"teacher_logits must be a sequence of K tensors or one [K, ..., C] tensor, got {type(value).__name__}"
+        )
+    if not 1 <= len(teachers) <= MAX_TEACHERS:
+        raise ValueError(f"teacher_logits must hold 1 to {MAX_TEACHERS} teachers, got {len(teachers)}")
+    for k, teacher in enumerate(teachers):
+        name = f"teacher_logits[{k}]"
+        logits_dtype(name, tensor(name, teacher))
+    return teachers
+
+
+def teacher_logits(value: object, student: Tensor) -> list[Tensor]:
+    teachers = teacher_sequence(value)
+    for k, teacher in enumerate(teachers):
+        if teacher.shape != student.shape:
+            raise ValueError(
+                f"teacher_logits[{k}] must have shape {tuple(student.shape)} like student_logits, "
+                f"got {tuple(teacher.shape)}"
+            )
+        same_device(f"teacher_logits[{k}]", teacher, student)
+    return teachers
+
+
+def same_device(name: str, value: Tensor, student: Tensor) -> None:
+    if value.device != student.device:
+        raise ValueError(f"{name} must be on {student.device} like student_logits, got {value.device}")
+
+
+def row_shape(name: str, value: Tensor, rows: torch.Size) -> None:
+    if value.shape != rows:
+        raise ValueError(f"{name} must have shape {tuple(rows)}, one number per row of logits, got {tuple(value.shape)}")
+
+
+def target(value: object, like: Tensor) -> Tensor | None:
+    """Integer labels of shape [...] beside logits ``like`` [..., C]. Their range is the op's own check."""
+    if value is None:
+        return None
+    labels = tensor("target", value)
+    if labels.is_floating_point() or labels.is_complex():
+        raise TypeError(f"target must hold integer labels (soft labels are not supported), got {labels.dtype}")
+    if labels.dtype == torch.bool:
+        raise TypeError("target must hold integer labels, got torch.bool")
+    row_shape("target", labels, like.shape[:-1])
+    same_device("target", labels, like)
+    return labels
+
+
+def target_range(labels: Tensor, n_classes: int, ignore_index: int) -> None:
+    """Reads the labels, so only for the CPU."""
+    bad = labels[(labels != ignore_index) & ((labels < 0) | (labels >= n_classes))]
+    if bad.numel():
+        raise ValueError(
+            f"target must hold labels in [0, {n_classes}) or ignore_index = {ignore_index}, got {bad[0].item()}"
+        )
+
+
+def weights(value: object, student: Tensor, n_teachers: int, labels: Tensor | None) -> tuple[str, Tensor | None]:
+    """(rule, given weights [K] or [K, ...]) from the argument ``weights``."""
+    if isinstance(value, str):
+        one_of("weights", value, WEIGHT_RULES)
+        if value == "confidence" and labels is None:
+            raise ValueError('weights="confidence" must come with target (it needs the label of each row), got None')
+        return value, None
+    if not isinstance(value, Tensor):
+        expected = ", ".join(map(repr, WEIGHT_RULES))
+        raise TypeError(f"weights must be {expected} or a tensor [K] or [K, ...], got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"weights must be floating point, got {value.dtype}")
+    per_row = (n_teachers, *student.shape[:-1])
+    if tuple(value.shape) not in ((n_teachers,), per_row):
+        raise ValueError(f"weights must have shape ({n_teachers},) or {per_row}, got {tuple(value.shape)}")
+    same_device("weights", value, student)
+    return "given", value
+
+
+def row_weights(value: object, student: Tensor) -> Tensor | None:
+    if value is None:
+        return None
+    weight = tensor("row_weights", value)
+    if not (weight.is_floating_point() or weight.dtype == torch.bool):
+        raise TypeError(f"row_weights must be bool or floating point, got {weight.dtype}")
+    row_shape("row_weights", weight, student.shape[:-1])
+    same_device("row_weights", weight, student)
+    no_gradient("row_weights", weight)
+    return weight
+
+
+def num_items(value: object, student: Tensor, reduction: str) -> float | Tensor | None:
+    if value is None:
+        return None
+    if reduction != "mean":
+        raise ValueError(f'num_items replaces the denominator of reduction="mean", got reduction={reduction!r}')
+    if not isinstance(value, Tensor):
+        number("num_items", value, above=0)
+        return float(value)
+    if value.numel() != 1:
+        raise ValueError(f"num_items must be a number or a tensor of one element, got shape {tuple(value.shape)}")
+    same_device("num_items", value, student)
+    no_gradient("num_items", value)
+    return value
+
+
+def no_gradient(name: str, value: Tensor) -> None:
+    if value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} must not require grad, since it gets none here, got a tensor that does: detach() it")
+
+
+def feature_pairs(student: object, teacher: object) -> tuple[list[Tensor], list[Tensor]]:
+    """K pairs of features of the same shape [N, ...], pairwise; N is common to all pairs."""
+    for name, value in (("student_features", student), ("teacher_features", teacher)):
+        if isinstance(value, Tensor) or not isinstance(value, Sequence):
+            raise TypeError(f"{name} must be a sequence of K tensors, got {type(value).__name__}")
+    students, teachers = list(student), list(teacher)
+    if not 1 <= len(students) <= MAX_TEACHERS:
+        raise ValueError(f"student_features must hold 1 to {MAX_TEACHERS} tensors, got {len(students)}")
+    if len(students) != len(teachers):
+        raise ValueError(
+            f"teacher_features must hold {len(students)} tensors like student_features, got {len(teachers)}"
+        )
+    for k, (f, g) in enumerate(zip(students, teachers, strict=True)):
+        for name, feature in ((f"student_features[{k}]", f), (f"teacher_features[{k}]", g)):
+            logits_dtype(name, tensor(name, feature))
+            if feature.dim() == 0 or feature.shape[1:].numel() == 0:
+                raise ValueError(f"{name} must have shape [N, ...], one or more numbers a sample, got {tuple(feature.shape)}")
+            if feature.device != students[0].device:
+                raise ValueError(f"{name} must be on {students[0].device} like the others, got {feature.device}")
+        if f.shape != g.shape:
+            raise ValueError(
+                f"teacher_features[{k}] must have shape {tuple(f.shape)} like student_features[{k}], got {tuple(g.shape)}"
+            )
+        if f.shape[0] != students[0].shape[0]:
+            raise ValueError(
+                f"student_features[{k}] must hold {students[0].shape[0]} samples like student_features[0], "
+                f"got {f.shape[0]}"
+            )
+    return students, teachers
+
+
+def hint_weights(value: object, students: list[Tensor]) -> Tensor | None:
+    if value is None:
+        return None
+    weight = tensor("weights", value)
+    if not weight.is_floating_point():
+        raise TypeError(f"weights must be floating point, got {weight.dtype}")
+    shapes = ((len(students),), (len(students), students[0].shape[0]))
+    if tuple(weight.shape) not in shapes:
+        raise ValueError(f"weights must have shape {shapes[0]} or {shapes[1]}, got {tuple(weight.shape)}")
+    if weight.device != students[0].device:
+        raise ValueError(f"weights must be on {students[0].device} like the features, got {weight.device}")
+    return weight
