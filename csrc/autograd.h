@@ -1,0 +1,41 @@
+// What the *_autograd.cpp files share.
+#pragma once
+
+#include <c10/core/DispatchKeySet.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/engine.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
+
+#include "tensors.h"
+
+namespace mtkd_fast {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// The dispatcher's handle on one of our ops.
+template <typename Signature>
+auto op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+// Under create_graph the gradients carry a node that says why they have no derivative of their own.
+inline void refuse_double_backward(variable_list& gradients) {
+  if (!at::GradMode::is_enabled()) return;
+  for (Tensor& gradient : gradients) {
+    if (!gradient.defined()) continue;
+    auto error = std::make_shared<torch::autograd::DelayedError>(
+        "double backward through implementation='cpp' is not available; use implementation='reference'", 1);
+    gradient = (*error)({gradient.detach().requires_grad_(true)})[0];
+  }
+}
+
+// A fake or functional tensor: torch.compile is tracing, so nothing may be changed in place.
+inline bool is_traced(const Tensor& x) {
+  return x.key_set().has_any(c10::DispatchKeySet(
+      {c10::DispatchKey::Python, c10::DispatchKey::Functionalize, c10::DispatchKey::Fake, c10::DispatchKey::Meta}));
+}
+
+inline Tensor defined_or_none(const Tensor& x) { return x.numel() ? x : Tensor(); }
+
+}  // namespace mtkd_fast

@@ -1,0 +1,164 @@
+// Eight neighbouring columns of one row: as they lie in memory, and as floats. Eight halves are one 16-byte access, eight
+// floats two. Aligned rows of class stride 1 take those; heads, tails, odd addresses and other strides go one by one.
+#pragma once
+
+#include "device.h"
+#include "kd.h"
+
+namespace mtkd_fast {
+
+constexpr int kChunk = 8;
+
+MTKD_DEVICE int element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+inline int host_element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+// Eight columns as they lie in memory. Halves leave `high` alone.
+struct RawChunk {
+  Words low, high;
+};
+
+// One row of a tensor, for reading.
+struct InputRow {
+  const char* data;
+  int64_t stride;  // bytes from class to class
+  DType dtype;
+  bool vectors;    // every chunk that lies wholly in the row may be read 16 bytes at a time
+};
+
+MTKD_DEVICE InputRow input_row(const Logits& x, int64_t row, int64_t inner) {
+  const int size = element_size(x.dtype);
+  const char* data = static_cast<const char*>(x.data) + row_offset(x, row, inner) * size;
+  const bool aligned = reinterpret_cast<uintptr_t>(data) % sizeof(Words) == 0;
+  return {data, x.class_stride * size, x.dtype, aligned && x.class_stride == 1};
+}
+
+MTKD_DEVICE uint32_t half_minus_infinity(DType dtype) { return dtype == DType::bf16 ? 0xff80u : 0xfc00u; }
+
+// A chunk of −inf: what lies beyond the last class, and what is not read.
+MTKD_DEVICE RawChunk empty_chunk(DType dtype) {
+  const uint32_t half = half_minus_infinity(dtype);
+  const uint32_t word = dtype == DType::f32 ? 0xff800000u : half << 16 | half;
+  return {{{word, word, word, word}}, {{word, word, word, word}}};
+}
+
+MTKD_DEVICE RawChunk load_elements(const InputRow& row, int64_t first, int64_t classes) {
+  RawChunk raw = empty_chunk(row.dtype);
+  const char* p = row.data + first * row.stride;
+  if (row.dtype == DType::f32) {
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      if (first + i >= classes) continue;
+      uint32_t& word = i < 4 ? raw.low.word[i] : raw.high.word[i - 4];
+      word = device::load(reinterpret_cast<const uint32_t*>(p + i * row.stride));
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      if (first + i >= classes) continue;
+      const uint32_t half = device::load(reinterpret_cast<const uint16_t*>(p + i * row.stride));
+      uint32_t& word = raw.low.word[i / 2];
+      word = i % 2 == 0 ? (word & 0xffff0000u) | half : (word & 0xffffu) | half << 16;
+    }
+  }
+  return raw;
+}
+
+MTKD_DEVICE bool takes_vectors(const InputRow& row, int64_t chunk, int64_t classes) {
+  return row.vectors && (chunk + 1) * kChunk <= classes;
+}
+
+MTKD_DEVICE const Words* chunk_words(const InputRow& row, int64_t chunk) {
+  return reinterpret_cast<const Words*>(row.data + chunk * kChunk * element_size(row.dtype));
+}
+
+// −inf beyond the last class.
+MTKD_DEVICE RawChunk load_chunk(const InputRow& row, int64_t chunk, int64_t classes) {
+  if (!takes_vectors(row, chunk, classes)) return load_elements(row, chunk * kChunk, classes);
+  const Words* p = chunk_words(row, chunk);
+  RawChunk raw;
+  raw.low = device::load(p);
+  raw.high = row.dtype == DType::f32 ? device::load(p + 1) : raw.low;
+  return raw;
+}
+
+MTKD_DEVICE float load_element(const InputRow& row, int64_t column) {
+  const char* p = row.data + column * row.stride;
+  if (row.dtype == DType::f32) return device::load(reinterpret_cast<const float*>(p));
+  const uint32_t half = device::load(reinterpret_cast<const uint16_t*>(p));
+  return row.dtype == DType::bf16 ? device::word_as_float(half << 16) : device::unpack_f16(half).x;
+}
+
+// `x` points at eight registers.
+MTKD_DEVICE void decode(const RawChunk& raw, DType dtype, float* x) {
+  if (dtype == DType::f32) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      x[i] = device::word_as_float(raw.low.word[i]);
+      x[i + 4] = device::word_as_float(raw.high.word[i]);
+    }
+  } else if (dtype == DType::bf16) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      x[2 * i] = device::word_as_float(raw.low.word[i] << 16);
+      x[2 * i + 1] = device::word_as_float(raw.low.word[i] & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const auto pair = device::unpack_f16(raw.low.word[i]);
+      x[2 * i] = pair.x;
+      x[2 * i + 1] = pair.y;
+    }
+  }
+}
+
+MTKD_DEVICE RawChunk encode(const float* x, DType dtype) {
+  RawChunk raw{};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (dtype == DType::f32) {
+      raw.low.word[i] = device::float_as_word(x[i]);
+      raw.high.word[i] = device::float_as_word(x[i + 4]);
+    } else {
+      raw.low.word[i] = dtype == DType::bf16 ? device::pack_bf16(x[2 * i], x[2 * i + 1])
+                                             : device::pack_f16(x[2 * i], x[2 * i + 1]);
+    }
+  }
+  return raw;
+}
+
+// One row of a contiguous [rows, classes] output.
+struct OutputRow {
+  char* data;
+  DType dtype;
+  bool vectors;
+};
+
+MTKD_DEVICE OutputRow output_row(void* tensor, int64_t row, int64_t classes, DType dtype) {
+  char* data = static_cast<char*>(tensor) + row * classes * element_size(dtype);
+  return {data, dtype, reinterpret_cast<uintptr_t>(data) % sizeof(Words) == 0};
+}
+
+MTKD_DEVICE void store_chunk(const OutputRow& row, int64_t chunk, int64_t classes, const float* x) {
+  const RawChunk raw = encode(x, row.dtype);
+  char* p = row.data + chunk * kChunk * element_size(row.dtype);
+  if (row.vectors && (chunk + 1) * kChunk <= classes) {
+    device::store(reinterpret_cast<Words*>(p), raw.low);
+    if (row.dtype == DType::f32) device::store(reinterpret_cast<Words*>(p) + 1, raw.high);
+    return;
+  }
+  const int64_t left = classes - chunk * kChunk;
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) {
+    if (i >= left) continue;
+    if (row.dtype == DType::f32) {
+      device::store(reinterpret_cast<uint32_t*>(p) + i, i < 4 ? raw.low.word[i] : raw.high.word[i - 4]);
+    } else {
+      const uint32_t word = raw.low.word[i / 2];
+      device::store(reinterpret_cast<uint16_t*>(p) + i, static_cast<uint16_t>(i % 2 == 0 ? word : word >> 16));
+    }
+  }
+}
+
+}  // namespace mtkd_fast

@@ -1,0 +1,147 @@
+// Everything a kernel asks of the machine: who it is, memory, barriers, shuffles, exponentials, launches. The one place
+// that touches global memory. Two implementations of the same names: CUDA, and (MTKD_EMULATOR) a grid of fibers on the
+// CPU that checks every access (tests/emulator). Kernels are written against this header and include nothing of CUDA.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace mtkd_fast {
+
+// 16 bytes, the widest access.
+struct alignas(16) Words {
+  uint32_t word[4];
+};
+
+struct LaunchShape {
+  int64_t blocks;
+  int threads;
+  int shared_bytes;
+};
+
+constexpr int kWarp = 32;
+
+}  // namespace mtkd_fast
+
+#if defined(MTKD_EMULATOR)
+
+#include "emulator.h"
+
+#define MTKD_DEVICE inline
+#define MTKD_KERNEL(max_threads, min_blocks) void
+#define MTKD_PARAM(...) const __VA_ARGS__&
+
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#define MTKD_DEVICE __device__ __forceinline__
+#define MTKD_KERNEL(max_threads, min_blocks) __global__ void __launch_bounds__(max_threads, min_blocks)
+#define MTKD_PARAM(...) const __grid_constant__ __VA_ARGS__
+
+namespace mtkd_fast::device {
+
+MTKD_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+MTKD_DEVICE int block_threads() { return static_cast<int>(blockDim.x); }
+MTKD_DEVICE int64_t block_index() { return blockIdx.x; }
+MTKD_DEVICE int64_t grid_blocks() { return gridDim.x; }
+
+MTKD_DEVICE char* shared_memory() {
+  extern __shared__ Words dynamic_shared_memory[];
+  return reinterpret_cast<char*>(dynamic_shared_memory);
+}
+
+MTKD_DEVICE void sync_block() { __syncthreads(); }
+MTKD_DEVICE void sync_warp() { __syncwarp(); }
+MTKD_DEVICE float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
+MTKD_DEVICE bool any_in_warp(bool x) { return __any_sync(0xffffffffu, x); }
+
+// 2^x, 2 ulp; results below the smallest normal number are 0; NaN stays NaN.
+MTKD_DEVICE float exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+MTKD_DEVICE float word_as_float(uint32_t x) { return __uint_as_float(x); }
+MTKD_DEVICE uint32_t float_as_word(float x) { return __float_as_uint(x); }
+
+// Two halves of one word, the lower address first.
+MTKD_DEVICE float2 unpack_f16(uint32_t x) {
+  __half2 h;
+  memcpy(&h, &x, sizeof(x));
+  return __half22float2(h);
+}
+MTKD_DEVICE uint32_t pack_f16(float lo, float hi) {
+  const __half2 h = __floats2half2_rn(lo, hi);
+  uint32_t x;
+  memcpy(&x, &h, sizeof(x));
+  return x;
+}
+MTKD_DEVICE uint32_t pack_bf16(float lo, float hi) {
+  const __nv_bfloat162 h = __floats2bfloat162_rn(lo, hi);
+  uint32_t x;
+  memcpy(&x, &h, sizeof(x));
+  return x;
+}
+
+// Inputs that no thread of the grid writes.
+MTKD_DEVICE Words load(const Words* p) {
+  const uint4 x = __ldg(reinterpret_cast<const uint4*>(p));
+  return {{x.x, x.y, x.z, x.w}};
+}
+MTKD_DEVICE float load(const float* p) { return __ldg(p); }
+MTKD_DEVICE int64_t load(const int64_t* p) { return __ldg(reinterpret_cast<const long long*>(p)); }
+MTKD_DEVICE uint32_t load(const uint32_t* p) { return __ldg(p); }
+MTKD_DEVICE uint16_t load(const uint16_t* p) { return __ldg(p); }
+
+MTKD_DEVICE void store(Words* p, Words x) {
+  __stwb(reinterpret_cast<uint4*>(p), make_uint4(x.word[0], x.word[1], x.word[2], x.word[3]));
+}
+MTKD_DEVICE void store(float* p, float x) { __stwb(p, x); }
+MTKD_DEVICE void store(uint32_t* p, uint32_t x) { __stwb(p, x); }
+MTKD_DEVICE void store(uint16_t* p, uint16_t x) { __stwb(p, x); }
+
+// 16 bytes from global to shared memory, there once this thread has waited.
+MTKD_DEVICE void copy_async(Words* shared, const Words* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(__cvta_generic_to_global(global))
+               : "memory");
+}
+MTKD_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Host side.
+inline int64_t max_blocks() { return 0x7fffffff; }
+
+// The most dynamic shared memory that one block can ask for, or -1.
+inline int shared_memory_limit(int device) {
+  int bytes = -1;
+  return cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess ? bytes : -1;
+}
+
+inline int multiprocessors(int device) {
+  int count = 1;
+  return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess ? count : 1;
+}
+
+// Null, or what went wrong.
+template <typename Args>
+const char* launch(void (*kernel)(Args), LaunchShape shape, void* stream, const Args& args) {
+  constexpr int kWithoutAsking = 48 * 1024;
+  if (shape.shared_bytes > kWithoutAsking) {
+    const cudaError_t refused =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes);
+    if (refused != cudaSuccess) return cudaGetErrorString(refused);
+  }
+  kernel<<<static_cast<unsigned>(shape.blocks), shape.threads, shape.shared_bytes, static_cast<cudaStream_t>(stream)>>>(
+      args);
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace mtkd_fast::device
+
+#endif

@@ -1,0 +1,88 @@
+// The threads that share one row: part of a warp, or a block. Both merge a state of their threads into one that every
+// thread then holds. A state is a plain struct of floats with merge_lanes(width), which joins neighbouring lanes, and
+// a default value that is empty.
+#pragma once
+
+#include "device.h"
+
+namespace mtkd_fast {
+
+constexpr int kMaxWarps = 32;
+constexpr int kMaxStateFields = 6;
+
+MTKD_DEVICE float sum_lanes(float x, int width) {
+  for (int lanes = width / 2; lanes > 0; lanes /= 2) x += device::shuffle_xor(x, lanes);
+  return x;
+}
+
+// The largest; NaN is passed over, as in `larger`.
+MTKD_DEVICE float max_lanes(float x, int width) {
+  for (int lanes = width / 2; lanes > 0; lanes /= 2) x = fmaxf(x, device::shuffle_xor(x, lanes));
+  return x;
+}
+
+MTKD_DEVICE bool any_lane(bool x, int width) { return sum_lanes(x ? 1.0f : 0.0f, width) != 0; }
+
+// `width` lanes of a warp, a power of two, share a row; a block holds threads/width rows. Every lane of a warp takes
+// every step, whatever its row wants, since the shuffles need them all.
+struct LaneGroup {
+  int width;
+
+  MTKD_DEVICE explicit LaneGroup(int width, char*) : width(width) {}
+  MTKD_DEVICE int rank() const { return device::thread_index() % width; }
+  MTKD_DEVICE int size() const { return width; }
+  MTKD_DEVICE int lanes() const { return width; }
+  MTKD_DEVICE int index_in_block() const { return device::thread_index() / width; }
+  MTKD_DEVICE int groups_in_warp() const { return kWarp / width; }
+  MTKD_DEVICE bool any(bool x) const { return device::any_in_warp(x); }  // of all rows that walk together
+  MTKD_DEVICE void sync() const { device::sync_warp(); }
+
+  template <typename State, typename MergeLanes>
+  MTKD_DEVICE void merge(State& state, const MergeLanes& merge_lanes) const {
+    merge_lanes(state, width);
+  }
+
+  static constexpr int scratch_bytes() { return 0; }
+};
+
+// The whole block shares a row. One barrier a merge: the scratch is used in turns, so that a warp still reading one
+// half cannot meet a warp that already writes the next.
+struct BlockGroup {
+  float* scratch;  // [2][kMaxStateFields][kMaxWarps]
+  int turn = 0;
+
+  MTKD_DEVICE explicit BlockGroup(int, char* shared) : scratch(reinterpret_cast<float*>(shared)) {}
+  MTKD_DEVICE int rank() const { return device::thread_index(); }
+  MTKD_DEVICE int size() const { return device::block_threads(); }
+  MTKD_DEVICE int lanes() const { return kWarp; }
+  MTKD_DEVICE int index_in_block() const { return 0; }
+  MTKD_DEVICE int groups_in_warp() const { return 1; }
+  MTKD_DEVICE bool any(bool x) const { return x; }  // the same for every thread
+  MTKD_DEVICE void sync() const { device::sync_block(); }
+
+  template <typename State, typename MergeLanes>
+  MTKD_DEVICE void merge(State& state, const MergeLanes& merge_lanes) {
+    constexpr int kFields = sizeof(State) / sizeof(float);
+    static_assert(kFields <= kMaxStateFields, "the scratch is too small for this state");
+    merge_lanes(state, kWarp);
+    const int warp = rank() / kWarp, lane = rank() % kWarp, warps = size() / kWarp;
+    float* slots = scratch + turn * kMaxStateFields * kMaxWarps;
+    turn ^= 1;
+    float* fields = reinterpret_cast<float*>(&state);
+    if (lane == 0) {
+#pragma unroll
+      for (int i = 0; i < kFields; ++i) slots[i * kMaxWarps + warp] = fields[i];
+    }
+    device::sync_block();
+    state = State();
+    if (lane < warps) {
+#pragma unroll
+      for (int i = 0; i < kFields; ++i) fields[i] = slots[i * kMaxWarps + lane];
+    }
+    merge_lanes(state, kWarp);
+  }
+
+  static constexpr int scratch_bytes() { return 2 * kMaxStateFields * kMaxWarps * sizeof(float); }
+};
+
+}  // namespace mtkd_fast

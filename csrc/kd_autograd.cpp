@@ -1,0 +1,242 @@
+// Autograd of the op `kd`: which gradients the forward writes, which the backward recomputes.
+//
+// Strategy A, the student's gradient written in the forward for an upstream of 1 and finished by kd_rescale, unless
+//   * a teacher needs a gradient too (its rows are read again anyway),
+//   * the student is fp16: an unscaled gradient divided by the number of rows would flush to zero, so the backward
+//     computes it with the upstream (the gradient scaler's factor) in fp32 and rounds once,
+//   * on a GPU, the row does not fit on chip.
+// Then strategy B: the forward keeps O(N·K) numbers, the backward reads the logits again.
+#include "autograd.h"
+
+namespace mtkd_fast {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+using Forward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, TensorList, const OptionalTensor&,
+                                                   const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                                                   c10::string_view, c10::string_view, double, double, double, double,
+                                                   int64_t, c10::string_view, bool, bool);
+using Backward = std::vector<Tensor>(const Tensor&, TensorList, const OptionalTensor&, const Tensor&,
+                                     const OptionalTensor&, const Tensor&, c10::string_view, double, double, double,
+                                     double, c10::List<bool>);
+using Rescale = Tensor(const Tensor&, const Tensor&, const Tensor&);
+using RescaleInPlace = void(const Tensor&, const Tensor&, const Tensor&);
+
+struct KDOptions {
+  c10::string_view rule, divergence;
+  double temperature, kd_scale, ce_weight, label_smoothing;
+  int64_t ignore_index;
+  c10::string_view reduction;
+};
+
+auto call_forward(const Tensor& student, TensorList teachers, const OptionalTensor& target,
+                  const OptionalTensor& weights, const OptionalTensor& row_weights, const OptionalTensor& num_items,
+                  const KDOptions& o, bool skip_zero_weights, bool write_gradient) {
+  static const auto forward = op<Forward>("mtkd_fast::kd_forward");
+  return forward.call(student, teachers, target, weights, row_weights, num_items, o.rule, o.divergence, o.temperature,
+                      o.kd_scale, o.ce_weight, o.label_smoothing, o.ignore_index, o.reduction, skip_zero_weights,
+                      write_gradient);
+}
+
+bool any_requires_grad(TensorList tensors) {
+  for (const Tensor& x : tensors)
+    if (x.requires_grad()) return true;
+  return false;
+}
+
+bool fits_on_chip(const Tensor& student, TensorList teachers, const KDOptions& o) {
+  if (!student.is_cuda()) return true;  // on a CPU the second sweep finds the rows in cache, or is no worse than B
+#ifdef MTKD_CUDA
+  KDArgs<float> args{};
+  args.classes = student.size(-1);
+  args.teachers = static_cast<int>(teachers.size());
+  args.student.dtype = dtype_of(student);
+  for (size_t k = 0; k < teachers.size(); ++k) args.teacher[k].dtype = dtype_of(teachers[k]);
+  const bool by_rule = o.rule == "confidence" || o.rule == "entropy";
+  return kd_fits_on_chip(args, by_rule ? WeightRule::confidence : WeightRule::uniform, student.device().index());
+#else
+  return false;
+#endif
+}
+
+bool gradient_in_forward(const Tensor& student, TensorList teachers, const KDOptions& o) {
+  return student.requires_grad() && !any_requires_grad(teachers) && student.scalar_type() != at::kHalf &&
+         student.numel() > 0 && fits_on_chip(student, teachers, o);
+}
+
+// gradient·upstream. In place when the graph is not kept, since then nobody else can see the buffer.
+Tensor finish_gradient(const Tensor& gradient, const Tensor& upstream, const Tensor& scale) {
+  static const auto rescale = op<Rescale>("mtkd_fast::kd_rescale");
+  static const auto rescale_ = op<RescaleInPlace>("mtkd_fast::kd_rescale_");
+  at::AutoDispatchBelowADInplaceOrView below;
+  if (is_traced(gradient) || torch::autograd::get_current_graph_task_keep_graph())
+    return rescale.call(gradient, upstream, scale);
+  rescale_.call(gradient, upstream, scale);
+  return gradient;
+}
+
+// ∂L/∂w_k = upstream·scale·kd_scale·D_k, in the shape of the weights. Rows that do not count, and teachers of weight 0
+// whose divergence is not finite, get 0.
+Tensor weight_gradient(const Tensor& weights, const Tensor& upstream, const Tensor& row_stats, double kd_scale) {
+  const int64_t n_teachers = weights.size(0);
+  const Tensor divergence = row_stats.narrow(0, 0, n_teachers), used = row_stats.narrow(0, n_teachers, n_teachers);
+  const Tensor scale = row_stats.select(0, row_stats.size(0) - 1);
+  const Tensor up = upstream.dim() == 0 ? upstream : upstream.reshape({-1});
+  const Tensor removed = scale.eq(0).logical_or(used.eq(0).logical_and(divergence.isfinite().logical_not()));
+  const Tensor per_row = (divergence * (scale * up * kd_scale)).masked_fill(removed, 0);
+  return (weights.dim() == 1 ? per_row.sum(1) : per_row.reshape(weights.sizes())).to(weights.scalar_type());
+}
+
+struct KDLoss : public torch::autograd::Function<KDLoss> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& student, const TensorList& teachers,
+                               const OptionalTensor& target, const OptionalTensor& weights,
+                               const OptionalTensor& row_weights, const OptionalTensor& num_items,
+                               const KDOptions& o) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    const bool in_forward = gradient_in_forward(student, teachers, o);
+    const bool weights_need = weights && weights->requires_grad();
+    auto [loss, row_stats, gradient] = call_forward(student, teachers, target, weights, row_weights, num_items, o,
+                                                    /*skip_zero_weights=*/!weights_need, in_forward);
+    ctx->mark_non_differentiable({row_stats});
+
+    variable_list saved{row_stats, weights_need ? *weights : Tensor(), gradient};
+    const bool recompute = !in_forward && (student.requires_grad() || any_requires_grad(teachers));
+    if (recompute) {
+      saved.push_back(target ? *target : Tensor());
+      saved.push_back(student);
+      saved.insert(saved.end(), teachers.begin(), teachers.end());
+    }
+    ctx->save_for_backward(saved);
+    ctx->saved_data["in_forward"] = in_forward;
+    ctx->saved_data["kd_scale"] = o.kd_scale;
+    ctx->saved_data["teachers"] = static_cast<int64_t>(teachers.size());
+    if (recompute) {
+      ctx->saved_data["divergence"] = std::string(o.divergence);
+      ctx->saved_data["temperature"] = o.temperature;
+      ctx->saved_data["ce_weight"] = o.ce_weight;
+      ctx->saved_data["label_smoothing"] = o.label_smoothing;
+    }
+    return {loss, row_stats};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& upstreams) {
+    const variable_list saved = ctx->get_saved_variables();
+    const int64_t n_teachers = ctx->saved_data["teachers"].toInt();
+    const double kd_scale = ctx->saved_data["kd_scale"].toDouble();
+    const Tensor &row_stats = saved[0], &weights = saved[1], &gradient = saved[2], upstream = upstreams[0].detach();
+    const size_t student_at = 0, weights_at = n_teachers + 2, inputs = n_teachers + 6;
+    variable_list gradients(inputs);
+
+    if (ctx->saved_data["in_forward"].toBool())
+      gradients[student_at] = finish_gradient(gradient, upstream, row_stats.select(0, row_stats.size(0) - 1));
+    else if (saved.size() > 3)
+      recompute(ctx, saved, upstream, n_teachers, kd_scale, gradients);
+    if (weights.defined()) gradients[weights_at] = weight_gradient(weights.detach(), upstream, row_stats, kd_scale);
+    refuse_double_backward(gradients);
+    return gradients;
+  }
+
+  static void recompute(AutogradContext* ctx, const variable_list& saved, const Tensor& upstream, int64_t n_teachers,
+                        double kd_scale, variable_list& gradients) {
+    static const auto backward = op<Backward>("mtkd_fast::kd_backward");
+    at::AutoDispatchBelowADInplaceOrView below;
+    const Tensor &row_stats = saved[0], &target = saved[3], &student = saved[4];
+    const TensorList teachers(saved.data() + 5, n_teachers);
+    c10::List<bool> needs;
+    for (int64_t i = 0; i <= n_teachers; ++i) needs.push_back(saved[4 + i].requires_grad());
+    const std::vector<Tensor> found = backward.call(
+        student, teachers, target.defined() ? OptionalTensor(target) : std::nullopt,
+        row_stats.narrow(0, n_teachers, n_teachers), upstream, row_stats, ctx->saved_data["divergence"].toStringRef(),
+        ctx->saved_data["temperature"].toDouble(), kd_scale, ctx->saved_data["ce_weight"].toDouble(),
+        ctx->saved_data["label_smoothing"].toDouble(), needs);
+    for (int64_t i = 0; i <= n_teachers; ++i)
+      if (needs[i]) gradients[i] = found[i];
+  }
+};
+
+std::tuple<Tensor, Tensor> kd(const Tensor& student, TensorList teachers, const OptionalTensor& target,
+                              const OptionalTensor& weights, const OptionalTensor& row_weights,
+                              const OptionalTensor& num_items, c10::string_view rule, c10::string_view divergence,
+                              double temperature, double kd_scale, double ce_weight, double label_smoothing,
+                              int64_t ignore_index, c10::string_view reduction) {
+  const KDOptions options{rule,           divergence,      temperature,  kd_scale, ce_weight,
+                          label_smoothing, ignore_index, reduction};
+  const bool differentiable = at::GradMode::is_enabled() && (student.requires_grad() || any_requires_grad(teachers) ||
+                                                             (weights && weights->requires_grad()));
+  if (!differentiable) {
+    auto [loss, row_stats, _] = call_forward(student, teachers, target, weights, row_weights, num_items, options,
+                                             /*skip_zero_weights=*/true, /*write_gradient=*/false);
+    return {loss, row_stats};
+  }
+  const variable_list out = KDLoss::apply(student, teachers, target, weights, row_weights, num_items, options);
+  return {out[0], out[1]};
+}
+
+// ---------------------------------------------------------------- D_k [K, ...] by itself
+
+struct KDDivergence : public torch::autograd::Function<KDDivergence> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& student, const TensorList& teachers,
+                        const c10::string_view& divergence, double temperature) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    const Tensor row_stats = statistics(student, teachers, divergence, temperature);
+    variable_list saved{row_stats, student};
+    saved.insert(saved.end(), teachers.begin(), teachers.end());
+    ctx->save_for_backward(saved);
+    ctx->saved_data["divergence"] = std::string(divergence);
+    ctx->saved_data["temperature"] = temperature;
+    return divergences(row_stats, student, teachers.size());
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& upstreams) {
+    static const auto backward = op<Backward>("mtkd_fast::kd_backward");
+    const variable_list saved = ctx->get_saved_variables();
+    const int64_t n_teachers = static_cast<int64_t>(saved.size()) - 2;
+    const TensorList teachers(saved.data() + 2, n_teachers);
+    c10::List<bool> needs;
+    for (int64_t i = 0; i <= n_teachers; ++i) needs.push_back(saved[1 + i].requires_grad());
+    variable_list gradients(n_teachers + 3);
+    {
+      at::AutoDispatchBelowADInplaceOrView below;
+      const Tensor upstream = upstreams[0].detach().reshape({n_teachers, saved[0].size(1)});
+      const std::vector<Tensor> found =
+          backward.call(saved[1], teachers, std::nullopt, upstream, std::nullopt, saved[0],
+                        ctx->saved_data["divergence"].toStringRef(), ctx->saved_data["temperature"].toDouble(), 1.0,
+                        0.0, 0.0, needs);
+      for (int64_t i = 0; i <= n_teachers; ++i)
+        if (needs[i]) gradients[i] = found[i];
+    }
+    refuse_double_backward(gradients);
+    return gradients;
+  }
+
+  static Tensor statistics(const Tensor& student, TensorList teachers, c10::string_view divergence,
+                           double temperature) {
+    const KDOptions options{"uniform", divergence, temperature, 1.0, 0.0, 0.0, 0, "sum"};
+    return std::get<1>(call_forward(student, teachers, std::nullopt, std::nullopt, std::nullopt, std::nullopt, options,
+                                    false, false));
+  }
+
+  static Tensor divergences(const Tensor& row_stats, const Tensor& student, int64_t n_teachers) {
+    std::vector<int64_t> shape = student.sizes().vec();
+    shape.back() = n_teachers;
+    std::rotate(shape.begin(), shape.end() - 1, shape.end());
+    return row_stats.narrow(0, 0, n_teachers).clone().view(shape);
+  }
+};
+
+Tensor kd_divergence(const Tensor& student, TensorList teachers, c10::string_view divergence, double temperature) {
+  if (at::GradMode::is_enabled() && (student.requires_grad() || any_requires_grad(teachers)))
+    return KDDivergence::apply(student, teachers, divergence, temperature);
+  const Tensor row_stats = KDDivergence::statistics(student, teachers, divergence, temperature);
+  return KDDivergence::divergences(row_stats, student, teachers.size());
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mtkd_fast, CompositeImplicitAutograd, m) {
+  m.impl("kd", kd);
+  m.impl("kd_divergence", kd_divergence);
+}
+
+}  // namespace mtkd_fast

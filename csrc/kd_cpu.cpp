@@ -1,0 +1,32 @@
+// The op `kd` on the CPU: kd_rows.h, compiled per instruction set.
+#include <cstdint>
+#include <type_traits>
+
+#include "cpu_capability.h"
+#include "kd.h"
+
+#define MTKD_ROWS "kd_rows.h"
+#include "instruction_sets.h"
+
+namespace mtkd_fast {
+
+void kd_forward_cpu(const KDForward<float>& args, int64_t begin, int64_t end) {
+  MTKD_IN_INSTRUCTION_SET(forward_rows, args, begin, end);
+}
+void kd_forward_cpu(const KDForward<double>& args, int64_t begin, int64_t end) {
+  MTKD_IN_INSTRUCTION_SET(forward_rows, args, begin, end);
+}
+void kd_backward_cpu(const KDBackward<float>& args, int64_t begin, int64_t end) {
+  MTKD_IN_INSTRUCTION_SET(backward_rows, args, begin, end);
+}
+void kd_backward_cpu(const KDBackward<double>& args, int64_t begin, int64_t end) {
+  MTKD_IN_INSTRUCTION_SET(backward_rows, args, begin, end);
+}
+void kd_rescale_cpu(const KDRescale<float>& args, int64_t begin, int64_t end) {
+  MTKD_IN_INSTRUCTION_SET(rescale_rows, args, begin, end);
+}
+void kd_rescale_cpu(const KDRescale<double>& args, int64_t begin, int64_t end) {
+  MTKD_IN_INSTRUCTION_SET(rescale_rows, args, begin, end);
+}
+
+}  // namespace mtkd_fast

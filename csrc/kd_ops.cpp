@@ -1,0 +1,264 @@
+// The passes of the op `kd` on tensors: checks that keep memory safe, allocation, reduction. Autograd is in
+// kd_autograd.cpp; friendly errors and defaults are in mtkd_fast/checks.py and functional.py.
+#include "tensors.h"
+
+namespace mtkd_fast {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+template <typename Named, size_t kCount>
+auto by_name(const Named (&table)[kCount], c10::string_view name, const char* argument) {
+  for (const Named& entry : table)
+    if (name == entry.name) return entry.value;
+  TORCH_CHECK_VALUE(false, argument, " is not known to the fused kernels: '", name, "'");
+}
+
+template <typename T>
+Logits logits(const Tensor& x, const RowGrid& grid, size_t i) {
+  return {x.const_data_ptr(), grid.outer_stride[i], grid.inner_stride[i], x.stride(-1), dtype_of(x)};
+}
+
+template <typename T>
+void fill(KDArgs<T>& args, const Tensor& student, TensorList teachers, std::string_view divergence, double temperature,
+          double kd_scale, double ce_weight, double label_smoothing) {
+  TORCH_CHECK_VALUE(!teachers.empty() && teachers.size() <= kMaxTeachers, "teacher_logits must hold 1 to ",
+                    kMaxTeachers, " teachers, got ", teachers.size());
+  std::vector<Tensor> all{student};
+  for (const Tensor& teacher : teachers) {
+    TORCH_CHECK_VALUE(teacher.sizes() == student.sizes() && teacher.device() == student.device(),
+                      "teacher_logits must have the shape and device of student_logits");
+    all.push_back(teacher);
+  }
+  const RowGrid grid(all);
+  args.classes = student.size(-1);
+  args.rows = grid.outer * grid.inner;
+  if (student.numel() == 0) args.rows = 0;
+  args.inner = grid.inner;
+  args.teachers = static_cast<int>(teachers.size());
+  args.student = logits<T>(student, grid, 0);
+  for (size_t k = 0; k < teachers.size(); ++k) args.teacher[k] = logits<T>(teachers[k], grid, k + 1);
+  args.target = nullptr;
+  args.row_weights = nullptr;
+  args.ignore_index = 0;
+  args.divergence = by_name(kDivergences, divergence, "divergence");
+  args.temperature = static_cast<T>(temperature);
+  args.kd_scale = static_cast<T>(kd_scale);
+  args.ce_weight = static_cast<T>(ce_weight);
+  args.label_smoothing = static_cast<T>(label_smoothing);
+}
+
+Tensor flat_rows(const Tensor& x, int64_t rows, const char* name) {
+  TORCH_CHECK_VALUE(x.numel() == rows, name, " must hold one number per row, ", rows, ", got ", x.numel());
+  return x.reshape({rows}).contiguous();
+}
+
+struct Strided {  // [K, N] numbers, any strides
+  Tensor values;
+  int64_t teacher_stride, row_stride;
+};
+
+// Weights [K] or [K, ...] as [K, N].
+Strided per_teacher(const Tensor& weights, int64_t teachers, int64_t rows, at::ScalarType dtype) {
+  Tensor w = in_compute_dtype(weights, dtype);
+  TORCH_CHECK_VALUE(w.size(0) == teachers && (w.dim() == 1 || w.numel() == teachers * rows),
+                    "weights must have shape [K] or [K, ...]");
+  if (w.dim() == 1) return {w, w.stride(0), 0};
+  w = w.reshape({teachers, rows});
+  return {w, w.stride(0), w.stride(1)};
+}
+
+void check_labels(const Tensor& target, int64_t classes, int64_t ignore_index) {
+  const int64_t* labels = target.const_data_ptr<int64_t>();
+  for (int64_t n = 0; n < target.numel(); ++n)
+    TORCH_CHECK_VALUE(labels[n] == ignore_index || (labels[n] >= 0 && labels[n] < classes),
+                      "target must hold labels in [0, ", classes, ") or ignore_index = ", ignore_index, ", got ",
+                      labels[n]);
+}
+
+// How many rows count, at least 1, as one number on the device; null for a plain number of rows.
+Tensor counted_rows(int64_t rows, const OptionalTensor& target, const OptionalTensor& row_weights, int64_t ignore_index,
+                    const at::TensorOptions& options) {
+  if (!target && !row_weights) return at::full({}, std::max<int64_t>(rows, 1), options);
+  Tensor counts = target ? target->ne(ignore_index) : row_weights->ne(0);
+  if (target && row_weights) counts = counts.logical_and(row_weights->ne(0));
+  return counts.sum().clamp_min(1).to(options.dtype());
+}
+
+template <typename T>
+using CudaLauncher = const char* (*)(const T&, int, void*);
+
+#ifdef MTKD_CUDA
+template <typename T>
+CudaLauncher<KDForward<T>> forward_cuda() { if constexpr (std::is_same_v<T, float>) return kd_forward_cuda; else return nullptr; }
+template <typename T>
+CudaLauncher<KDBackward<T>> backward_cuda() { if constexpr (std::is_same_v<T, float>) return kd_backward_cuda; else return nullptr; }
+template <typename T>
+CudaLauncher<KDRescale<T>> rescale_cuda() { if constexpr (std::is_same_v<T, float>) return kd_rescale_cuda; else return nullptr; }
+#else
+template <typename T>
+CudaLauncher<KDForward<T>> forward_cuda() { return nullptr; }
+template <typename T>
+CudaLauncher<KDBackward<T>> backward_cuda() { return nullptr; }
+template <typename T>
+CudaLauncher<KDRescale<T>> rescale_cuda() { return nullptr; }
+#endif
+
+template <typename Body>
+auto with_compute_type(at::ScalarType dtype, Body body) {
+  return dtype == at::kDouble ? body(double()) : body(float());
+}
+
+std::tuple<Tensor, Tensor, Tensor> kd_forward(const Tensor& student, TensorList teachers, const OptionalTensor& target,
+                                              const OptionalTensor& weights, const OptionalTensor& row_weights,
+                                              const OptionalTensor& num_items, c10::string_view rule,
+                                              c10::string_view divergence, double temperature, double kd_scale,
+                                              double ce_weight, double label_smoothing, int64_t ignore_index,
+                                              c10::string_view reduction, bool skip_zero_weights, bool write_gradient) {
+  const at::ScalarType dtype = compute_dtype(student, teachers);
+  const at::TensorOptions options = student.options().dtype(dtype);
+  const bool mean = reduction == "mean", none = reduction == "none";
+
+  return with_compute_type(dtype, [&](auto zero) -> std::tuple<Tensor, Tensor, Tensor> {
+    using T = decltype(zero);
+    KDForward<T> args;
+    fill(args, student, teachers, divergence, temperature, kd_scale, ce_weight, label_smoothing);
+    args.rule = by_name(kWeightRules, rule, "weights");
+    args.ignore_index = ignore_index;
+    args.skip_zero_weights = skip_zero_weights;
+    TORCH_CHECK_VALUE(target || (ce_weight == 0 && args.rule != WeightRule::confidence), "target must be given");
+    TORCH_CHECK_VALUE((args.rule == WeightRule::given) == weights.has_value(), "weights must be given for that rule only");
+
+    OptionalTensor labels, row_weight, items;
+    Strided given{};
+    if (target) {
+      labels = flat_rows(*target, args.rows, "target").to(at::kLong);
+      if (student.is_cpu()) check_labels(*labels, args.classes, ignore_index);
+      args.target = labels->const_data_ptr<int64_t>();
+    }
+    if (row_weights) {
+      row_weight = flat_rows(in_compute_dtype(*row_weights, dtype), args.rows, "row_weights");
+      args.row_weights = row_weight->template const_data_ptr<T>();
+    }
+    if (mean) {
+      items = num_items ? in_compute_dtype(*num_items, dtype) : counted_rows(args.rows, labels, row_weight, ignore_index, options);
+    }
+    args.items = items ? items->template const_data_ptr<T>() : nullptr;
+    args.weights = nullptr;
+    args.weights_teacher_stride = args.weights_row_stride = 0;
+    if (weights) {
+      given = per_teacher(*weights, args.teachers, args.rows, dtype);
+      args.weights = given.values.template const_data_ptr<T>();
+      args.weights_teacher_stride = given.teacher_stride;
+      args.weights_row_stride = given.row_stride;
+    }
+
+    Tensor row_loss = at::empty({args.rows}, options);
+    Tensor row_stats = at::empty({RowStats{args.teachers}.size(), args.rows}, options);
+    Tensor gradient = at::empty(write_gradient ? student.sizes() : at::IntArrayRef{0}, student.options());
+    args.row_loss = row_loss.mutable_data_ptr<T>();
+    args.row_stats = row_stats.mutable_data_ptr<T>();
+    args.gradient = write_gradient ? gradient.mutable_data_ptr() : nullptr;
+    run<KDForward<T>>(student.device(), args, args.rows, args.classes * (args.teachers + 1), kd_forward_cpu, forward_cuda<T>());
+
+    if (none) return {row_loss.view(student.sizes().slice(0, student.dim() - 1)), row_stats, gradient};
+    Tensor loss = row_loss.sum();
+    if (items) loss.div_(items->reshape({}));
+    return {loss, row_stats, gradient};
+  });
+}
+
+std::vector<Tensor> kd_backward(const Tensor& student, TensorList teachers, const OptionalTensor& target,
+                                const Tensor& weights, const OptionalTensor& upstream, const Tensor& row_stats,
+                                c10::string_view divergence, double temperature, double kd_scale, double ce_weight,
+                                double label_smoothing, c10::List<bool> needs) {
+  const at::ScalarType dtype = compute_dtype(student, teachers);
+  return with_compute_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    KDBackward<T> args;
+    fill(args, student, teachers, divergence, temperature, kd_scale, ce_weight, label_smoothing);
+    TORCH_CHECK_VALUE(row_stats.size(0) == RowStats{args.teachers}.size() && row_stats.size(1) == args.rows &&
+                          row_stats.scalar_type() == dtype,
+                      "row_stats must be the forward's");
+    const Tensor stats = row_stats.contiguous();
+    args.row_stats = stats.const_data_ptr<T>();
+    const Strided given = per_teacher(weights, args.teachers, args.rows, dtype);
+    args.weights = given.values.template const_data_ptr<T>();
+    args.weights_teacher_stride = given.teacher_stride;
+    args.weights_row_stride = given.row_stride;
+    OptionalTensor labels;
+    if (target) {
+      labels = flat_rows(*target, args.rows, "target").to(at::kLong);
+      args.target = labels->const_data_ptr<int64_t>();
+    }
+    Tensor up;
+    args.upstream = nullptr;
+    args.upstream_stride = 0;
+    if (upstream) {
+      up = in_compute_dtype(*upstream, dtype);
+      up = up.dim() == 0 ? up.expand({args.rows}) : up.reshape({args.rows});
+      args.upstream = up.const_data_ptr<T>();
+      args.upstream_stride = up.stride(0);
+    }
+
+    std::vector<Tensor> gradients;
+    auto gradient_of = [&](const Tensor& x, bool needed) -> void* {
+      gradients.push_back(at::empty(needed ? x.sizes() : at::IntArrayRef{0}, x.options()));
+      return needed ? gradients.back().mutable_data_ptr() : nullptr;
+    };
+    args.student_gradient = gradient_of(student, needs[0]);
+    for (int k = 0; k < args.teachers; ++k) args.teacher_gradient[k] = gradient_of(teachers[k], needs[k + 1]);
+    run<KDBackward<T>>(student.device(), args, args.rows, args.classes * (args.teachers + 1), kd_backward_cpu, backward_cuda<T>());
+    return gradients;
+  });
+}
+
+void rescale_into(const Tensor& gradient, const Tensor& upstream, const Tensor& scale, const Tensor& out) {
+  with_compute_type(scale.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t rows = scale.numel();
+    const Tensor scales = scale.contiguous();
+    Tensor up = in_compute_dtype(upstream, scale.scalar_type());
+    up = up.dim() == 0 ? up.expand({rows}) : up.reshape({rows});
+    KDRescale<T> args;
+    args.rows = rows;
+    args.classes = gradient.size(-1);
+    args.dtype = dtype_of(gradient);
+    args.gradient = gradient.const_data_ptr();
+    args.out = out.data_ptr();
+    args.upstream = up.const_data_ptr<T>();
+    args.upstream_stride = up.stride(0);
+    args.scale = scales.const_data_ptr<T>();
+    run<KDRescale<T>>(gradient.device(), args, rows, args.classes, kd_rescale_cpu, rescale_cuda<T>());
+  });
+}
+
+Tensor kd_rescale(const Tensor& gradient, const Tensor& upstream, const Tensor& scale) {
+  Tensor out = at::empty_like(gradient, at::MemoryFormat::Contiguous);
+  rescale_into(gradient, upstream, scale, out);
+  return out;
+}
+
+void kd_rescale_(const Tensor& gradient, const Tensor& upstream, const Tensor& scale) {
+  rescale_into(gradient, upstream, scale, gradient);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mtkd_fast, CPU, m) {
+  m.impl("kd_forward", kd_forward);
+  m.impl("kd_backward", kd_backward);
+  m.impl("kd_rescale", kd_rescale);
+  m.impl("kd_rescale_", kd_rescale_);
+}
+
+#ifdef MTKD_CUDA
+TORCH_LIBRARY_IMPL(mtkd_fast, CUDA, m) {
+  m.impl("kd_forward", kd_forward);
+  m.impl("kd_backward", kd_backward);
+  m.impl("kd_rescale", kd_rescale);
+  m.impl("kd_rescale_", kd_rescale_);
+}
+#endif
+
+}  // namespace mtkd_fast

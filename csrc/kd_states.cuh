@@ -1,0 +1,199 @@
+// How the states of row_stats.h absorb several columns at once and merge across lanes. A thread's columns are exponentiated
+// relative to the largest of them, so one column costs one exponential; a maximum is raised once for all of them.
+#pragma once
+
+#include "chunk.cuh"
+#include "group.cuh"
+
+namespace mtkd_fast {
+
+constexpr float kLog2E = 1.4426950408889634f;
+
+// e^{d} from e^{d/τ}: free at τ = 1, one or two multiplications at τ = 2 and 4, an exponential of its own elsewhere.
+enum class AtOne : int { same, squared, squared_twice, own };
+
+// What the numbers of a call have in common.
+struct Terms {
+  float inv_t;       // 1/τ
+  float log2e_t;     // log2(e)/τ: e^{d/τ} = 2^{d·log2e_t}
+  AtOne at_one;
+  bool teacher_sum1;   // Σ e^{t−max} is wanted (cross-entropies, entropies)
+  bool teacher_dot1;   // Σ e^{t−max}(t−max) is wanted (entropies)
+  bool student_sum1;   // Σ e^{s−max} is wanted (hard label)
+  bool student_total;  // Σ (s−max) is wanted (label smoothing)
+};
+
+MTKD_DEVICE Terms terms_of(const KDArgs<float>& args, WeightRule rule) {
+  Terms terms;
+  const float t = args.temperature;
+  terms.inv_t = 1.0f / t;
+  terms.log2e_t = kLog2E / t;
+  terms.at_one = t == 1 ? AtOne::same : t == 2 ? AtOne::squared : t == 4 ? AtOne::squared_twice : AtOne::own;
+  terms.teacher_sum1 = rule == WeightRule::confidence || rule == WeightRule::entropy;
+  terms.teacher_dot1 = rule == WeightRule::entropy;
+  terms.student_sum1 = args.ce_weight != 0;
+  terms.student_total = terms.student_sum1 && args.label_smoothing > 0;
+  return terms;
+}
+
+// e1[i] = e^{dx[i]}, given e[i] = e^{dx[i]/τ}.
+template <int N>
+MTKD_DEVICE void exponentials_at_one(const float (&e)[N], const float (&dx)[N], AtOne how, float (&e1)[N]) {
+  if (how == AtOne::own) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) e1[i] = device::exp2(dx[i] * kLog2E);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) e1[i] = e[i];
+  const int squarings = how == AtOne::same ? 0 : how == AtOne::squared ? 1 : 2;
+  for (int times = 0; times < squarings; ++times) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) e1[i] *= e1[i];
+  }
+}
+
+template <int N>
+MTKD_DEVICE float largest(const float (&x)[N], float start) {
+  float max = start;
+#pragma unroll
+  for (int i = 0; i < N; ++i) max = fmaxf(max, x[i]);  // passes over NaN, as `larger` does
+  return max;
+}
+
+// A maximum raised by nothing.
+MTKD_DEVICE Raise<float> unraised() {
+  Raise<float> by(0.0f, 0.0f, 1.0f);
+  return by;
+}
+
+// ------------------------------------------------------------------------------------------------------------- student
+
+// `valid` columns of x, the first ones of each chunk, count in `total`; the rest are −inf. Returns how the maximum rose.
+template <int N>
+MTKD_DEVICE Raise<float> absorb_student(SoftmaxState<float>& state, const float (&x)[N], const int (&valid)[N / kChunk],
+                                        const Terms& terms) {
+  const float max = largest(x, state.max);
+  Raise<float> by = unraised();
+  if (max > state.max) {
+    if (state.max != -infinity<float>()) {
+      by = Raise<float>(state.max, max, terms.inv_t);
+      raise(state, max, by);
+    }
+    state.max = max;
+  }
+  float dx[N], e[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    dx[i] = shifted(x[i], max);
+    e[i] = device::exp2(dx[i] * terms.log2e_t);
+    state.sum += e[i];
+  }
+  if (terms.student_sum1) {
+    float e1[N];
+    exponentials_at_one(e, dx, terms.at_one, e1);
+#pragma unroll
+    for (int i = 0; i < N; ++i) state.sum1 += e1[i];
+  }
+  if (terms.student_total) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (i % kChunk < valid[i / kChunk]) {
+        state.total += dx[i];
+        state.count += 1;
+      }
+    }
+  }
+  return by;
+}
+
+struct MergeStudent {
+  const Terms& terms;
+
+  MTKD_DEVICE void operator()(SoftmaxState<float>& state, int width) const {
+    const float max = max_lanes(state.max, width);
+    raise(state, max, Raise<float>(state.max, max, terms.inv_t));
+    state.sum = sum_lanes(state.sum, width);
+    if (terms.student_sum1) state.sum1 = sum_lanes(state.sum1, width);
+    if (terms.student_total) {
+      state.total = sum_lanes(state.total, width);
+      state.count = sum_lanes(state.count, width);
+    }
+  }
+};
+
+// ------------------------------------------------------------------------------------------------------------- teacher
+
+// One teacher against the student. `cross` is that of the divergence's own direction: forward KL the teacher's
+// expectation, reverse KL the student's, whose share of Σ e^{(s−max)/τ} over the same columns is `student_sum`.
+struct TeacherState {
+  float max = -infinity<float>();
+  float sum = 0;
+  float sum1 = 0;
+  float dot1 = 0;
+  float cross = 0;
+  float student_sum = 0;
+};
+
+template <Divergence kind>
+MTKD_DEVICE void raise_teacher(TeacherState& state, float max, const Terms& terms) {
+  const Raise<float> by(state.max, max, terms.inv_t);
+  if (kind == Divergence::forward_kl) {
+    state.cross = raise_cross(state.cross, state.sum, by, unraised());
+  } else {
+    state.cross = raise_cross(state.cross, state.student_sum, unraised(), by);
+  }
+  state.dot1 = by.factor1 * (state.dot1 + by.shift * state.sum1);
+  state.sum *= by.factor;
+  state.sum1 *= by.factor1;
+  state.max = max;
+}
+
+// ds[i]: the student's logits less its maximum; es[i]: e^{ds/τ}, used by reverse KL. Leaves dx and e = e^{dx/τ} of the
+// teacher relative to state.max.
+template <Divergence kind, int N>
+MTKD_DEVICE void absorb_teacher(TeacherState& state, const float (&x)[N], const float (&ds)[N], const float (&es)[N],
+                                const Terms& terms, float (&dx)[N], float (&e)[N]) {
+  const float max = largest(x, state.max);
+  if (max > state.max) {
+    if (state.max != -infinity<float>()) raise_teacher<kind>(state, max, terms);
+    state.max = max;
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    dx[i] = shifted(x[i], max);
+    e[i] = device::exp2(dx[i] * terms.log2e_t);
+    state.sum += e[i];
+    if (kind == Divergence::forward_kl) {
+      state.cross += cross_term(dx[i], e[i], dx[i], ds[i]);
+    } else {
+      state.cross += cross_term(ds[i], es[i], ds[i], dx[i]);
+      state.student_sum += es[i];
+    }
+  }
+  if (terms.teacher_sum1) {
+    float e1[N];
+    exponentials_at_one(e, dx, terms.at_one, e1);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      state.sum1 += e1[i];
+      if (terms.teacher_dot1) state.dot1 += dx[i] == -infinity<float>() ? 0.0f : e1[i] * dx[i];
+    }
+  }
+}
+
+template <Divergence kind>
+struct MergeTeacher {
+  const Terms& terms;
+
+  MTKD_DEVICE void operator()(TeacherState& state, int width) const {
+    raise_teacher<kind>(state, max_lanes(state.max, width), terms);
+    state.sum = sum_lanes(state.sum, width);
+    state.cross = sum_lanes(state.cross, width);
+    if (kind == Divergence::reverse_kl) state.student_sum = sum_lanes(state.student_sum, width);
+    if (terms.teacher_sum1) state.sum1 = sum_lanes(state.sum1, width);
+    if (terms.teacher_dot1) state.dot1 = sum_lanes(state.dot1, width);
+  }
+};
+
+}  // namespace mtkd_fast

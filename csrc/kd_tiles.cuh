@@ -1,0 +1,216 @@
+// Where a row stays on chip. A tile holds a thread's share of a row as `pieces` of kWidth columns: the student, the teacher
+// being read, and for each column the sums over teachers that its gradient needs. A thread keeps the same columns
+// throughout, so a tile needs no barrier.
+//
+//   fetch_student, fetch_teacher   start reading; fetch_piece does so for one piece of the next teacher, where kAhead is
+//                                  false and the next teacher takes the place of this one
+//   student_arrives, teacher_...   from here on student(j, x) and teacher(j, x) give the logits of piece j, −inf beyond
+//                                  the last class
+//   accumulate, mean               the sums over teachers of piece j
+#pragma once
+
+#include "kd_row.cuh"
+
+namespace mtkd_fast {
+
+// One row of logits, if it is to be read.
+struct Wanted {
+  InputRow row;
+  bool reads;
+};
+
+// In registers: N columns a thread in one piece, and the next teacher's on their way.
+template <int N, bool two_sums>
+struct RegisterTile {
+  static constexpr int kWidth = N;
+  static constexpr int kChunks = N / kChunk;
+  static constexpr bool kAhead = true;
+
+  int rank, size;
+  int64_t classes;
+  RawChunk coming[kChunks];
+  DType coming_dtype;
+  float s[N], t[N];
+  float plain[N], by_signal[two_sums ? N : 1];
+
+  static int64_t shared_bytes(const KDArgs<float>&) { return 0; }
+
+  MTKD_DEVICE RegisterTile(const KDForward<float>& args, int rank, int size, char*)
+      : rank(rank), size(size), classes(args.classes) {}
+
+  MTKD_DEVICE int pieces() const { return 1; }
+  MTKD_DEVICE int64_t chunk(int, int c) const { return rank + static_cast<int64_t>(c) * size; }
+
+  MTKD_DEVICE void fetch_student(const Wanted& from) { fetch(from); }
+  MTKD_DEVICE void fetch_teacher(const Wanted& from) { fetch(from); }
+  MTKD_DEVICE void fetch_piece(int, const Wanted&) {}
+  MTKD_DEVICE void student_arrives() { arrive(s); }
+  MTKD_DEVICE void teacher_arrives() { arrive(t); }
+
+  MTKD_DEVICE void student(int, float (&x)[N]) const { copy(s, x); }
+  MTKD_DEVICE void teacher(int, float (&x)[N]) const { copy(t, x); }
+
+  MTKD_DEVICE void clear() {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      plain[i] = 0;
+      if (two_sums) by_signal[i] = 0;
+    }
+  }
+  // plain += first·x, by_signal = fade·by_signal + second·x
+  MTKD_DEVICE void accumulate(int, const float (&x)[N], float first, float fade, float second) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      plain[i] += first * x[i];
+      if (two_sums) by_signal[i] = fade * by_signal[i] + second * x[i];
+    }
+  }
+  // a·plain − b·by_signal
+  MTKD_DEVICE void mean(int, float a, float b, float (&x)[N]) const {
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = two_sums ? a * plain[i] - b * by_signal[i] : plain[i];
+  }
+
+ private:
+  MTKD_DEVICE void fetch(const Wanted& from) {
+    coming_dtype = from.row.dtype;
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      const bool inside = from.reads && chunk(0, c) * kChunk < classes;
+      coming[c] = inside ? load_chunk(from.row, chunk(0, c), classes) : empty_chunk(from.row.dtype);
+    }
+  }
+  MTKD_DEVICE void arrive(float (&x)[N]) const {
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) decode(coming[c], coming_dtype, x + c * kChunk);
+  }
+  MTKD_DEVICE static void copy(const float (&from)[N], float (&to)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) to[i] = from[i];
+  }
+};
+
+// In shared memory: piece j is chunk rank + j·size of the row. Floats lie in two planes of four columns a chunk, so that
+// neighbouring threads touch neighbouring 16 bytes. Bytes a column: student and widest teacher as they are, 4 or 8 of sums.
+template <bool two_sums>
+struct SharedTile {
+  static constexpr int kWidth = kChunk;
+  static constexpr int kChunks = 1;
+  static constexpr bool kAhead = false;
+
+  int rank, size;
+  int64_t classes;
+  int chunks;
+  Words *s, *t, *plain, *by_signal;
+  DType student_dtype, teacher_dtype;
+  Wanted coming;
+
+  static int64_t shared_bytes(const KDArgs<float>& args) {
+    int widest = 2;
+    for (int k = 0; k < args.teachers; ++k) {
+      if (args.teacher[k].dtype == DType::f32) widest = 4;
+    }
+    const int64_t bytes_per_column = host_element_size(args.student.dtype) + widest + (two_sums ? 8 : 4);
+    return (args.classes + kChunk - 1) / kChunk * kChunk * bytes_per_column;
+  }
+
+  MTKD_DEVICE SharedTile(const KDForward<float>& args, int rank, int size, char* shared)
+      : rank(rank),
+        size(size),
+        classes(args.classes),
+        chunks(static_cast<int>((args.classes + kChunk - 1) / kChunk)),
+        plain(reinterpret_cast<Words*>(shared)) {
+    by_signal = plain + 2 * chunks;
+    s = by_signal + (two_sums ? 2 * chunks : 0);
+    t = s + (args.student.dtype == DType::f32 ? 2 * chunks : chunks);
+  }
+
+  MTKD_DEVICE int pieces() const { return rank < chunks ? (chunks - 1 - rank) / size + 1 : 0; }
+  MTKD_DEVICE int64_t chunk(int j, int) const { return rank + static_cast<int64_t>(j) * size; }
+
+  MTKD_DEVICE void fetch_student(const Wanted& from) { fetch(s, from); }
+  MTKD_DEVICE void fetch_teacher(const Wanted& from) { fetch(t, from); }
+  MTKD_DEVICE void fetch_piece(int j, const Wanted& from) {
+    coming = from;
+    if (from.reads) copy(t, chunk(j, 0));
+  }
+  MTKD_DEVICE void student_arrives() {
+    arrive(s);
+    student_dtype = coming.row.dtype;
+  }
+  MTKD_DEVICE void teacher_arrives() {
+    arrive(t);
+    teacher_dtype = coming.row.dtype;
+  }
+
+  MTKD_DEVICE void student(int j, float (&x)[kChunk]) const { get(s, chunk(j, 0), student_dtype, x); }
+  MTKD_DEVICE void teacher(int j, float (&x)[kChunk]) const { get(t, chunk(j, 0), teacher_dtype, x); }
+
+  MTKD_DEVICE void clear() {
+    const Words zero{};
+    for (int64_t c = rank; c < chunks; c += size) {
+      plain[c] = plain[chunks + c] = zero;
+      if (two_sums) by_signal[c] = by_signal[chunks + c] = zero;
+    }
+  }
+  MTKD_DEVICE void accumulate(int j, const float (&x)[kChunk], float first, float fade, float second) {
+    float sum[kChunk];
+    get(plain, chunk(j, 0), DType::f32, sum);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) sum[i] += first * x[i];
+    put(plain, chunk(j, 0), sum);
+    if (!two_sums) return;
+    get(by_signal, chunk(j, 0), DType::f32, sum);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) sum[i] = fade * sum[i] + second * x[i];
+    put(by_signal, chunk(j, 0), sum);
+  }
+  MTKD_DEVICE void mean(int j, float a, float b, float (&x)[kChunk]) const {
+    get(plain, chunk(j, 0), DType::f32, x);
+    if (!two_sums) return;
+    float y[kChunk];
+    get(by_signal, chunk(j, 0), DType::f32, y);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) x[i] = a * x[i] - b * y[i];
+  }
+
+ private:
+  MTKD_DEVICE void get(const Words* from, int64_t c, DType dtype, float (&x)[kChunk]) const {
+    RawChunk raw;
+    raw.low = from[c];
+    raw.high = dtype == DType::f32 ? from[chunks + c] : raw.low;
+    decode(raw, dtype, x);
+  }
+  MTKD_DEVICE void put_raw(Words* to, int64_t c, const RawChunk& raw, DType dtype) const {
+    to[c] = raw.low;
+    if (dtype == DType::f32) to[chunks + c] = raw.high;
+  }
+  MTKD_DEVICE void put(Words* to, int64_t c, const float (&x)[kChunk]) const {
+    put_raw(to, c, encode(x, DType::f32), DType::f32);
+  }
+
+  // Chunks that go 16 bytes at a time are on their way at once, the others are read on arrival.
+  MTKD_DEVICE void copy(Words* to, int64_t c) const {
+    if (!takes_vectors(coming.row, c, classes)) return;
+    const Words* from = chunk_words(coming.row, c);
+    device::copy_async(to + c, from);
+    if (coming.row.dtype == DType::f32) device::copy_async(to + chunks + c, from + 1);
+  }
+  MTKD_DEVICE void fetch(Words* to, const Wanted& from) {
+    coming = from;
+    if (!from.reads) return;
+    for (int64_t c = rank; c < chunks; c += size) copy(to, c);
+  }
+  MTKD_DEVICE void arrive(Words* to) const {
+    device::wait_for_copies();
+    for (int64_t c = rank; c < chunks; c += size) {
+      if (!coming.reads) {
+        put_raw(to, c, empty_chunk(coming.row.dtype), coming.row.dtype);
+      } else if (!takes_vectors(coming.row, c, classes)) {
+        put_raw(to, c, load_elements(coming.row, c * kChunk, classes), coming.row.dtype);
+      }
+    }
+  }
+};
+
+}  // namespace mtkd_fast

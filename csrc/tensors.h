@@ -1,0 +1,103 @@
+// What the *_ops.cpp files share: from tensors to the raw pointers of kd.h, and running rows on a device. Only
+// device-agnostic headers, so that the CUDA build compiles and links with a CPU-only torch.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kd.h"
+
+namespace mtkd_fast {
+
+using at::Tensor;
+using at::TensorList;
+
+inline DType dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kFloat:
+      return DType::f32;
+    case at::kBFloat16:
+      return DType::bf16;
+    case at::kHalf:
+      return DType::f16;
+    case at::kDouble:
+      return DType::f64;
+    default:
+      TORCH_CHECK_TYPE(false, "logits and features must be float32, bfloat16, float16 or float64, got ", x.scalar_type());
+  }
+}
+
+// float64 as soon as one tensor is, else float32.
+inline at::ScalarType compute_dtype(const Tensor& first, TensorList rest) {
+  bool wide = first.scalar_type() == at::kDouble;
+  for (const Tensor& x : rest) wide = wide || x.scalar_type() == at::kDouble;
+  return wide ? at::kDouble : at::kFloat;
+}
+
+// Small per-row tensors (O(N·K) numbers) in the compute dtype.
+inline Tensor in_compute_dtype(const Tensor& x, at::ScalarType dtype) {
+  return x.scalar_type() == dtype ? x : x.to(dtype);
+}
+
+// The leading dimensions of several tensors of one shape as at most two, without a copy: rows = outer·inner.
+struct RowGrid {
+  int64_t outer = 1, inner = 1;
+  std::vector<int64_t> outer_stride, inner_stride;  // one a tensor
+
+  explicit RowGrid(const std::vector<Tensor>& tensors) : outer_stride(tensors.size()), inner_stride(tensors.size()) {
+    int found = 0;
+    for (int64_t d = tensors[0].dim() - 2; d >= 0; --d) {
+      const int64_t size = tensors[0].size(d);
+      if (size == 1) continue;
+      if (found > 0 && continues(tensors, d, found == 1)) {
+        (found == 1 ? inner : outer) *= size;
+        continue;
+      }
+      TORCH_CHECK_VALUE(found < 2, "student_logits and teacher_logits must have rows that two strides can reach; "
+                        "got leading dimensions of ", tensors[0].sizes(), " that need more: call .contiguous() first");
+      (found == 0 ? inner : outer) = size;
+      auto& strides = found == 0 ? inner_stride : outer_stride;
+      for (size_t i = 0; i < tensors.size(); ++i) strides[i] = tensors[i].stride(d);
+      ++found;
+    }
+  }
+
+ private:
+  // Whether dimension d of every tensor simply continues the dimensions already gathered on one side.
+  bool continues(const std::vector<Tensor>& tensors, int64_t d, bool into_inner) const {
+    const int64_t count = into_inner ? inner : outer;
+    const auto& strides = into_inner ? inner_stride : outer_stride;
+    for (size_t i = 0; i < tensors.size(); ++i)
+      if (tensors[i].stride(d) != strides[i] * count) return false;
+    return true;
+  }
+};
+
+constexpr int64_t kGrain = 16384;  // elements a thread should have before another is woken, some 5 µs of work
+
+// Runs a launcher of kd.h or hint.h over `units` rows: CPU threads, or a CUDA stream. `cuda` may be null.
+template <typename Args>
+void run(const at::Device& device, const Args& args, int64_t units, int64_t elements_per_unit,
+         void (*cpu)(const Args&, int64_t, int64_t), const char* (*cuda)(const Args&, int, void*)) {
+  if (units == 0) return;
+  if (device.is_cpu()) {
+    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements_per_unit));
+    at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) { cpu(args, begin, end); });
+    return;
+  }
+  TORCH_CHECK_TYPE(cuda != nullptr, "implementation='cpp' takes float32, bfloat16 and float16 on a GPU, got float64");
+  const c10::DeviceGuard guard(device);
+  const c10::impl::VirtualGuardImpl backend(device.type());
+  void* stream = backend.getStream(device).native_handle();
+  const char* error = cuda(args, device.index(), stream);
+  TORCH_CHECK(error == nullptr, "mtkd_fast CUDA kernel: ", error);
+}
+
+}  // namespace mtkd_fast

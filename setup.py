@@ -1,0 +1,95 @@
+"""What is compiled, and where the packages lie. MTKD_FAST_BUILD=auto|cuda|cpu|none chooses; see README.md, Install."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+NO_ISOLATION = "pip install --no-build-isolation ."
+SOURCES = ["module.cpp", "cpu_capability.cpp", "kd_cpu.cpp", "hint_cpu.cpp", "kd_ops.cpp", "kd_autograd.cpp", "hint_ops.cpp"]
+CUDA_SOURCES = ["kd_cuda.cu", "hint_cuda.cu"]
+
+
+def stop(sentence: str) -> None:
+    sys.exit(f"mtkd_fast: {sentence}")
+
+
+def version() -> str:
+    return re.search(r'__version__ = "(.+?)"', (ROOT / "mtkd_fast/__init__.py").read_text())[1]
+
+
+def build_kind() -> str:
+    """cuda, cpu or none. `auto` adds CUDA where nvcc and a CUDA build of torch are, never by looking for a GPU."""
+    kind = os.environ.get("MTKD_FAST_BUILD", "auto")
+    if kind not in ("auto", "cuda", "cpu", "none"):
+        stop(f"MTKD_FAST_BUILD must be auto, cuda, cpu or none, got {kind!r}")
+    if kind == "none":
+        return kind
+    try:
+        import torch
+    except ImportError:
+        stop(f"torch is not here to build against; install it first, then: {NO_ISOLATION} (or MTKD_FAST_BUILD=none)")
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    has_cuda = CUDA_HOME is not None and torch.version.cuda is not None
+    return ("cuda" if has_cuda else "cpu") if kind == "auto" else kind
+
+
+def check_compiler() -> None:
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        stop(f"no C++ compiler: {compiler} is not on the PATH; install it, or set MTKD_FAST_BUILD=none")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "openmp.cpp")
+        source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
+        command = [compiler, "-fopenmp", str(source), "-o", str(Path(folder, "openmp"))]
+        if subprocess.run(command, capture_output=True).returncode != 0:
+            stop(f"{compiler} cannot compile with OpenMP (-fopenmp); install its OpenMP runtime (libgomp)")
+
+
+def extension(kind: str):
+    import pybind11
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+
+    check_compiler()
+    options = {
+        "name": "mtkd_fast._C",
+        "sources": [f"csrc/{name}" for name in SOURCES],
+        "include_dirs": [pybind11.get_include()],
+        "depends": [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").iterdir())],
+        "extra_link_args": ["-fopenmp"],
+    }
+    cxx = ["-O3", "-std=c++20", "-fopenmp", "-Wno-psabi"]
+    if kind == "cpu":
+        return CppExtension(extra_compile_args=cxx, **options)
+    if shutil.which("nvcc") is None and not os.environ.get("CUDA_HOME"):
+        stop("MTKD_FAST_BUILD=cuda needs nvcc, which is neither on the PATH nor under CUDA_HOME")
+    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0")
+    os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
+    macros = ["-DMTKD_CUDA", f'-DMTKD_CUDA_ARCHITECTURES="sm {architectures}"']
+    options["sources"] += [f"csrc/{name}" for name in CUDA_SOURCES]
+    return CUDAExtension(extra_compile_args={"cxx": cxx + macros, "nvcc": ["-O3", "-std=c++17", "-lineinfo"]}, **options)
+
+
+def compiled() -> dict:
+    kind = build_kind()
+    if kind == "none":
+        return {}
+    from torch.utils.cpp_extension import BuildExtension
+
+    return {"ext_modules": [extension(kind)], "cmdclass": {"build_ext": BuildExtension}}
+
+
+setup(
+    version=version(),
+    packages=["mtkd_fast", "mtkd_fast.reference", "mtkd_fast.losses", "mtkd_fast.kernels", "mtkd_fast.bench"],
+    package_dir={"mtkd_fast.kernels": "kernels", "mtkd_fast.bench": "bench"},
+    package_data={"mtkd_fast": ["py.typed"]},
+    **compiled(),
+)
