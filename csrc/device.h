@@ -97,6 +97,14 @@ MTKD_DEVICE int64_t load(const int64_t* p) { return __ldg(reinterpret_cast<const
 MTKD_DEVICE uint32_t load(const uint32_t* p) { return __ldg(p); }
 MTKD_DEVICE uint16_t load(const uint16_t* p) { return __ldg(p); }
 
+// What this thread may itself write afterwards.
+MTKD_DEVICE Words load_own(const Words* p) {
+  const uint4 x = __ldcg(reinterpret_cast<const uint4*>(p));
+  return {{x.x, x.y, x.z, x.w}};
+}
+MTKD_DEVICE uint32_t load_own(const uint32_t* p) { return __ldcg(p); }
+MTKD_DEVICE uint16_t load_own(const uint16_t* p) { return __ldcg(p); }
+
 MTKD_DEVICE void store(Words* p, Words x) {
   __stwb(reinterpret_cast<uint4*>(p), make_uint4(x.word[0], x.word[1], x.word[2], x.word[3]));
 }

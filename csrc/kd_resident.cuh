@@ -105,7 +105,7 @@ struct ResidentRow {
       tile.fetch_teacher(next.logits);
       return;
     }
-    tile.teacher_arrives();
+    tile.teacher_arrives(now.logits);
     if (Tile::kAhead) tile.fetch_teacher(next.logits);
     const float at_label = label_logit(now.logits.row, row, reads && args.rule == WeightRule::confidence);
 
@@ -168,8 +168,8 @@ struct ResidentRow {
     const Wanted student_logits = student_row();
     tile.fetch_student(student_logits);
     NextTeacher now = next_teacher(0);
-    tile.student_arrives();
     tile.fetch_teacher(now.logits);
+    tile.student_arrives(student_logits);
     const float at_label = label_logit(student_logits.row, row, row.counts && args.ce_weight != 0);
     const SoftmaxState<float> student = absorb_student_row();
 

@@ -290,14 +290,13 @@ void sweep_row(const KDForward<T>& args, const Row<T>& row, const Sweep<T>& swee
   const AbsorbStudent<T> absorb_s = student_absorber<T>(sweep.student_at_one);
   const AbsorbTeacher<T> absorb_t = teacher_absorber<T>(args.divergence, sweep.teacher_at_one, sweep.entropy);
   const bool forward = args.divergence == Divergence::forward_kl;
-  const T none = -infinity<T>();
   state.student = {};
   for (int k = 0; k < args.teachers; ++k) state.teacher[k] = {}, state.cross[k] = 0;
 
   for (int64_t begin = 0; begin < args.classes; begin += kTileColumns) {
     const int count = tile_count(args.classes, begin);
     const T* s = read_tile(args.student, row.student, begin, count, tiles.student.values);
-    Raise<T> raise_s(none, none, sweep.inv_t);
+    Raise<T> raise_s;
     const T sum_before = state.student.sum;
     raise_to(state.student, tile_max(s, count), sweep.inv_t, &raise_s);
     absorb_s(state.student, s, count, sweep.to_exp2, tiles.exps.values);
@@ -306,7 +305,7 @@ void sweep_row(const KDForward<T>& args, const Row<T>& row, const Sweep<T>& swee
       if (!reads[k]) continue;
       SoftmaxState<T>& teacher = state.teacher[k];
       const T* t = read_tile(args.teacher[k], row.teacher[k], begin, count, tiles.teacher.values);
-      Raise<T> raise_t(none, none, sweep.inv_t);
+      Raise<T> raise_t;
       const T teacher_sum_before = teacher.sum;
       raise_to(teacher, tile_max(t, count), sweep.inv_t, &raise_t);
       state.cross[k] = forward ? raise_cross(state.cross[k], teacher_sum_before, raise_t, raise_s)
@@ -353,15 +352,17 @@ struct RowNumbers {  // of one row: from RowState in the forward, from row_stats
   T teacher_max[kMaxTeachers], teacher_sum[kMaxTeachers], weight[kMaxTeachers], divergence[kMaxTeachers];
 };
 
+// `logs`: reverse KL and the teachers' own gradients need log Σ.
 template <typename T>
 void gradient_factors(const KDArgs<T>& args, const RowNumbers<T>& row, T f, const Sweep<T>& sweep,
-                      GradientFactors<T>& out) {
+                      bool logs, GradientFactors<T>& out) {
   const T per_logit = f * args.kd_scale * sweep.inv_t;
   T total_weight = 0, mean_divergence = 0, soft = 0;  // soft: summed as the teachers' factors are, so that C = 1 gives 0
   bool kd = false;
   for (int k = 0; k < args.teachers; ++k) {
     const T w = args.kd_scale == 0 ? T(0) : row.weight[k];
-    out.part[k] = {row.teacher_max[k], w == 0 ? T(0) : per_logit * w / row.teacher_sum[k], log_of(row.teacher_sum[k]), w};
+    out.part[k] = {row.teacher_max[k], w == 0 ? T(0) : per_logit * w / row.teacher_sum[k],
+                   logs ? log_of(row.teacher_sum[k]) : T(0), w};
     if (w == 0) continue;
     kd = true;
     total_weight += w;
@@ -375,7 +376,7 @@ void gradient_factors(const KDArgs<T>& args, const RowNumbers<T>& row, T f, cons
   g.constant = hard ? -f * args.ce_weight * args.label_smoothing / args.classes : T(0);
   g.label = hard ? f * args.ce_weight * (1 - args.label_smoothing) : T(0);
   g.total_weight = total_weight;
-  g.log_sum = log_of(row.student_sum);
+  g.log_sum = logs ? log_of(row.student_sum) : T(0);
   g.mean_divergence = mean_divergence - mean_divergence == 0 ? mean_divergence : std::numeric_limits<T>::quiet_NaN();
   g.reads_student = kd || hard;
 }
@@ -484,7 +485,7 @@ void forward_row(const KDForward<T>& args, int64_t n, const Sweep<T>& sweep, Row
 
   if (args.gradient) {
     GradientFactors<T> factors;
-    gradient_factors(args, numbers, scale, sweep, factors);
+    gradient_factors(args, numbers, scale, sweep, /*logs=*/args.divergence == Divergence::reverse_kl, factors);
     write_student_gradient(args, row, sweep, numbers.student_max, factors.student, factors.part, tiles, args.gradient);
   }
 }
@@ -552,7 +553,7 @@ void backward_row(const KDBackward<T>& args, int64_t n, const Sweep<T>& sweep, T
   RowNumbers<T> numbers;
   GradientFactors<T> factors;
   read_stats(args, n, numbers);
-  gradient_factors(args, numbers, f, sweep, factors);
+  gradient_factors(args, numbers, f, sweep, /*logs=*/true, factors);
   if (args.student_gradient)
     write_student_gradient(args, row, sweep, numbers.student_max, factors.student, factors.part, tiles,
                            args.student_gradient);

@@ -4,8 +4,8 @@
 //
 //   fetch_student, fetch_teacher   start reading; fetch_piece does so for one piece of the next teacher, where kAhead is
 //                                  false and the next teacher takes the place of this one
-//   student_arrives, teacher_...   from here on student(j, x) and teacher(j, x) give the logits of piece j, −inf beyond
-//                                  the last class
+//   student_arrives, teacher_...   what was fetched last is there: student(j, x) and teacher(j, x) give the logits of
+//                                  piece j, −inf beyond the last class and where nothing is read
 //   accumulate, mean               the sums over teachers of piece j
 #pragma once
 
@@ -28,8 +28,7 @@ struct RegisterTile {
 
   int rank, size;
   int64_t classes;
-  RawChunk coming[kChunks];
-  DType coming_dtype;
+  RawChunk coming_student[kChunks], coming_teacher[kChunks];
   float s[N], t[N];
   float plain[N], by_signal[two_sums ? N : 1];
 
@@ -41,11 +40,11 @@ struct RegisterTile {
   MTKD_DEVICE int pieces() const { return 1; }
   MTKD_DEVICE int64_t chunk(int, int c) const { return rank + static_cast<int64_t>(c) * size; }
 
-  MTKD_DEVICE void fetch_student(const Wanted& from) { fetch(from); }
-  MTKD_DEVICE void fetch_teacher(const Wanted& from) { fetch(from); }
+  MTKD_DEVICE void fetch_student(const Wanted& from) { fetch(from, coming_student); }
+  MTKD_DEVICE void fetch_teacher(const Wanted& from) { fetch(from, coming_teacher); }
   MTKD_DEVICE void fetch_piece(int, const Wanted&) {}
-  MTKD_DEVICE void student_arrives() { arrive(s); }
-  MTKD_DEVICE void teacher_arrives() { arrive(t); }
+  MTKD_DEVICE void student_arrives(const Wanted& from) { arrive(coming_student, from, s); }
+  MTKD_DEVICE void teacher_arrives(const Wanted& from) { arrive(coming_teacher, from, t); }
 
   MTKD_DEVICE void student(int, float (&x)[N]) const { copy(s, x); }
   MTKD_DEVICE void teacher(int, float (&x)[N]) const { copy(t, x); }
@@ -72,17 +71,16 @@ struct RegisterTile {
   }
 
  private:
-  MTKD_DEVICE void fetch(const Wanted& from) {
-    coming_dtype = from.row.dtype;
+  MTKD_DEVICE void fetch(const Wanted& from, RawChunk (&raw)[kChunks]) const {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       const bool inside = from.reads && chunk(0, c) * kChunk < classes;
-      coming[c] = inside ? load_chunk(from.row, chunk(0, c), classes) : empty_chunk(from.row.dtype);
+      raw[c] = inside ? load_chunk(from.row, chunk(0, c), classes) : empty_chunk(from.row.dtype);
     }
   }
-  MTKD_DEVICE void arrive(float (&x)[N]) const {
+  MTKD_DEVICE static void arrive(const RawChunk (&raw)[kChunks], const Wanted& from, float (&x)[N]) {
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c) decode(coming[c], coming_dtype, x + c * kChunk);
+    for (int c = 0; c < kChunks; ++c) decode(raw[c], from.row.dtype, x + c * kChunk);
   }
   MTKD_DEVICE static void copy(const float (&from)[N], float (&to)[N]) {
 #pragma unroll
@@ -103,7 +101,6 @@ struct SharedTile {
   int chunks;
   Words *s, *t, *plain, *by_signal;
   DType student_dtype, teacher_dtype;
-  Wanted coming;
 
   static int64_t shared_bytes(const KDArgs<float>& args) {
     int widest = 2;
@@ -128,19 +125,18 @@ struct SharedTile {
   MTKD_DEVICE int pieces() const { return rank < chunks ? (chunks - 1 - rank) / size + 1 : 0; }
   MTKD_DEVICE int64_t chunk(int j, int) const { return rank + static_cast<int64_t>(j) * size; }
 
-  MTKD_DEVICE void fetch_student(const Wanted& from) { fetch(s, from); }
-  MTKD_DEVICE void fetch_teacher(const Wanted& from) { fetch(t, from); }
-  MTKD_DEVICE void fetch_piece(int j, const Wanted& from) {
-    coming = from;
-    if (from.reads) copy(t, chunk(j, 0));
+  MTKD_DEVICE void fetch_student(const Wanted& from) const { fetch(s, from); }
+  MTKD_DEVICE void fetch_teacher(const Wanted& from) const { fetch(t, from); }
+  MTKD_DEVICE void fetch_piece(int j, const Wanted& from) const {
+    if (from.reads) copy(t, chunk(j, 0), from.row);
   }
-  MTKD_DEVICE void student_arrives() {
-    arrive(s);
-    student_dtype = coming.row.dtype;
+  MTKD_DEVICE void student_arrives(const Wanted& from) {
+    arrive(s, from);
+    student_dtype = from.row.dtype;
   }
-  MTKD_DEVICE void teacher_arrives() {
-    arrive(t);
-    teacher_dtype = coming.row.dtype;
+  MTKD_DEVICE void teacher_arrives(const Wanted& from) {
+    arrive(t, from);
+    teacher_dtype = from.row.dtype;
   }
 
   MTKD_DEVICE void student(int j, float (&x)[kChunk]) const { get(s, chunk(j, 0), student_dtype, x); }
@@ -190,24 +186,23 @@ struct SharedTile {
   }
 
   // Chunks that go 16 bytes at a time are on their way at once, the others are read on arrival.
-  MTKD_DEVICE void copy(Words* to, int64_t c) const {
-    if (!takes_vectors(coming.row, c, classes)) return;
-    const Words* from = chunk_words(coming.row, c);
+  MTKD_DEVICE void copy(Words* to, int64_t c, const InputRow& row) const {
+    if (!takes_vectors(row, c, classes)) return;
+    const Words* from = chunk_words(row, c);
     device::copy_async(to + c, from);
-    if (coming.row.dtype == DType::f32) device::copy_async(to + chunks + c, from + 1);
+    if (row.dtype == DType::f32) device::copy_async(to + chunks + c, from + 1);
   }
-  MTKD_DEVICE void fetch(Words* to, const Wanted& from) {
-    coming = from;
+  MTKD_DEVICE void fetch(Words* to, const Wanted& from) const {
     if (!from.reads) return;
-    for (int64_t c = rank; c < chunks; c += size) copy(to, c);
+    for (int64_t c = rank; c < chunks; c += size) copy(to, c, from.row);
   }
-  MTKD_DEVICE void arrive(Words* to) const {
+  MTKD_DEVICE void arrive(Words* to, const Wanted& from) const {
     device::wait_for_copies();
     for (int64_t c = rank; c < chunks; c += size) {
-      if (!coming.reads) {
-        put_raw(to, c, empty_chunk(coming.row.dtype), coming.row.dtype);
-      } else if (!takes_vectors(coming.row, c, classes)) {
-        put_raw(to, c, load_elements(coming.row, c * kChunk, classes), coming.row.dtype);
+      if (!from.reads) {
+        put_raw(to, c, empty_chunk(from.row.dtype), from.row.dtype);
+      } else if (!takes_vectors(from.row, c, classes)) {
+        put_raw(to, c, load_elements(from.row, c * kChunk, classes), from.row.dtype);
       }
     }
   }

@@ -53,10 +53,13 @@ struct Raise {
   T factor;   // e^{shift/τ}
   T factor1;  // e^{shift}
 
-  MTKD_HD Raise(T from, T to, T inv_t)
-      : shift(from == -infinity<T>() ? T(0) : from - to),
-        factor(exp_of(shift * inv_t)),
-        factor1(inv_t == T(1) ? factor : exp_of(shift)) {}
+  MTKD_HD Raise() : shift(0), factor(1), factor1(1) {}  // the maximum stays
+  MTKD_HD Raise(T from, T to, T inv_t) : Raise() {
+    if (from == -infinity<T>() || from == to) return;
+    shift = from - to;
+    factor = exp_of(shift * inv_t);
+    factor1 = inv_t == T(1) ? factor : exp_of(shift);
+  }
 };
 
 template <typename T>

@@ -35,18 +35,27 @@ inline void store(T* to, Vec<T> x) {
 template <typename T>
 inline Vec<T> splat(T x) { return x - Vec<T>{}; }
 
-template <typename T>
-inline T sum_of(Vec<T> x) {
-  T sum = 0;
-  for (int i = 0; i < kLanes<T>; ++i) sum += x[i];
-  return sum;
+// x with its upper half moved onto its lower half, `kHalf` lanes down: one step of a reduction tree.
+template <typename T, int kHalf>
+inline Vec<T> lower(Vec<T> x) {
+  Bits<T> from{};
+  for (int i = 0; i < kHalf; ++i) from[i] = i + kHalf;
+  return __builtin_shuffle(x, from);
 }
 
-template <typename T>
+template <typename T, int kHalf = kLanes<T> / 2>
+inline T sum_of(Vec<T> x) {
+  x += lower<T, kHalf>(x);
+  if constexpr (kHalf > 1) return sum_of<T, kHalf / 2>(x);
+  return x[0];
+}
+
+template <typename T, int kHalf = kLanes<T> / 2>
 inline T max_of(Vec<T> x) {
-  T max = x[0];
-  for (int i = 1; i < kLanes<T>; ++i) max = larger(max, x[i]);
-  return max;
+  const Vec<T> y = lower<T, kHalf>(x);
+  x = y > x ? y : x;
+  if constexpr (kHalf > 1) return max_of<T, kHalf / 2>(x);
+  return x[0];
 }
 
 // 2^f on [−1/2, 1/2]. float: minimax of degree 6, 2e-9 relative; double: Taylor of degree 13, 4e-18.

@@ -1,15 +1,16 @@
 """The Triton implementation as ops of torch.ops.mtkd_fast, and their autograd (the twin of csrc/ops.cpp)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mtkd_fast.kernels import hint as hint_kernels
 from mtkd_fast.kernels import kd as kd_kernels
 from mtkd_fast.schemas import LIBRARY
 
 ops = torch.ops.mtkd_fast
-DOUBLE_BACKWARD = "double backward through implementation='triton' is not available; use implementation='reference'"
-
 
 def kd_forward(
     student, teachers, target, weights, row_weights, num_items,
@@ -42,6 +43,163 @@ def counted_rows(student: Tensor, target: Tensor | None, row_weights: Tensor | N
     if row_weights is not None:
         counts = counts & (row_weights != 0)
     return counts.sum().clamp(min=1).float()
+
+
+def gradient_in_forward(student: Tensor, teachers: Sequence[Tensor]) -> bool:
+    """Strategy A (see csrc/kd_autograd.cpp): the student alone, not fp16, rows that fit on chip."""
+    return (
+        student.requires_grad
+        and not any(t.requires_grad for t in teachers)
+        and student.dtype != torch.float16
+        and student.numel() > 0
+        and kd_kernels.fits_on_chip(student.shape[-1])
+    )
+
+
+def weight_gradient(weights: Tensor, upstream: Tensor, row_stats: Tensor, kd_scale: float) -> Tensor:
+    """∂L/∂w_k = upstream · scale · kd_scale · D_k. Rows that do not count, and weights of 0 on an infinite D, get 0."""
+    n_teachers = weights.shape[0]
+    divergence, used, scale = row_stats[:n_teachers], row_stats[n_teachers : 2 * n_teachers], row_stats[-1]
+    per_row = divergence * (scale * upstream.reshape(-1) * kd_scale)
+    per_row = per_row.masked_fill((scale == 0) | ((used == 0) & ~divergence.isfinite()), 0)
+    return (per_row.sum(1) if weights.dim() == 1 else per_row.reshape(weights.shape)).to(weights.dtype)
+
+
+class KDLoss(torch.autograd.Function):
+    """(loss, row_stats) of the op, with the strategies of csrc/kd_autograd.cpp."""
+
+    @staticmethod
+    def forward(ctx, options, student, target, weights, row_weights, num_items, *teachers):
+        rule, divergence, temperature, kd_scale, ce_weight, label_smoothing, *_ = options
+        in_forward = gradient_in_forward(student, teachers)
+        weights_need = weights is not None and weights.requires_grad
+        loss, row_stats, gradient = ops.kd_triton_forward(
+            student, teachers, target, weights, row_weights, num_items, *options, not weights_need, in_forward
+        )
+        ctx.mark_non_differentiable(row_stats)
+        ctx.set_materialize_grads(False)
+        ctx.in_forward = in_forward
+        ctx.options = (divergence, temperature, kd_scale, ce_weight, label_smoothing)
+        logits = () if in_forward else (student, *teachers)
+        ctx.save_for_backward(row_stats, gradient, target, weights if weights_need else None, *logits)
+        return loss, row_stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream, _):
+        row_stats, gradient, target, weights, *logits = ctx.saved_tensors
+        student_gradient, teacher_gradients = None, [None] * (len(ctx.needs_input_grad) - 6)
+        if ctx.in_forward:
+            student_gradient = finish_gradient(gradient, upstream, row_stats[-1])
+        elif ctx.needs_input_grad[1] or any(ctx.needs_input_grad[6:]):
+            student, *teachers = logits
+            needs = [ctx.needs_input_grad[1], *ctx.needs_input_grad[6:]]
+            used = row_stats[len(teachers) : 2 * len(teachers)]
+            found = ops.kd_triton_backward(
+                student, teachers, target, used, upstream, row_stats, *ctx.options, needs
+            )
+            student_gradient, *teacher_gradients = [g if need else None for g, need in zip(found, needs, strict=True)]
+        weights_gradient = None
+        if weights is not None:
+            weights_gradient = weight_gradient(weights, upstream, row_stats, ctx.options[2])
+        return None, student_gradient, None, weights_gradient, None, None, *teacher_gradients
+
+
+def finish_gradient(gradient: Tensor, upstream: Tensor, scale: Tensor) -> Tensor:
+    """gradient · upstream. In place when the graph is not kept, since then nobody else can see the buffer."""
+    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+        return ops.kd_triton_rescale(gradient, upstream, scale)
+    ops.kd_triton_rescale_(gradient, upstream, scale)
+    return gradient
+
+
+def kd(student, teachers, target, weights, row_weights, num_items, *options) -> tuple[Tensor, Tensor]:
+    """The arguments of torch.ops.mtkd_fast.kd, differentiable."""
+    inputs = (student, *teachers) if weights is None else (student, weights, *teachers)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        return KDLoss.apply(options, student, target, weights, row_weights, num_items, *teachers)
+    loss, row_stats, _ = ops.kd_triton_forward(
+        student, teachers, target, weights, row_weights, num_items, *options, True, False
+    )
+    return loss, row_stats
+
+
+def statistics(student: Tensor, teachers: Sequence[Tensor], divergence: str, temperature: float) -> Tensor:
+    """row_stats of the divergences alone."""
+    options = ("uniform", divergence, temperature, 1.0, 0.0, 0.0, 0, "sum")
+    return ops.kd_triton_forward(student, teachers, None, None, None, None, *options, False, False)[1]
+
+
+class KDDivergence(torch.autograd.Function):
+    """D_k [K, ...], differentiable in the student and the teachers."""
+
+    @staticmethod
+    def forward(ctx, divergence, temperature, student, *teachers):
+        row_stats = statistics(student, teachers, divergence, temperature)
+        ctx.options = (divergence, temperature, 1.0, 0.0, 0.0)
+        ctx.save_for_backward(row_stats, student, *teachers)
+        return row_stats[: len(teachers)].clone().view(len(teachers), *student.shape[:-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        row_stats, student, *teachers = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[2:])
+        weights = upstream.reshape(len(teachers), -1)
+        found = ops.kd_triton_backward(student, teachers, None, weights, None, row_stats, *ctx.options, needs)
+        return None, None, *[g if need else None for g, need in zip(found, needs, strict=True)]
+
+
+def divergence(student: Tensor, teachers: Sequence[Tensor], divergence: str, temperature: float) -> Tensor:
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (student, *teachers)):
+        return KDDivergence.apply(divergence, temperature, student, *teachers)
+    row_stats = statistics(student, teachers, divergence, temperature)
+    return row_stats[: len(teachers)].clone().view(len(teachers), *student.shape[:-1])
+
+
+def weighted_sum(distance: Tensor, weights: Tensor | None) -> Tensor:
+    """Σ_k w_k · distance_k [N], where a weight of 0 removes its term, whatever the distance."""
+    if weights is None:
+        return distance.sum(0)
+    w = (weights[:, None] if weights.dim() == 1 else weights).to(distance.dtype)
+    return (w * distance.masked_fill((w == 0) & ~distance.isfinite(), 0)).sum(0)
+
+
+def reduced(per_sample: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return per_sample
+    return per_sample.sum() / (max(per_sample.numel(), 1) if reduction == "mean" else 1)
+
+
+class HintDistance(torch.autograd.Function):
+    """The mean squared difference of each sample, [K, N], differentiable in both features."""
+
+    @staticmethod
+    def forward(ctx, weights, n_pairs, *features):
+        student, teacher = features[:n_pairs], features[n_pairs:]
+        ctx.save_for_backward(*features)
+        return ops.hint_triton_forward(student, teacher, weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        n_pairs = len(ctx.saved_tensors) // 2
+        student, teacher = ctx.saved_tensors[:n_pairs], ctx.saved_tensors[n_pairs:]
+        student_needs, teacher_needs = ctx.needs_input_grad[2 : 2 + n_pairs], ctx.needs_input_grad[2 + n_pairs :]
+        needs = [a or b for a, b in zip(student_needs, teacher_needs, strict=True)]
+        found = ops.hint_triton_backward(student, teacher, upstream, needs)
+        of_student = [g if need else None for g, need in zip(found, student_needs, strict=True)]
+        of_teacher = [
+            -g.to(t.dtype) if need else None for g, t, need in zip(found, teacher, teacher_needs, strict=True)
+        ]
+        return None, None, *of_student, *of_teacher
+
+
+def hint(student: list[Tensor], teacher: list[Tensor], weights: Tensor | None, reduction: str) -> Tensor:
+    """The arguments of torch.ops.mtkd_fast.hint; the gradient to the weights is PyTorch's, over [K, N] numbers."""
+    skipped = None if weights is None or weights.requires_grad else weights
+    distance = HintDistance.apply(skipped, len(student), *student, *teacher)
+    return reduced(weighted_sum(distance, weights), reduction)
 
 
 def _register() -> None:

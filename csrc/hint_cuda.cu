@@ -1,0 +1,163 @@
+// The op `hint` on CUDA devices. Forward: a warp, or a block where samples are large, takes one sample of one pair: 2 reads.
+// Backward: a block takes a stretch of one: 2 reads and a write. A pair of weight 0 is not read.
+#include "chunk.cuh"
+#include "group.cuh"
+#include "hint.h"
+
+namespace mtkd_fast {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kChunksAtOnce = 2;
+constexpr int kElementsOfWarp = 2048;  // up to here a warp takes a sample alone
+constexpr int kStretch = kThreads * kChunksAtOnce * kChunk;
+
+struct HintKernelArgs : HintArgs<float> {
+  int64_t stretches;  // of the largest sample; backward only
+};
+
+MTKD_DEVICE float weight_of(const HintArgs<float>& args, int pair, int64_t sample) {
+  if (args.weights == nullptr) return 1.0f;
+  return device::load(args.weights + pair * args.weights_pair_stride + sample * args.weights_sample_stride);
+}
+
+MTKD_DEVICE InputRow feature_row(const void* data, int64_t stride, DType dtype, int64_t sample) {
+  return input_row(Logits{data, stride, 0, 1, dtype}, sample, 1);
+}
+
+struct SquaredSum {
+  float sum = 0;
+};
+
+struct AddLanes {
+  MTKD_DEVICE void operator()(SquaredSum& x, int width) const { x.sum = sum_lanes(x.sum, width); }
+};
+
+// f − g of one chunk; 0 beyond the last element, where both are −inf.
+MTKD_DEVICE void difference(const RawChunk& student, DType student_dtype, const RawChunk& teacher, DType teacher_dtype,
+                            int64_t left, float (&d)[kChunk]) {
+  float f[kChunk], g[kChunk];
+  decode(student, student_dtype, f);
+  decode(teacher, teacher_dtype, g);
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) d[i] = i < left ? f[i] - g[i] : 0.0f;
+}
+
+template <typename Group>
+MTKD_DEVICE float mean_squared_difference(Group& group, const FeaturePair& pair, int64_t sample) {
+  const InputRow student = feature_row(pair.student, pair.student_stride, pair.student_dtype, sample);
+  const InputRow teacher = feature_row(pair.teacher, pair.teacher_stride, pair.teacher_dtype, sample);
+  const int64_t chunks = (pair.elements + kChunk - 1) / kChunk;
+  SquaredSum total;
+  for (int64_t c = group.rank(); c < chunks; c += kChunksAtOnce * group.size()) {
+    RawChunk f[kChunksAtOnce], g[kChunksAtOnce];
+#pragma unroll
+    for (int u = 0; u < kChunksAtOnce; ++u) {
+      const int64_t chunk = c + u * group.size();
+      f[u] = chunk < chunks ? load_chunk(student, chunk, pair.elements) : empty_chunk(student.dtype);
+      g[u] = chunk < chunks ? load_chunk(teacher, chunk, pair.elements) : empty_chunk(teacher.dtype);
+    }
+#pragma unroll
+    for (int u = 0; u < kChunksAtOnce; ++u) {
+      float d[kChunk], sum = 0;
+      difference(f[u], student.dtype, g[u], teacher.dtype, pair.elements - (c + u * group.size()) * kChunk, d);
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) sum += d[i] * d[i];
+      total.sum += sum;
+    }
+  }
+  group.merge(total, AddLanes{});
+  return total.sum / pair.elements;
+}
+
+// Shared memory: the group's scratch.
+template <typename Group>
+MTKD_KERNEL(kThreads, 2) hint_forward(MTKD_PARAM(HintKernelArgs) args) {
+  Group group(kWarp, device::shared_memory());
+  const int groups_in_block = device::block_threads() / group.size();
+  const int64_t all = args.pairs * args.samples;
+  for (int64_t i = device::block_index() * groups_in_block + group.index_in_block(); i < all;
+       i += device::grid_blocks() * groups_in_block) {
+    const int pair = static_cast<int>(i / args.samples);
+    const int64_t sample = i % args.samples;
+    const bool reads = weight_of(args, pair, sample) != 0;
+    const float distance = reads ? mean_squared_difference(group, args.pair[pair], sample) : 0.0f;
+    if (group.rank() == 0) device::store(args.distance + i, distance);
+  }
+}
+
+MTKD_DEVICE void backward_stretch(const HintKernelArgs& args, const FeaturePair& pair, int k, int64_t sample,
+                                  int64_t stretch) {
+  const float weight = weight_of(args, k, sample);
+  const float factor = 2 * weight / pair.elements;
+  const InputRow student = feature_row(pair.student, pair.student_stride, pair.student_dtype, sample);
+  const InputRow teacher = feature_row(pair.teacher, pair.teacher_stride, pair.teacher_dtype, sample);
+  const OutputRow out = output_row(pair.gradient, sample, pair.elements, pair.student_dtype);
+  const int64_t chunks = (pair.elements + kChunk - 1) / kChunk;
+  const int64_t end = (stretch + 1) * (kStretch / kChunk);
+  for (int64_t c = stretch * (kStretch / kChunk) + device::thread_index(); c < end && c < chunks; c += kThreads) {
+    float d[kChunk] = {};
+    if (weight != 0) {
+      const RawChunk f = load_chunk(student, c, pair.elements), g = load_chunk(teacher, c, pair.elements);
+      difference(f, student.dtype, g, teacher.dtype, pair.elements - c * kChunk, d);
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) d[i] *= factor;
+    }
+    store_chunk(out, c, pair.elements, d);
+  }
+}
+
+MTKD_KERNEL(kThreads, 2) hint_backward(MTKD_PARAM(HintKernelArgs) args) {
+  const int64_t all = args.pairs * args.samples * args.stretches;
+  for (int64_t i = device::block_index(); i < all; i += device::grid_blocks()) {
+    const int64_t stretch = i % args.stretches, at = i / args.stretches;
+    const int k = static_cast<int>(at / args.samples);
+    if (args.pair[k].gradient == nullptr) continue;
+    backward_stretch(args, args.pair[k], k, at % args.samples, stretch);
+  }
+}
+
+int64_t largest_sample(const HintArgs<float>& args) {
+  int64_t elements = 0;
+  for (int k = 0; k < args.pairs; ++k) {
+    elements = args.pair[k].elements > elements ? args.pair[k].elements : elements;
+  }
+  return elements;
+}
+
+const char* only_float(const HintArgs<float>& args) {
+  for (int k = 0; k < args.pairs; ++k) {
+    if (args.pair[k].student_dtype == DType::f64 || args.pair[k].teacher_dtype == DType::f64) {
+      return "float64 features have no CUDA kernel";
+    }
+  }
+  return nullptr;
+}
+
+int64_t grid_for(int64_t blocks) { return blocks < device::max_blocks() ? blocks : device::max_blocks(); }
+
+}  // namespace
+
+const char* hint_forward_cuda(const HintArgs<float>& args, int, void* stream) {
+  if (const char* error = only_float(args)) return error;
+  const int64_t all = args.pairs * args.samples;
+  if (all == 0) return nullptr;
+  const HintKernelArgs kernel_args{args, 0};
+  if (largest_sample(args) <= kElementsOfWarp) {
+    constexpr int kWarps = kThreads / kWarp;
+    return device::launch(hint_forward<LaneGroup>, {grid_for((all + kWarps - 1) / kWarps), kThreads, 0}, stream,
+                          kernel_args);
+  }
+  return device::launch(hint_forward<BlockGroup>, {grid_for(all), kThreads, BlockGroup::scratch_bytes()}, stream,
+                        kernel_args);
+}
+
+const char* hint_backward_cuda(const HintArgs<float>& args, int, void* stream) {
+  if (const char* error = only_float(args)) return error;
+  const HintKernelArgs kernel_args{args, (largest_sample(args) + kStretch - 1) / kStretch};
+  const int64_t all = args.pairs * args.samples * kernel_args.stretches;
+  if (all == 0) return nullptr;
+  return device::launch(hint_backward, {grid_for(all), kThreads, 0}, stream, kernel_args);
+}
+
+}  // namespace mtkd_fast

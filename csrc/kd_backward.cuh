@@ -1,0 +1,194 @@
+// Strategy B, backward: every gradient from the logits and row_stats, column by column. A block takes a stretch of a row; the
+// numbers of its teachers lie in shared memory. K + 1 reads and one write for each gradient wanted.
+#pragma once
+
+#include "kd_row.cuh"
+
+namespace mtkd_fast {
+
+constexpr int kBackwardThreads = 256;
+constexpr int kBackwardChunks = 4;  // chunks of a thread in a stretch
+constexpr int kStretch = kBackwardThreads * kBackwardChunks * kChunk;
+
+struct BackwardArgs : KDBackward<float> {
+  int64_t stretches;  // of a row
+  bool teachers_want;
+};
+
+struct TeacherTerms {
+  float weight;      // w_k; 0: not read, its gradient is 0
+  float max;
+  float inv_sum;     // 1/Σ e^{(t−max)/τ}
+  float log_sum;
+  float divergence;
+};
+
+// A row without a target has no hard term and no label.
+MTKD_DEVICE Row backward_row(const BackwardArgs& args, int64_t index) {
+  Row row{index, true, 1.0f, 0.0f, -1, true};
+  row.scale = device::load(args.row_stats + RowStats{args.teachers}.scale() * args.rows + index);
+  row.counts = row.scale != 0;
+  if (row.counts && args.target != nullptr) {
+    row.label = device::load(args.target + index);
+    row.label_in_range = row.label >= 0 && row.label < args.classes;
+  }
+  return row;
+}
+
+MTKD_DEVICE float upstream_of(const float* upstream, int64_t stride, int64_t row) {
+  return upstream == nullptr ? 1.0f : device::load(upstream + row * stride);
+}
+
+template <Divergence kind>
+struct BackwardRow {
+  const BackwardArgs& args;
+  const Terms& terms;
+  TeacherTerms* teachers;  // [K], shared
+  const Row row;
+
+  MTKD_DEVICE float stat(int i) const { return device::load(args.row_stats + i * args.rows + row.index); }
+
+  // What the columns need of the teachers: read by one thread each, summed by all in the same order.
+  MTKD_DEVICE Mixture gather() const {
+    const RowStats stats{args.teachers};
+    for (int k = device::thread_index(); k < args.teachers; k += device::block_threads()) {
+      TeacherTerms t{};
+      if (args.kd_scale != 0) {
+        const int64_t at = k * args.weights_teacher_stride + row.index * args.weights_row_stride;
+        t.weight = device::load(args.weights + at);
+        const float sum = stat(stats.teacher_sum(k));
+        t.max = stat(stats.teacher_max(k));
+        t.inv_sum = 1.0f / sum;
+        t.log_sum = log_of(sum);
+        t.divergence = stat(stats.divergence(k));
+      }
+      teachers[k] = t;
+    }
+    device::sync_block();
+    Mixture mixture;
+    for (int k = 0; k < args.teachers; ++k) {
+      const float w = teachers[k].weight;
+      if (w == 0) continue;
+      mixture.loss += w * teachers[k].divergence;
+      mixture.weight += w;
+      mixture.used = true;
+    }
+    return mixture;
+  }
+
+  MTKD_DEVICE void zero_chunk(int64_t chunk) const {
+    const float zeros[kChunk] = {};
+    if (args.student_gradient != nullptr) {
+      const OutputRow out = output_row(args.student_gradient, row.index, args.classes, args.student.dtype);
+      store_chunk(out, chunk, args.classes, zeros);
+    }
+    for (int k = 0; args.teachers_want && k < args.teachers; ++k) zero_teacher_chunk(k, chunk);
+  }
+  MTKD_DEVICE void zero_teacher_chunk(int k, int64_t chunk) const {
+    const float zeros[kChunk] = {};
+    if (args.teacher_gradient[k] == nullptr) return;
+    const OutputRow out = output_row(args.teacher_gradient[k], row.index, args.classes, args.teacher[k].dtype);
+    store_chunk(out, chunk, args.classes, zeros);
+  }
+
+  // x: the teacher's logits. Adds w_k·p or w_k·log p to `mean` and writes the gradient of teacher k, if wanted.
+  MTKD_DEVICE void teacher_chunk(int k, int64_t chunk, const StudentGradient& g, const float (&s)[kChunk],
+                                 const float (&x)[kChunk], float (&mean)[kChunk]) const {
+    const TeacherTerms t = teachers[k];
+    const bool wanted = args.teachers_want && args.teacher_gradient[k] != nullptr;
+    const float factor = g.scale * g.kd * t.weight;
+    float gradient[kChunk];
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      const float dx = shifted(x[i], t.max);
+      const bool possible = dx != -infinity<float>();
+      const float log_p = dx * terms.inv_t - t.log_sum;
+      const float p = device::exp2(dx * terms.log2e_t) * t.inv_sum;
+      mean[i] += kind == Divergence::forward_kl ? t.weight * p : possible ? t.weight * log_p : 0.0f;
+      if (!wanted) continue;
+      const float ds = shifted(s[i], g.max);
+      if (kind == Divergence::forward_kl) {
+        const float log_q = ds * terms.inv_t - g.log_sum;
+        gradient[i] = possible ? factor * (p * (log_p - log_q - t.divergence)) : 0.0f * factor;
+      } else {
+        gradient[i] = factor * (p - device::exp2(ds * terms.log2e_t) * g.inv_sum);
+      }
+    }
+    if (!wanted) return;
+    const OutputRow out = output_row(args.teacher_gradient[k], row.index, args.classes, args.teacher[k].dtype);
+    store_chunk(out, chunk, args.classes, gradient);
+  }
+
+  MTKD_DEVICE int next_used(int k) const {
+    while (k < args.teachers && teachers[k].weight == 0) {
+      ++k;
+    }
+    return k;
+  }
+
+  MTKD_DEVICE RawChunk load_teacher(int k, int64_t chunk) const {
+    return load_chunk(input_row(args.teacher[k], row.index, args.inner), chunk, args.classes);
+  }
+
+  // One chunk of every gradient; the next teacher is on its way while this one is summed.
+  MTKD_DEVICE void backward_chunk(int64_t chunk, const StudentGradient& g) const {
+    RawChunk raw = empty_chunk(DType::f32);
+    int k = args.kd_scale != 0 ? next_used(0) : args.teachers;
+    const bool reads_student = k < args.teachers || args.ce_weight != 0;
+    float s[kChunk] = {}, mean[kChunk] = {};
+    if (reads_student) {
+      raw = load_chunk(input_row(args.student, row.index, args.inner), chunk, args.classes);
+    }
+    RawChunk next = raw;
+    if (k < args.teachers) next = load_teacher(k, chunk);
+    if (reads_student) decode(raw, args.student.dtype, s);
+    if (args.teachers_want) {
+      for (int j = 0; j < args.teachers; ++j) {
+        if (args.kd_scale == 0 || teachers[j].weight == 0) zero_teacher_chunk(j, chunk);
+      }
+    }
+    while (k < args.teachers) {
+      const int now = k;
+      float x[kChunk];
+      decode(next, args.teacher[now].dtype, x);
+      k = next_used(now + 1);
+      if (k < args.teachers) next = load_teacher(k, chunk);
+      teacher_chunk(now, chunk, g, s, x, mean);
+    }
+    if (args.student_gradient == nullptr) return;
+    gradient_of_chunk<kind>(g, terms, chunk * kChunk, s, mean);
+    store_chunk(output_row(args.student_gradient, row.index, args.classes, args.student.dtype), chunk, args.classes, s);
+  }
+
+  MTKD_DEVICE void backward(int64_t stretch) const {
+    const int64_t chunks = (args.classes + kChunk - 1) / kChunk;
+    const int64_t first = stretch * (kStretch / kChunk) + device::thread_index();
+    const int64_t end = stretch * (kStretch / kChunk) + kStretch / kChunk;
+    const int64_t last = end < chunks ? end : chunks;
+    if (!row.counts) {
+      for (int64_t chunk = first; chunk < last; chunk += kBackwardThreads) zero_chunk(chunk);
+      return;
+    }
+    const Mixture mixture = gather();
+    const RowStats stats{args.teachers};
+    const float factor = row.scale * upstream_of(args.upstream, args.upstream_stride, row.index);
+    const StudentGradient g =
+        student_gradient(args, row, factor, stat(stats.student_max()), stat(stats.student_sum()),
+                         args.ce_weight != 0 ? stat(stats.student_sum1()) : 0.0f, mixture);
+    for (int64_t chunk = first; chunk < last; chunk += kBackwardThreads) backward_chunk(chunk, g);
+  }
+};
+
+// Shared memory: [K] teacher terms.
+template <Divergence kind>
+MTKD_KERNEL(kBackwardThreads, 2) kd_backward(MTKD_PARAM(BackwardArgs) args) {
+  TeacherTerms* teachers = reinterpret_cast<TeacherTerms*>(device::shared_memory());
+  const Terms terms = terms_of(args, WeightRule::given);
+  for (int64_t i = device::block_index(); i < args.rows * args.stretches; i += device::grid_blocks()) {
+    BackwardRow<kind> row{args, terms, teachers, backward_row(args, i / args.stretches)};
+    row.backward(i % args.stretches);
+    device::sync_block();  // the terms have been read
+  }
+}
+
+}  // namespace mtkd_fast

@@ -1,0 +1,168 @@
+// The op `kd` on CUDA devices: which kernel a shape takes, and its launch.
+//
+//   classes <= 256     lanes of a warp share a row, eight columns each in registers           kd_resident, LaneGroup
+//   classes <= 8192    a block shares a row, 8 or 16 columns a thread in registers            kd_resident, BlockGroup
+//   what fits          a block shares a row in shared memory                                  kd_resident, SharedTile
+//   else, or forward   a block streams over a row (forward), blocks over its columns (backward)
+//   without gradient   that does not fit in registers                                         kd_streaming, kd_backward
+#include "kd_backward.cuh"
+#include "kd_resident.cuh"
+#include "kd_rescale.cuh"
+#include "kd_streaming.cuh"
+#include "kd_variants.h"
+
+namespace mtkd_fast {
+namespace {
+
+constexpr int kLaneThreads = 128;
+constexpr int kLaneColumns = kWarp * kChunk;
+constexpr int kTileThreads = 512;
+constexpr int kNarrowColumns = kTileThreads * kChunk;
+constexpr int kWideColumns = 2 * kNarrowColumns;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t at_most_grid(int64_t blocks) { return blocks < device::max_blocks() ? blocks : device::max_blocks(); }
+
+bool has_two_sums(WeightRule rule) { return rule == WeightRule::confidence || rule == WeightRule::entropy; }
+
+int64_t summary_bytes(int teachers) { return teachers * static_cast<int64_t>(sizeof(TeacherSummary)); }
+
+const char* only_float(const KDArgs<float>& args) {
+  bool allowed = args.student.dtype != DType::f64;
+  for (int k = 0; k < args.teachers; ++k) allowed = allowed && args.teacher[k].dtype != DType::f64;
+  return allowed ? nullptr : "float64 logits have no CUDA kernel";
+}
+
+// Calls launch(Kind<divergence>, Sums<two_sums>) for the run-time values.
+template <Divergence divergence>
+struct Kind {
+  static constexpr Divergence value = divergence;
+};
+template <bool two>
+struct Sums {
+  static constexpr bool value = two;
+};
+
+template <typename Launch>
+const char* with_divergence(Divergence divergence, const Launch& launch) {
+  return divergence == Divergence::forward_kl ? launch(Kind<Divergence::forward_kl>{})
+                                              : launch(Kind<Divergence::reverse_kl>{});
+}
+
+template <typename Launch>
+const char* with_kernel(const KDForward<float>& args, const Launch& launch) {
+  return with_divergence(args.divergence, [&](auto kind) {
+    return has_two_sums(args.rule) ? launch(kind, Sums<true>{}) : launch(kind, Sums<false>{});
+  });
+}
+
+// 2, 4, ... up to a warp: the lanes that share a row.
+int lane_width(int64_t classes) {
+  int width = 1;
+  while (width * kChunk < classes) width *= 2;
+  return width;
+}
+
+const char* forward_by_lanes(const ResidentArgs& args, void* stream) {
+  const int rows_in_block = kLaneThreads / args.group_width;
+  const int shared_bytes = static_cast<int>(rows_in_block * summary_bytes(args.teachers));
+  const LaunchShape shape{at_most_grid(ceil_div(args.rows, rows_in_block)), kLaneThreads, shared_bytes};
+  return with_kernel(args, [&](auto kind, auto sums) {
+    constexpr bool two = decltype(sums)::value;
+    return device::launch(kd_resident<decltype(kind)::value, two, LaneGroup, RegisterTile<kChunk, two>, kLaneThreads>,
+                          shape, stream, args);
+  });
+}
+
+template <int N>
+const char* forward_by_blocks(const ResidentArgs& args, void* stream) {
+  const int threads = static_cast<int>(ceil_div(ceil_div(args.classes, N), kWarp)) * kWarp;
+  const int shared_bytes = static_cast<int>(BlockGroup::scratch_bytes() + summary_bytes(args.teachers));
+  const LaunchShape shape{at_most_grid(args.rows), threads, shared_bytes};
+  return with_kernel(args, [&](auto kind, auto sums) {
+    constexpr bool two = decltype(sums)::value;
+    return device::launch(kd_resident<decltype(kind)::value, two, BlockGroup, RegisterTile<N, two>, kTileThreads>,
+                          shape, stream, args);
+  });
+}
+
+int64_t shared_tile_bytes(const KDArgs<float>& args, WeightRule rule) {
+  const int64_t tile =
+      has_two_sums(rule) ? SharedTile<true>::shared_bytes(args) : SharedTile<false>::shared_bytes(args);
+  return BlockGroup::scratch_bytes() + summary_bytes(args.teachers) + tile;
+}
+
+}  // namespace
+
+bool kd_fits_on_chip(const KDArgs<float>& args, WeightRule rule, int device) {
+  if (only_float(args) != nullptr) return false;
+  return args.classes <= kWideColumns || shared_tile_bytes(args, rule) <= device::shared_memory_limit(device);
+}
+
+const char* kd_forward_in_registers(const KDForward<float>& args, void* stream) {
+  ResidentArgs resident{args, lane_width(args.classes)};
+  if (args.classes <= kLaneColumns) return forward_by_lanes(resident, stream);
+  if (args.classes <= kNarrowColumns) return forward_by_blocks<kChunk>(resident, stream);
+  if (args.classes <= kWideColumns) return forward_by_blocks<2 * kChunk>(resident, stream);
+  return "the rows have too many classes for registers";
+}
+
+const char* kd_forward_in_shared_memory(const KDForward<float>& args, int device, void* stream) {
+  const ResidentArgs resident{args, kWarp};
+  const int64_t bytes = shared_tile_bytes(args, args.rule);
+  if (bytes > device::shared_memory_limit(device)) return "the rows have too many classes for shared memory";
+  const LaunchShape shape{at_most_grid(args.rows), kTileThreads, static_cast<int>(bytes)};
+  return with_kernel(args, [&](auto kind, auto sums) {
+    constexpr bool two = decltype(sums)::value;
+    return device::launch(kd_resident<decltype(kind)::value, two, BlockGroup, SharedTile<two>, kTileThreads>, shape,
+                          stream, resident);
+  });
+}
+
+const char* kd_forward_streaming(const KDForward<float>& args, int device, void* stream) {
+  if (args.gradient != nullptr) return "the gradient of rows that do not fit on chip is written by the backward";
+  const StreamingArgs streaming{args, stream_fields(args.rule)};
+  const int64_t fixed_bytes = BlockGroup::scratch_bytes() + summary_bytes(args.teachers);
+  const int64_t limit = device::shared_memory_limit(device);
+  int threads = 256;
+  while (threads > kWarp && fixed_bytes + threads * stream_state_bytes(streaming) > limit) threads /= 2;
+  const int64_t bytes = fixed_bytes + threads * stream_state_bytes(streaming);
+  if (bytes > limit) return "the teachers' states do not fit in shared memory";
+  const LaunchShape shape{at_most_grid(args.rows), threads, static_cast<int>(bytes)};
+  return with_divergence(args.divergence, [&](auto kind) {
+    return device::launch(kd_streaming<decltype(kind)::value>, shape, stream, streaming);
+  });
+}
+
+const char* kd_forward_cuda(const KDForward<float>& args, int device, void* stream) {
+  if (const char* error = only_float(args)) return error;
+  if (args.rows == 0) return nullptr;
+  if (args.classes <= kWideColumns) return kd_forward_in_registers(args, stream);
+  return args.gradient != nullptr ? kd_forward_in_shared_memory(args, device, stream)
+                                  : kd_forward_streaming(args, device, stream);
+}
+
+const char* kd_backward_cuda(const KDBackward<float>& args, int, void* stream) {
+  if (const char* error = only_float(args)) return error;
+  if (args.rows == 0) return nullptr;
+  BackwardArgs backward{args, ceil_div(args.classes, kStretch), false};
+  for (int k = 0; k < args.teachers; ++k) backward.teachers_want |= args.teacher_gradient[k] != nullptr;
+  const int shared_bytes = args.teachers * static_cast<int>(sizeof(TeacherTerms));
+  const LaunchShape shape{at_most_grid(args.rows * backward.stretches), kBackwardThreads, shared_bytes};
+  return with_divergence(args.divergence, [&](auto kind) {
+    return device::launch(kd_backward<decltype(kind)::value>, shape, stream, backward);
+  });
+}
+
+const char* kd_rescale_cuda(const KDRescale<float>& args, int device, void* stream) {
+  if (args.dtype == DType::f64) return "a float64 gradient has no CUDA kernel";
+  if (args.rows == 0) return nullptr;
+  const RescaleArgs rescale{args, ceil_div(args.classes, kStretch)};
+  const int64_t blocks = args.rows * rescale.stretches;
+  const int64_t resident = 8 * device::multiprocessors(device);
+  const LaunchShape shape{blocks < resident ? blocks : resident, kBackwardThreads, 0};
+  return device::launch(kd_rescale, shape, stream, rescale);
+}
+
+}  // namespace mtkd_fast

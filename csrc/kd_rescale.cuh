@@ -1,0 +1,68 @@
+// Strategy A, backward: the gradient that the forward wrote, times the upstream. An upstream of 1 in place costs a launch.
+#pragma once
+
+#include "kd_backward.cuh"
+
+namespace mtkd_fast {
+
+struct RescaleArgs : KDRescale<float> {
+  int64_t stretches;  // of a row
+};
+
+// As load_chunk, for a tensor that this grid may write.
+MTKD_DEVICE RawChunk load_own_chunk(const OutputRow& row, int64_t chunk, int64_t classes) {
+  char* p = row.data + chunk * kChunk * element_size(row.dtype);
+  RawChunk raw = empty_chunk(row.dtype);
+  if (row.vectors && (chunk + 1) * kChunk <= classes) {
+    raw.low = device::load_own(reinterpret_cast<Words*>(p));
+    if (row.dtype == DType::f32) raw.high = device::load_own(reinterpret_cast<Words*>(p) + 1);
+    return raw;
+  }
+  const int64_t left = classes - chunk * kChunk;
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) {
+    if (i >= left) continue;
+    if (row.dtype == DType::f32) {
+      uint32_t& word = i < 4 ? raw.low.word[i] : raw.high.word[i - 4];
+      word = device::load_own(reinterpret_cast<uint32_t*>(p) + i);
+    } else {
+      const uint32_t half = device::load_own(reinterpret_cast<uint16_t*>(p) + i);
+      uint32_t& word = raw.low.word[i / 2];
+      word = i % 2 == 0 ? (word & 0xffff0000u) | half : (word & 0xffffu) | half << 16;
+    }
+  }
+  return raw;
+}
+
+MTKD_DEVICE void rescale_stretch(const RescaleArgs& args, int64_t index, int64_t stretch) {
+  const float upstream = upstream_of(args.upstream, args.upstream_stride, index);
+  const bool in_place = args.out == args.gradient;
+  if (in_place && upstream == 1) return;
+  const bool counts = device::load(args.scale + index) != 0;
+  if (in_place && !counts) return;  // 0 already
+
+  const OutputRow from = output_row(const_cast<void*>(args.gradient), index, args.classes, args.dtype);
+  const OutputRow to = output_row(args.out, index, args.classes, args.dtype);
+  const int64_t chunks = (args.classes + kChunk - 1) / kChunk;
+  const int64_t end = (stretch + 1) * (kStretch / kChunk);
+  for (int64_t c = stretch * (kStretch / kChunk) + device::thread_index(); c < end && c < chunks;
+       c += device::block_threads()) {
+    float x[kChunk] = {};
+    if (counts) {
+      decode(load_own_chunk(from, c, args.classes), args.dtype, x);
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) x[i] *= upstream;
+    }
+    store_chunk(to, c, args.classes, x);
+  }
+}
+
+MTKD_KERNEL(kBackwardThreads, 2) kd_rescale(MTKD_PARAM(RescaleArgs) args) {
+  const bool one_for_all = args.upstream_stride == 0 && args.out == args.gradient;
+  if (one_for_all && upstream_of(args.upstream, 0, 0) == 1) return;
+  for (int64_t i = device::block_index(); i < args.rows * args.stretches; i += device::grid_blocks()) {
+    rescale_stretch(args, i / args.stretches, i % args.stretches);
+  }
+}
+
+}  // namespace mtkd_fast

@@ -1,0 +1,12 @@
+// The forward kernels of kd_cuda.cu by name, for those who want to choose: the tests. kd_forward_cuda picks by shape.
+#pragma once
+
+#include "kd.h"
+
+namespace mtkd_fast {
+
+const char* kd_forward_in_registers(const KDForward<float>&, void* stream);
+const char* kd_forward_in_shared_memory(const KDForward<float>&, int device, void* stream);
+const char* kd_forward_streaming(const KDForward<float>&, int device, void* stream);
+
+}  // namespace mtkd_fast

@@ -1,0 +1,54 @@
+"""The public function on features."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mtkd_fast import checks, dispatch
+from mtkd_fast.reference import hint as reference
+
+
+def hint_loss(
+    student_features: Sequence[Tensor],
+    teacher_features: Sequence[Tensor],
+    *,
+    weights: Tensor | None = None,
+    distance: str = "mse",
+    reduction: str = "mean",
+    implementation: str | None = None,
+) -> Tensor:
+    """Σ_k w_k · mean((f_k − g_k)²) per sample, over K pairs of features: one read of each, one write of each gradient.
+
+    Args:
+        student_features: K tensors [N, ...], already in the shape of their teacher's (see ``HintAdapter``).
+        teacher_features: K tensors, pairwise of the same shape. Pairs whose two sides lie differently in memory are
+            copied to a common layout first.
+        weights: [K] or [K, N], any sign and sum; None counts as ones. A pair of weight 0 is not read in that sample.
+        distance: "mse", the mean over a sample's elements of the squared differences.
+        reduction: over samples: "none" ([N]), "sum" or "mean".
+        implementation: as in :func:`mtkd_fast.multi_teacher_kd_loss`.
+
+    Returns: float32 (float64 when any feature is).
+
+    Gradient: to the features of both sides and to the weights, where they require it.
+
+    Source: FitNets (arXiv 1412.6550); with per-sample weights, the feature term of CA-MKD (arXiv 2201.00007; code:
+    distiller_zoo/CAMKD.py, which also divides by K).
+
+    >>> student = [torch.randn(4, 8, 3, 3, requires_grad=True) for _ in range(2)]
+    >>> teacher = [torch.randn(4, 8, 3, 3) for _ in range(2)]
+    >>> hint_loss(student, teacher, weights=torch.tensor([0.25, 0.75])).backward()
+    """
+    students, teachers = checks.feature_pairs(student_features, teacher_features)
+    weights = checks.hint_weights(weights, students)
+    checks.one_of("distance", distance, tuple(reference.DISTANCES))
+    checks.one_of("reduction", reduction, checks.REDUCTIONS)
+    chosen = dispatch.choose(implementation, *students, *teachers)
+    if chosen == "reference":
+        return reference.hint(students, teachers, weights, distance=distance, reduction=reduction)
+    if chosen == "triton":
+        from mtkd_fast import triton_ops
+
+        return triton_ops.hint(students, teachers, weights, reduction)
+    return torch.ops.mtkd_fast.hint(students, teachers, weights, reduction)
