@@ -26,9 +26,19 @@ struct InputRow {
   bool vectors;    // every chunk that lies wholly in the row may be read 16 bytes at a time
 };
 
-MTKD_DEVICE InputRow input_row(const Logits& x, int64_t row, int64_t inner) {
+// Row n as its two leading indices, divided out once for all tensors.
+struct RowPosition {
+  int64_t outer, inner;
+};
+
+MTKD_DEVICE RowPosition row_position(int64_t row, int64_t inner) {
+  if (inner == 1) return {row, 0};
+  return {row / inner, row % inner};
+}
+
+MTKD_DEVICE InputRow input_row(const Logits& x, RowPosition at) {
   const int size = element_size(x.dtype);
-  const char* data = static_cast<const char*>(x.data) + row_offset(x, row, inner) * size;
+  const char* data = static_cast<const char*>(x.data) + (at.outer * x.outer_stride + at.inner * x.inner_stride) * size;
   const bool aligned = reinterpret_cast<uintptr_t>(data) % sizeof(Words) == 0;
   return {data, x.class_stride * size, x.dtype, aligned && x.class_stride == 1};
 }
@@ -42,26 +52,31 @@ MTKD_DEVICE RawChunk empty_chunk(DType dtype) {
   return {{{word, word, word, word}}, {{word, word, word, word}}};
 }
 
-MTKD_DEVICE RawChunk load_elements(const InputRow& row, int64_t first, int64_t classes) {
-  RawChunk raw = empty_chunk(row.dtype);
-  const char* p = row.data + first * row.stride;
-  if (row.dtype == DType::f32) {
+// Eight elements that lie `stride` bytes apart, those below `left` of them.
+template <typename Stride>
+MTKD_DEVICE RawChunk gather_elements(const char* p, Stride stride, DType dtype, int64_t left) {
+  RawChunk raw = empty_chunk(dtype);
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      if (first + i >= classes) continue;
+  for (int i = 0; i < kChunk; ++i) {
+    if (i >= left) continue;
+    if (dtype == DType::f32) {
       uint32_t& word = i < 4 ? raw.low.word[i] : raw.high.word[i - 4];
-      word = device::load(reinterpret_cast<const uint32_t*>(p + i * row.stride));
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      if (first + i >= classes) continue;
-      const uint32_t half = device::load(reinterpret_cast<const uint16_t*>(p + i * row.stride));
+      word = device::load(reinterpret_cast<const uint32_t*>(p + i * stride));
+    } else {
+      const uint32_t half = device::load(reinterpret_cast<const uint16_t*>(p + i * stride));
       uint32_t& word = raw.low.word[i / 2];
       word = i % 2 == 0 ? (word & 0xffff0000u) | half : (word & 0xffffu) | half << 16;
     }
   }
   return raw;
+}
+
+// Dense halves on odd addresses are common (odd class counts): their strides are immediates.
+MTKD_DEVICE RawChunk load_elements(const InputRow& row, int64_t first, int64_t classes) {
+  const char* p = row.data + first * row.stride;
+  if (row.dtype == DType::f32) return gather_elements(p, row.stride, DType::f32, classes - first);
+  if (row.stride == 2) return gather_elements(p, 2, row.dtype, classes - first);
+  return gather_elements(p, row.stride, row.dtype, classes - first);
 }
 
 MTKD_DEVICE bool takes_vectors(const InputRow& row, int64_t chunk, int64_t classes) {
@@ -80,6 +95,38 @@ MTKD_DEVICE RawChunk load_chunk(const InputRow& row, int64_t chunk, int64_t clas
   raw.low = device::load(p);
   raw.high = row.dtype == DType::f32 ? device::load(p + 1) : raw.low;
   return raw;
+}
+
+// Whether the row may be read 4 bytes at a time: floats always, halves where they are dense and even.
+MTKD_DEVICE bool takes_words(const InputRow& row) {
+  return row.dtype == DType::f32 || (row.stride == 2 && reinterpret_cast<uintptr_t>(row.data) % 4 == 0);
+}
+
+// A chunk on its way into shared memory, `low` and (floats) `high`. What cannot be copied asynchronously is there already.
+MTKD_DEVICE void copy_chunk(const InputRow& row, int64_t chunk, int64_t classes, Words* low, Words* high) {
+  const bool wide = row.dtype == DType::f32;
+  if (takes_vectors(row, chunk, classes)) {
+    device::copy_async(low, chunk_words(row, chunk));
+    if (wide) device::copy_async(high, chunk_words(row, chunk) + 1);
+    return;
+  }
+  const int64_t first = chunk * kChunk;
+  const int in_word = wide ? 1 : 2;
+  if (!takes_words(row) || (classes - first < kChunk && classes % in_word != 0)) {
+    *low = load_elements(row, first, classes).low;  // halves: floats can always go word by word
+    return;
+  }
+  const uint32_t nothing = empty_chunk(row.dtype).low.word[0];
+#pragma unroll 2
+  for (int i = 0; i < kChunk / in_word; ++i) {
+    uint32_t* to = i < 4 ? &low->word[i] : &high->word[i - 4];
+    const int64_t column = first + i * in_word;
+    if (column < classes) {
+      device::copy_async(to, reinterpret_cast<const uint32_t*>(row.data + column * row.stride));
+    } else {
+      *to = nothing;
+    }
+  }
 }
 
 MTKD_DEVICE float load_element(const InputRow& row, int64_t column) {

@@ -112,14 +112,25 @@ MTKD_DEVICE void store(float* p, float x) { __stwb(p, x); }
 MTKD_DEVICE void store(uint32_t* p, uint32_t x) { __stwb(p, x); }
 MTKD_DEVICE void store(uint16_t* p, uint16_t x) { __stwb(p, x); }
 
-// 16 bytes from global to shared memory, there once this thread has waited.
+// 16 or 4 bytes from global to shared memory. What was copied since the last commit is a group; waiting leaves the youngest
+// `pending` groups of this thread in flight.
 MTKD_DEVICE void copy_async(Words* shared, const Words* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
                    static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
                "l"(__cvta_generic_to_global(global))
                : "memory");
 }
-MTKD_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+MTKD_DEVICE void copy_async(uint32_t* shared, const uint32_t* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(__cvta_generic_to_global(global))
+               : "memory");
+}
+MTKD_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int pending>
+MTKD_DEVICE void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
 
 // Host side.
 inline int64_t max_blocks() { return 0x7fffffff; }

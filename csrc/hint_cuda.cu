@@ -22,7 +22,7 @@ MTKD_DEVICE float weight_of(const HintArgs<float>& args, int pair, int64_t sampl
 }
 
 MTKD_DEVICE InputRow feature_row(const void* data, int64_t stride, DType dtype, int64_t sample) {
-  return input_row(Logits{data, stride, 0, 1, dtype}, sample, 1);
+  return input_row(Logits{data, stride, 0, 1, dtype}, {sample, 0});
 }
 
 struct SquaredSum {

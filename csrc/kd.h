@@ -73,6 +73,7 @@ struct KDForward : KDArgs<acc_t> {
   const acc_t* items;                            // one number on the device, or null for 1
   acc_t* row_loss;                               // [rows]
   acc_t* row_stats;                              // [6K + 5, rows]
+  bool keep_stats;                               // false: of row_stats only the scale is read later
   void* gradient;                                // [rows, classes] contiguous, the student's dtype, or null
 };
 

@@ -16,7 +16,7 @@ using OptionalTensor = std::optional<Tensor>;
 using Forward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, TensorList, const OptionalTensor&,
                                                    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                                                    c10::string_view, c10::string_view, double, double, double, double,
-                                                   int64_t, c10::string_view, bool, bool);
+                                                   int64_t, c10::string_view, bool, bool, bool);
 using Backward = std::vector<Tensor>(const Tensor&, TensorList, const OptionalTensor&, const Tensor&,
                                      const OptionalTensor&, const Tensor&, c10::string_view, double, double, double,
                                      double, c10::List<bool>);
@@ -28,15 +28,16 @@ struct KDOptions {
   double temperature, kd_scale, ce_weight, label_smoothing;
   int64_t ignore_index;
   c10::string_view reduction;
+  bool stats;  // the caller wants row_stats
 };
 
 auto call_forward(const Tensor& student, TensorList teachers, const OptionalTensor& target,
                   const OptionalTensor& weights, const OptionalTensor& row_weights, const OptionalTensor& num_items,
-                  const KDOptions& o, bool skip_zero_weights, bool write_gradient) {
+                  const KDOptions& o, bool skip_zero_weights, bool keep_stats, bool write_gradient) {
   static const auto forward = op<Forward>("mtkd_fast::kd_forward");
   return forward.call(student, teachers, target, weights, row_weights, num_items, o.rule, o.divergence, o.temperature,
                       o.kd_scale, o.ce_weight, o.label_smoothing, o.ignore_index, o.reduction, skip_zero_weights,
-                      write_gradient);
+                      keep_stats, write_gradient);
 }
 
 bool any_requires_grad(TensorList tensors) {
@@ -97,7 +98,8 @@ struct KDLoss : public torch::autograd::Function<KDLoss> {
     const bool in_forward = gradient_in_forward(student, teachers, o);
     const bool weights_need = weights && weights->requires_grad();
     auto [loss, row_stats, gradient] = call_forward(student, teachers, target, weights, row_weights, num_items, o,
-                                                    /*skip_zero_weights=*/!weights_need, in_forward);
+                                                    /*skip_zero_weights=*/!weights_need,
+                                                    /*keep_stats=*/o.stats || weights_need || !in_forward, in_forward);
     ctx->mark_non_differentiable({row_stats});
 
     variable_list saved{row_stats, weights_need ? *weights : Tensor(), gradient};
@@ -159,14 +161,14 @@ std::tuple<Tensor, Tensor> kd(const Tensor& student, TensorList teachers, const 
                               const OptionalTensor& weights, const OptionalTensor& row_weights,
                               const OptionalTensor& num_items, c10::string_view rule, c10::string_view divergence,
                               double temperature, double kd_scale, double ce_weight, double label_smoothing,
-                              int64_t ignore_index, c10::string_view reduction) {
-  const KDOptions options{rule,           divergence,      temperature,  kd_scale, ce_weight,
-                          label_smoothing, ignore_index, reduction};
+                              int64_t ignore_index, c10::string_view reduction, bool stats) {
+  const KDOptions options{rule,      divergence,      temperature,  kd_scale,  ce_weight,
+                          label_smoothing, ignore_index, reduction, stats};
   const bool differentiable = at::GradMode::is_enabled() && (student.requires_grad() || any_requires_grad(teachers) ||
                                                              (weights && weights->requires_grad()));
   if (!differentiable) {
     auto [loss, row_stats, _] = call_forward(student, teachers, target, weights, row_weights, num_items, options,
-                                             /*skip_zero_weights=*/true, /*write_gradient=*/false);
+                                             /*skip_zero_weights=*/true, /*keep_stats=*/stats, /*write_gradient=*/false);
     return {loss, row_stats};
   }
   const variable_list out = KDLoss::apply(student, teachers, target, weights, row_weights, num_items, options);
@@ -212,9 +214,9 @@ struct KDDivergence : public torch::autograd::Function<KDDivergence> {
 
   static Tensor statistics(const Tensor& student, TensorList teachers, c10::string_view divergence,
                            double temperature) {
-    const KDOptions options{"uniform", divergence, temperature, 1.0, 0.0, 0.0, 0, "sum"};
+    const KDOptions options{"uniform", divergence, temperature, 1.0, 0.0, 0.0, 0, "sum", true};
     return std::get<1>(call_forward(student, teachers, std::nullopt, std::nullopt, std::nullopt, std::nullopt, options,
-                                    false, false));
+                                    /*skip_zero_weights=*/false, /*keep_stats=*/true, /*write_gradient=*/false));
   }
 
   static Tensor divergences(const Tensor& row_stats, const Tensor& student, int64_t n_teachers) {

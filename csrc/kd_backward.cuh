@@ -25,7 +25,7 @@ struct TeacherTerms {
 
 // A row without a target has no hard term and no label.
 MTKD_DEVICE Row backward_row(const BackwardArgs& args, int64_t index) {
-  Row row{index, true, 1.0f, 0.0f, -1, true};
+  Row row{index, row_position(index, args.inner), true, 1.0f, 0.0f, -1, true};
   row.scale = device::load(args.row_stats + RowStats{args.teachers}.scale() * args.rows + index);
   row.counts = row.scale != 0;
   if (row.counts && args.target != nullptr) {
@@ -96,7 +96,7 @@ struct BackwardRow {
                                  const float (&x)[kChunk], float (&mean)[kChunk]) const {
     const TeacherTerms t = teachers[k];
     const bool wanted = args.teachers_want && args.teacher_gradient[k] != nullptr;
-    const float factor = g.scale * g.kd * t.weight;
+    const float factor = g.row_scale * g.kd * t.weight;
     float gradient[kChunk];
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
@@ -127,7 +127,7 @@ struct BackwardRow {
   }
 
   MTKD_DEVICE RawChunk load_teacher(int k, int64_t chunk) const {
-    return load_chunk(input_row(args.teacher[k], row.index, args.inner), chunk, args.classes);
+    return load_chunk(input_row(args.teacher[k], row.position), chunk, args.classes);
   }
 
   // One chunk of every gradient; the next teacher is on its way while this one is summed.
@@ -137,7 +137,7 @@ struct BackwardRow {
     const bool reads_student = k < args.teachers || args.ce_weight != 0;
     float s[kChunk] = {}, mean[kChunk] = {};
     if (reads_student) {
-      raw = load_chunk(input_row(args.student, row.index, args.inner), chunk, args.classes);
+      raw = load_chunk(input_row(args.student, row.position), chunk, args.classes);
     }
     RawChunk next = raw;
     if (k < args.teachers) next = load_teacher(k, chunk);

@@ -1,6 +1,6 @@
 // The op `kd` on the CPU: kd_rows.h, compiled per instruction set.
 #include <cstdint>
-#include <type_traits>
+#include <vector>
 
 #include "cpu_capability.h"
 #include "kd.h"

@@ -1,10 +1,10 @@
 // The op `kd` on CUDA devices: which kernel a shape takes, and its launch.
 //
-//   classes <= 256     lanes of a warp share a row, eight columns each in registers           kd_resident, LaneGroup
-//   classes <= 8192    a block shares a row, 8 or 16 columns a thread in registers            kd_resident, BlockGroup
-//   what fits          a block shares a row in shared memory                                  kd_resident, SharedTile
-//   else, or forward   a block streams over a row (forward), blocks over its columns (backward)
-//   without gradient   that does not fit in registers                                         kd_streaming, kd_backward
+//   classes <= 256     lanes of a warp share a row, eight columns each in registers          kd_resident, LaneGroup
+//   classes <= 6144    a block shares a row, 8 or 16 columns a thread in registers           kd_resident, BlockGroup
+//   what fits          a block shares a row in shared memory                                 kd_resident, SharedTile
+//   else, and beyond   a block streams over a row (forward), blocks share its columns
+//   6144 classes where no gradient is asked for (backward)                                   kd_streaming, kd_backward
 #include "kd_backward.cuh"
 #include "kd_resident.cuh"
 #include "kd_rescale.cuh"
@@ -16,9 +16,10 @@ namespace {
 
 constexpr int kLaneThreads = 128;
 constexpr int kLaneColumns = kWarp * kChunk;
-constexpr int kTileThreads = 512;
+constexpr int kTileThreads = 512;  // 128 registers a thread
 constexpr int kNarrowColumns = kTileThreads * kChunk;
-constexpr int kWideColumns = 2 * kNarrowColumns;
+constexpr int kWideTileThreads = 384;  // 168 registers a thread
+constexpr int kWideColumns = kWideTileThreads * 2 * kChunk;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -66,8 +67,9 @@ int lane_width(int64_t classes) {
 
 const char* forward_by_lanes(const ResidentArgs& args, void* stream) {
   const int rows_in_block = kLaneThreads / args.group_width;
-  const int shared_bytes = static_cast<int>(rows_in_block * summary_bytes(args.teachers));
-  const LaunchShape shape{at_most_grid(ceil_div(args.rows, rows_in_block)), kLaneThreads, shared_bytes};
+  const int64_t shared_bytes = rows_in_block * summary_bytes(args.teachers) +
+                               RegisterTile<kChunk, false>::shared_bytes(args, kLaneThreads);
+  const LaunchShape shape{at_most_grid(ceil_div(args.rows, rows_in_block)), kLaneThreads, static_cast<int>(shared_bytes)};
   return with_kernel(args, [&](auto kind, auto sums) {
     constexpr bool two = decltype(sums)::value;
     return device::launch(kd_resident<decltype(kind)::value, two, LaneGroup, RegisterTile<kChunk, two>, kLaneThreads>,
@@ -76,20 +78,31 @@ const char* forward_by_lanes(const ResidentArgs& args, void* stream) {
 }
 
 template <int N>
-const char* forward_by_blocks(const ResidentArgs& args, void* stream) {
+LaunchShape block_shape(const KDArgs<float>& args) {
   const int threads = static_cast<int>(ceil_div(ceil_div(args.classes, N), kWarp)) * kWarp;
-  const int shared_bytes = static_cast<int>(BlockGroup::scratch_bytes() + summary_bytes(args.teachers));
-  const LaunchShape shape{at_most_grid(args.rows), threads, shared_bytes};
+  const int64_t shared_bytes = BlockGroup::scratch_bytes() + summary_bytes(args.teachers) +
+                               RegisterTile<N, false>::shared_bytes(args, threads);
+  return {at_most_grid(args.rows), threads, static_cast<int>(shared_bytes)};
+}
+
+template <int N, int max_threads>
+const char* forward_by_blocks(const ResidentArgs& args, void* stream) {
   return with_kernel(args, [&](auto kind, auto sums) {
     constexpr bool two = decltype(sums)::value;
-    return device::launch(kd_resident<decltype(kind)::value, two, BlockGroup, RegisterTile<N, two>, kTileThreads>,
-                          shape, stream, args);
+    return device::launch(kd_resident<decltype(kind)::value, two, BlockGroup, RegisterTile<N, two>, max_threads>,
+                          block_shape<N>(args), stream, args);
   });
+}
+
+bool fits_in_registers(const KDArgs<float>& args, int device) {
+  if (args.classes <= kNarrowColumns) return true;
+  const int limit = device::shared_memory_limit(device);
+  return args.classes <= kWideColumns && block_shape<2 * kChunk>(args).shared_bytes <= limit;
 }
 
 int64_t shared_tile_bytes(const KDArgs<float>& args, WeightRule rule) {
   const int64_t tile =
-      has_two_sums(rule) ? SharedTile<true>::shared_bytes(args) : SharedTile<false>::shared_bytes(args);
+      has_two_sums(rule) ? SharedTile<true>::shared_bytes(args, kTileThreads) : SharedTile<false>::shared_bytes(args, kTileThreads);
   return BlockGroup::scratch_bytes() + summary_bytes(args.teachers) + tile;
 }
 
@@ -97,19 +110,19 @@ int64_t shared_tile_bytes(const KDArgs<float>& args, WeightRule rule) {
 
 bool kd_fits_on_chip(const KDArgs<float>& args, WeightRule rule, int device) {
   if (only_float(args) != nullptr) return false;
-  return args.classes <= kWideColumns || shared_tile_bytes(args, rule) <= device::shared_memory_limit(device);
+  return fits_in_registers(args, device) || shared_tile_bytes(args, rule) <= device::shared_memory_limit(device);
 }
 
 const char* kd_forward_in_registers(const KDForward<float>& args, void* stream) {
-  ResidentArgs resident{args, lane_width(args.classes)};
+  const ResidentArgs resident{args, lane_width(args.classes), any_wide(args)};
   if (args.classes <= kLaneColumns) return forward_by_lanes(resident, stream);
-  if (args.classes <= kNarrowColumns) return forward_by_blocks<kChunk>(resident, stream);
-  if (args.classes <= kWideColumns) return forward_by_blocks<2 * kChunk>(resident, stream);
+  if (args.classes <= kNarrowColumns) return forward_by_blocks<kChunk, kTileThreads>(resident, stream);
+  if (args.classes <= kWideColumns) return forward_by_blocks<2 * kChunk, kWideTileThreads>(resident, stream);
   return "the rows have too many classes for registers";
 }
 
 const char* kd_forward_in_shared_memory(const KDForward<float>& args, int device, void* stream) {
-  const ResidentArgs resident{args, kWarp};
+  const ResidentArgs resident{args, kWarp, any_wide(args)};
   const int64_t bytes = shared_tile_bytes(args, args.rule);
   if (bytes > device::shared_memory_limit(device)) return "the rows have too many classes for shared memory";
   const LaunchShape shape{at_most_grid(args.rows), kTileThreads, static_cast<int>(bytes)};
@@ -138,7 +151,7 @@ const char* kd_forward_streaming(const KDForward<float>& args, int device, void*
 const char* kd_forward_cuda(const KDForward<float>& args, int device, void* stream) {
   if (const char* error = only_float(args)) return error;
   if (args.rows == 0) return nullptr;
-  if (args.classes <= kWideColumns) return kd_forward_in_registers(args, stream);
+  if (fits_in_registers(args, device)) return kd_forward_in_registers(args, stream);
   return args.gradient != nullptr ? kd_forward_in_shared_memory(args, device, stream)
                                   : kd_forward_streaming(args, device, stream);
 }

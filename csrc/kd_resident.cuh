@@ -45,6 +45,7 @@ MTKD_DEVICE void teacher_values(const float (&dx)[N], const float (&e)[N], float
 template <Divergence kind, bool two_sums, typename Group, typename Tile>
 struct ResidentRow {
   static constexpr int kWidth = Tile::kWidth;
+  static constexpr bool kAhead = Tile::kDepth > 1;  // else the next teacher takes the place of this one
 
   const KDForward<float>& args;
   const Terms& terms;
@@ -53,20 +54,13 @@ struct ResidentRow {
   TeacherSummary* summaries;  // [K] of this row, shared
   const Row row;
 
-  MTKD_DEVICE Wanted student_row() const {
-    const bool reads = row.counts && (args.kd_scale != 0 || args.ce_weight != 0);
-    return {input_row(args.student, reads ? row.index : 0, args.inner), reads};
-  }
+  MTKD_DEVICE bool reads_student() const { return row.counts && (args.kd_scale != 0 || args.ce_weight != 0); }
+  MTKD_DEVICE InputRow student_logits() const { return input_row(args.student, row.position); }
+  MTKD_DEVICE InputRow teacher_logits(int k) const { return input_row(args.teacher[k], row.position); }
 
-  struct NextTeacher {
-    Wanted logits;
-    float known_weight;
-  };
-  MTKD_DEVICE NextTeacher next_teacher(int k) const {
-    if (k >= args.teachers) return {{input_row(args.teacher[0], 0, args.inner), false}, 0.0f};
-    const float weight = known_weight(args, k, row);
-    const bool reads = reads_teacher(args, row, weight);
-    return {{input_row(args.teacher[k], reads ? row.index : 0, args.inner), reads}, weight};
+  MTKD_DEVICE Wanted wanted_teacher(int k) const {
+    if (k >= args.teachers) return {};
+    return {teacher_logits(k), reads_teacher(args, row, known_weight(args, k, row))};
   }
 
   MTKD_DEVICE SoftmaxState<float> absorb_student_row() {
@@ -96,18 +90,19 @@ struct ResidentRow {
     }
   }
 
-  // One teacher: its state into the summary, its columns into the sums, and the next teacher on its way.
-  MTKD_DEVICE void absorb_teacher_row(int k, const NextTeacher& now, const NextTeacher& next,
-                                      const SoftmaxState<float>& student, float& largest_signal) {
-    const bool reads = now.logits.reads;
+  // One teacher: its state into the summary, its columns into the sums, and a later teacher on its way.
+  MTKD_DEVICE void absorb_teacher_row(int k, const SoftmaxState<float>& student, float& largest_signal) {
+    const float weight = known_weight(args, k, row);
+    const bool reads = reads_teacher(args, row, weight);
     if (!group.any(reads)) {
       if (group.rank() == 0) summaries[k] = TeacherSummary{0.0f, 0.0f, 0.0f, 0.0f};
-      tile.fetch_teacher(next.logits);
+      tile.fetch_teacher(k + Tile::kDepth, wanted_teacher(k + Tile::kDepth));
       return;
     }
-    tile.teacher_arrives(now.logits);
-    if (Tile::kAhead) tile.fetch_teacher(next.logits);
-    const float at_label = label_logit(now.logits.row, row, reads && args.rule == WeightRule::confidence);
+    tile.teacher_arrives(k, args.teacher[k].dtype, reads);
+    if (kAhead) tile.fetch_teacher(k + Tile::kDepth, wanted_teacher(k + Tile::kDepth));
+    const bool needs_label = reads && args.rule == WeightRule::confidence;
+    const float at_label = needs_label ? label_logit(teacher_logits(k), row) : 0.0f;
 
     TeacherState state;
     float dx[kWidth], e[kWidth];
@@ -122,12 +117,13 @@ struct ResidentRow {
     const TeacherSummary summary = summarise<kind>(state, student, at_label, terms, args.rule);
     if (group.rank() == 0) summaries[k] = reads ? summary : TeacherSummary{0.0f, 0.0f, 0.0f, 0.0f};
 
-    const bool adds = args.gradient != nullptr && reads && (two_sums || now.known_weight != 0);
-    const Share share = share_of<two_sums>(args.rule, now.known_weight, summary.signal, largest_signal);
+    const bool adds = args.gradient != nullptr && reads && (two_sums || weight != 0);
+    const Share share = share_of<two_sums>(args.rule, weight, summary.signal, largest_signal);
+    const Wanted next = kAhead ? Wanted{} : wanted_teacher(k + 1);
     for (int j = 0; j < tile.pieces(); ++j) {
       float x[kWidth];
       if (adds) {
-        if (Tile::kAhead) {  // one piece, whose exponentials are still here
+        if (kAhead) {  // one piece, whose exponentials are still here
           teacher_values<kind>(dx, e, local_max, summary, terms, x);
         } else {
           tile.teacher(j, x);
@@ -140,7 +136,7 @@ struct ResidentRow {
         }
         tile.accumulate(j, x, share.first, share.fade, share.second);
       }
-      tile.fetch_piece(j, next.logits);
+      tile.fetch_piece(j, next);
     }
   }
 
@@ -165,21 +161,17 @@ struct ResidentRow {
   }
 
   MTKD_DEVICE void forward() {
-    const Wanted student_logits = student_row();
-    tile.fetch_student(student_logits);
-    NextTeacher now = next_teacher(0);
-    tile.fetch_teacher(now.logits);
-    tile.student_arrives(student_logits);
-    const float at_label = label_logit(student_logits.row, row, row.counts && args.ce_weight != 0);
+    tile.fetch_student({student_logits(), reads_student()});
+#pragma unroll 1
+    for (int k = 0; k < Tile::kDepth; ++k) tile.fetch_teacher(k, wanted_teacher(k));
+    const bool hard = row.counts && args.ce_weight != 0;
+    const float at_label = hard ? label_logit(student_logits(), row) : 0.0f;
+    tile.student_arrives(args.student.dtype, reads_student());
     const SoftmaxState<float> student = absorb_student_row();
 
     tile.clear();
     float largest_signal = -infinity<float>();
-    for (int k = 0; k < args.teachers; ++k) {
-      const NextTeacher next = next_teacher(k + 1);
-      absorb_teacher_row(k, now, next, student, largest_signal);
-      now = next;
-    }
+    for (int k = 0; k < args.teachers; ++k) absorb_teacher_row(k, student, largest_signal);
     group.sync();  // the summaries are there
     const bool exists = row.index < args.rows;
     const int lane = group.rank() % group.lanes();
@@ -198,6 +190,7 @@ MTKD_DEVICE TeacherSummary* summaries_of(char* shared) {
 
 struct ResidentArgs : KDForward<float> {
   int group_width;  // lanes a row, where lanes share one
+  bool wide;        // some logits are floats
 };
 
 template <Divergence kind, bool two_sums, typename Group, typename Tile, int max_threads>
@@ -205,7 +198,7 @@ MTKD_KERNEL(max_threads, 1) kd_resident(MTKD_PARAM(ResidentArgs) args) {
   Group group(args.group_width, device::shared_memory());
   const int rows_in_block = device::block_threads() / group.size();
   TeacherSummary* summaries = summaries_of<Group>(device::shared_memory());
-  Tile tile(args, group.rank(), group.size(), reinterpret_cast<char*>(summaries + rows_in_block * args.teachers));
+  Tile tile(args, args.wide, group.rank(), group.size(), reinterpret_cast<char*>(summaries + rows_in_block * args.teachers));
   const Terms terms = terms_of(args, args.rule);
 
   // Lanes of one warp walk on together: a row beyond the last one does not count.

@@ -8,6 +8,7 @@ namespace mtkd_fast {
 
 struct Row {
   int64_t index;
+  RowPosition position;
   bool counts;         // else nothing of it is read, and everything that is written is 0
   float row_weight;
   float scale;         // row weight / items
@@ -16,7 +17,7 @@ struct Row {
 };
 
 MTKD_DEVICE Row read_row(const KDArgs<float>& args, const float* items, int64_t index) {
-  Row row{index, index < args.rows, 1.0f, 0.0f, -1, true};
+  Row row{index, row_position(index, args.inner), index < args.rows, 1.0f, 0.0f, -1, true};
   if (!row.counts) return row;
   if (args.row_weights != nullptr) row.row_weight = device::load(args.row_weights + index);
   row.counts = row.row_weight != 0;
@@ -30,8 +31,7 @@ MTKD_DEVICE Row read_row(const KDArgs<float>& args, const float* items, int64_t 
 }
 
 // The logit of the label; NaN where there is no such column.
-MTKD_DEVICE float label_logit(const InputRow& logits, const Row& row, bool wanted) {
-  if (!wanted) return 0.0f;
+MTKD_DEVICE float label_logit(const InputRow& logits, const Row& row) {
   if (row.label < 0 || !row.label_in_range) return std::numeric_limits<float>::quiet_NaN();
   return load_element(logits, row.label);
 }
@@ -80,7 +80,7 @@ struct Mixture {
   float by_signal = 0;
 };
 
-// Weights, divergences and their sums, the lanes of a warp sharing the teachers. Writes the teachers' row_stats if asked.
+// Weights, divergences and their sums, the lanes of a warp sharing the teachers. Writes the teachers' row_stats, if asked and wanted.
 MTKD_DEVICE Mixture mix(const KDForward<float>& args, const Row& row, const TeacherSummary* teachers, int lane, int lanes,
                         bool write) {
   const int n = args.teachers;
@@ -115,7 +115,7 @@ MTKD_DEVICE Mixture mix(const KDForward<float>& args, const Row& row, const Teac
       mixture.weight += w;
       mixture.used = true;
     }
-    if (!write) continue;
+    if (!write || !args.keep_stats) continue;
     const bool read = row.counts && args.kd_scale != 0;
     auto put = [&](int i, float x) { device::store(args.row_stats + i * args.rows + row.index, read ? x : 0.0f); };
     put(stats.divergence(k), t.divergence);
@@ -153,11 +153,12 @@ MTKD_DEVICE void write_row(const KDForward<float>& args, const Row& row, const S
   device::store(args.row_loss + row.index, row.counts ? row.row_weight * loss : 0.0f);
 
   auto put = [&](int i, float x) { device::store(args.row_stats + i * args.rows + row.index, x); };
+  put(stats.scale(), row.scale);
+  if (!args.keep_stats) return;
   put(stats.student_max(), reads_student ? s.max : 0.0f);
   put(stats.student_sum(), reads_student ? s.sum : 0.0f);
   put(stats.student_sum1(), hard ? s.sum1 : 0.0f);
   put(stats.student_ce(), ce);
-  put(stats.scale(), row.scale);
 }
 
 // ------------------------------------------------------------------------------------------------------------ gradient
@@ -165,7 +166,8 @@ MTKD_DEVICE void write_row(const KDForward<float>& args, const Row& row, const S
 // What the gradient of a row in the student needs beside its columns. `mean` is Σ w_k x_k of the column, x the teacher's
 // p (forward KL) or log p (reverse KL).
 struct StudentGradient {
-  float scale;         // of the whole row; NaN for a label out of range, and for a reverse KL of infinity
+  float row_scale;     // of every gradient of the row; NaN for a label out of range
+  float scale;         // of the student's; NaN also for a reverse KL that is not finite
   float kd;            // kd_scale/τ, 0 where no teacher counts
   float weight;        // W
   float loss;          // Σ w_k D_k, which reverse KL subtracts
@@ -182,8 +184,9 @@ struct StudentGradient {
 MTKD_DEVICE StudentGradient student_gradient(const KDArgs<float>& args, const Row& row, float scale, float max, float sum,
                                              float sum1, const Mixture& mixture) {
   StudentGradient g;
-  const bool undefined = args.divergence == Divergence::reverse_kl && args.kd_scale != 0 && isinf(mixture.loss);
-  g.scale = row.label_in_range && !undefined ? scale : std::numeric_limits<float>::quiet_NaN();
+  const bool undefined = args.divergence == Divergence::reverse_kl && args.kd_scale != 0 && !isfinite(mixture.loss);
+  g.row_scale = row.label_in_range ? scale : std::numeric_limits<float>::quiet_NaN();
+  g.scale = undefined ? std::numeric_limits<float>::quiet_NaN() : g.row_scale;
   g.kd = args.kd_scale != 0 && mixture.used ? args.kd_scale / args.temperature : 0.0f;
   g.weight = mixture.weight;
   g.loss = mixture.loss;

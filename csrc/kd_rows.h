@@ -2,7 +2,8 @@
 //
 // Per row the forward makes one sweep over the columns in tiles: the student's tile stays in L1 while the K teachers
 // pass by, one exponential per element (two where τ is not 1, 2 or 4 and a weight rule or the hard label wants T = 1).
-// The gradient is a second sweep over rows that are in cache by then: one more exponential per element, nothing kept.
+// The gradient is a second sweep over rows that are in cache by then. It takes the exponentials of the first where a row
+// is a single tile, and else computes them again: one more per element, nothing kept.
 
 namespace mtkd_fast {
 namespace MTKD_ISA {
@@ -62,15 +63,25 @@ T tile_max(const T* x, int count) {
 template <typename T>
 inline T finite_or_zero(T max) { return max == -infinity<T>() ? T(0) : max; }
 
+// The columns that this tensor is asked for next, fetched towards L2 while these are worked on: the K + 1 rows are too
+// many short streams for the hardware to foresee.
+struct Ahead {
+  const char* from;
+  int bytes;  // an element
+
+  void prefetch(int i) const { __builtin_prefetch(from + static_cast<int64_t>(i) * bytes, 0, 2); }
+};
+
 // ---------------------------------------------------------------- forward: states
 
 // Absorbs a tile of the student, whose state has been raised to the tile's maximum, and keeps e^{(s−max)/τ}.
 template <typename T, AtOne kAtOne>
-void absorb_student(SoftmaxState<T>& state, const T* s, int count, T to_exp2, T* exps) {
+void absorb_student(SoftmaxState<T>& state, const T* s, int count, T to_exp2, Ahead ahead, T* exps) {
   const T max = finite_or_zero(state.max);
   Vec<T> sum{}, sum1{}, total{};
   int i = 0;
   for (; i < count; i += kLanes<T>) {
+    ahead.prefetch(i);
     const Vec<T> x = load(s + i) - max;
     const Vec<T> e = exp2_of<T>(x * to_exp2);
     store(exps + i, e);
@@ -92,14 +103,16 @@ void absorb_student(SoftmaxState<T>& state, const T* s, int count, T to_exp2, T*
 // Absorbs a tile of a teacher and the cross sum with the student's tile, both raised to the tile's maxima.
 template <typename T, Divergence kDivergence, AtOne kAtOne, bool kEntropy>
 void absorb_teacher(SoftmaxState<T>& state, T& cross, const T* t, const T* s, const T* student_exps, T student_max,
-                    int count, T to_exp2) {
+                    int count, T to_exp2, Ahead ahead, T* exps) {
   const T max = finite_or_zero(state.max), max_s = finite_or_zero(student_max);
   const Vec<T> tiny = splat(std::numeric_limits<T>::min()), zero{};
   Vec<T> sum{}, sum1{}, dot1{}, crossed{};
   for (int i = 0; i < count; i += kLanes<T>) {
+    ahead.prefetch(i);
     const Vec<T> x_t = load(t + i), x_s = load(s + i);
     const Vec<T> dt = x_t - max, ds = x_s - max_s;
     const Vec<T> e = exp2_of<T>(dt * to_exp2);
+    store(exps + i, e);
     sum += e;
     // cross_term of row_stats.h, a vector at a time
     if constexpr (kDivergence == Divergence::forward_kl) {
@@ -123,9 +136,10 @@ void absorb_teacher(SoftmaxState<T>& state, T& cross, const T* t, const T* s, co
 }
 
 template <typename T>
-using AbsorbStudent = void (*)(SoftmaxState<T>&, const T*, int, T, T*);
+using AbsorbStudent = void (*)(SoftmaxState<T>&, const T*, int, T, Ahead, T*);
 template <typename T>
-using AbsorbTeacher = void (*)(SoftmaxState<T>&, T&, const T*, const T*, const T*, T, int, T);
+using AbsorbTeacher = void (*)(SoftmaxState<T>&, T&, const T*, const T*, const T*, T, int, T, Ahead,
+                               T*);
 
 template <typename T>
 AbsorbStudent<T> student_absorber(AtOne at_one) {
@@ -174,13 +188,14 @@ struct TeacherPart {
   T max, factor, log_sum, weight;
 };
 
+// `exps`: the student's, from the first sweep, or null.
 template <typename T, AtOne kAtOne>
-void student_gradient(const T* s, int count, T max, const Sweep<T>& sweep, const StudentGradient<T>& g,
+void student_gradient(const T* s, const T* exps, int count, T max, const Sweep<T>& sweep, const StudentGradient<T>& g,
                       Divergence divergence, const T* teachers_sum, T* out) {
   max = finite_or_zero(max);
   for (int i = 0; i < count; i += kLanes<T>) {
     const Vec<T> x_s = load(s + i), x = x_s - max;
-    const Vec<T> e = exp2_of<T>(x * sweep.to_exp2);
+    const Vec<T> e = exps ? load(exps + i) : exp2_of<T>(x * sweep.to_exp2);
     Vec<T> soft;
     if (divergence == Divergence::forward_kl) {
       soft = g.soft * e - load(teachers_sum + i);
@@ -194,28 +209,30 @@ void student_gradient(const T* s, int count, T max, const Sweep<T>& sweep, const
 }
 
 template <typename T>
-void student_gradient(AtOne at_one, const T* s, int count, T max, const Sweep<T>& sweep, const StudentGradient<T>& g,
+void student_gradient(AtOne at_one, const T* s, const T* exps, int count, T max, const Sweep<T>& sweep, const StudentGradient<T>& g,
                       Divergence divergence, const T* teachers_sum, T* out) {
   switch (at_one) {
     case AtOne::unused:
-      return student_gradient<T, AtOne::unused>(s, count, max, sweep, g, divergence, teachers_sum, out);
+      return student_gradient<T, AtOne::unused>(s, exps, count, max, sweep, g, divergence, teachers_sum, out);
     case AtOne::same:
-      return student_gradient<T, AtOne::same>(s, count, max, sweep, g, divergence, teachers_sum, out);
+      return student_gradient<T, AtOne::same>(s, exps, count, max, sweep, g, divergence, teachers_sum, out);
     case AtOne::square:
-      return student_gradient<T, AtOne::square>(s, count, max, sweep, g, divergence, teachers_sum, out);
+      return student_gradient<T, AtOne::square>(s, exps, count, max, sweep, g, divergence, teachers_sum, out);
     case AtOne::fourth:
-      return student_gradient<T, AtOne::fourth>(s, count, max, sweep, g, divergence, teachers_sum, out);
+      return student_gradient<T, AtOne::fourth>(s, exps, count, max, sweep, g, divergence, teachers_sum, out);
     case AtOne::own:
-      return student_gradient<T, AtOne::own>(s, count, max, sweep, g, divergence, teachers_sum, out);
+      return student_gradient<T, AtOne::own>(s, exps, count, max, sweep, g, divergence, teachers_sum, out);
   }
 }
 
 // sum += factor·e^{(t−max)/τ} (forward KL), or weight·log p (reverse KL, where −inf counts as 0: see mean_divergence).
 template <typename T>
-void add_teacher(const T* t, int count, const TeacherPart<T>& part, const Sweep<T>& sweep, Divergence divergence,
-                 T* sum) {
+void add_teacher(const T* t, const T* exps, int count, const TeacherPart<T>& part, const Sweep<T>& sweep,
+                 Divergence divergence, T* sum) {
   const T max = finite_or_zero(part.max);
-  if (divergence == Divergence::forward_kl) {
+  if (divergence == Divergence::forward_kl && exps) {
+    for (int i = 0; i < count; i += kLanes<T>) store(sum + i, load(sum + i) + part.factor * load(exps + i));
+  } else if (divergence == Divergence::forward_kl) {
     for (int i = 0; i < count; i += kLanes<T>)
       store(sum + i, load(sum + i) + part.factor * exp2_of<T>((load(t + i) - max) * sweep.to_exp2));
   } else {
@@ -255,9 +272,11 @@ struct Row {
   int64_t teacher[kMaxTeachers];
   int64_t target;
 
-  Row(const KDArgs<T>& args, int64_t n)
-      : n(n), student(row_offset(args.student, n, args.inner)), target(args.target ? args.target[n] : -1) {
-    for (int k = 0; k < args.teachers; ++k) teacher[k] = row_offset(args.teacher[k], n, args.inner);
+  Row(const KDArgs<T>& args, int64_t n) : n(n), target(args.target ? args.target[n] : -1) {
+    const int64_t outer = n / args.inner, inner = n % args.inner;  // once a row: a division costs 20 cycles
+    student = outer * args.student.outer_stride + inner * args.student.inner_stride;
+    for (int k = 0; k < args.teachers; ++k)
+      teacher[k] = outer * args.teacher[k].outer_stride + inner * args.teacher[k].inner_stride;
   }
 };
 
@@ -274,6 +293,11 @@ struct RowState {
 template <typename T>
 struct Tiles {
   Tile<T> student, teacher, exps, sum, out;
+  std::vector<Tile<T>> teacher_exps;  // one a teacher where the gradient takes them from the first sweep, else one
+  bool keeps_exps;
+
+  Tiles(int teachers, bool keeps_exps) : teacher_exps(keeps_exps ? teachers : 1), keeps_exps(keeps_exps) {}
+  T* exps_of(int k) { return teacher_exps[keeps_exps ? k : 0].values; }
 };
 
 template <typename T>
@@ -281,6 +305,15 @@ void raise_to(SoftmaxState<T>& state, T max, T inv_t, Raise<T>* by) {
   if (!(max > state.max)) return;
   *by = Raise<T>(state.max, max, inv_t);
   raise(state, max, *by);
+}
+
+// The next tile of the row, or at its end the first of the next row.
+template <typename T>
+Ahead ahead_of(const KDArgs<T>& args, const Logits& x, int64_t row, int64_t n, int64_t begin) {
+  const int bytes = x.dtype == DType::f64 ? 8 : x.dtype == DType::f32 ? 4 : 2;
+  const bool same_row = begin + kTileColumns < args.classes;
+  const int64_t at = same_row ? row + begin + kTileColumns : row + (n + 1 < args.rows ? x.inner_stride : 0);
+  return {static_cast<const char*>(x.data) + at * bytes, bytes};
 }
 
 // One sweep over the columns: every state of the row. Teachers with reads[k] false are left empty.
@@ -299,7 +332,8 @@ void sweep_row(const KDForward<T>& args, const Row<T>& row, const Sweep<T>& swee
     Raise<T> raise_s;
     const T sum_before = state.student.sum;
     raise_to(state.student, tile_max(s, count), sweep.inv_t, &raise_s);
-    absorb_s(state.student, s, count, sweep.to_exp2, tiles.exps.values);
+    absorb_s(state.student, s, count, sweep.to_exp2, ahead_of(args, args.student, row.student, row.n, begin),
+             tiles.exps.values);
 
     for (int k = 0; k < args.teachers; ++k) {
       if (!reads[k]) continue;
@@ -310,7 +344,8 @@ void sweep_row(const KDForward<T>& args, const Row<T>& row, const Sweep<T>& swee
       raise_to(teacher, tile_max(t, count), sweep.inv_t, &raise_t);
       state.cross[k] = forward ? raise_cross(state.cross[k], teacher_sum_before, raise_t, raise_s)
                                : raise_cross(state.cross[k], sum_before, raise_s, raise_t);
-      absorb_t(teacher, state.cross[k], t, s, tiles.exps.values, state.student.max, count, sweep.to_exp2);
+      absorb_t(teacher, state.cross[k], t, s, tiles.exps.values, state.student.max, count, sweep.to_exp2,
+               ahead_of(args, args.teacher[k], row.teacher[k], row.n, begin), tiles.exps_of(k));
     }
   }
 }
@@ -328,11 +363,11 @@ void write_student_gradient(const KDArgs<T>& args, const Row<T>& row, const Swee
     for (int k = 0; k < args.teachers; ++k) {
       if (parts[k].weight == 0) continue;
       const T* t = read_tile(args.teacher[k], row.teacher[k], begin, count, tiles.teacher.values);
-      add_teacher(t, count, parts[k], sweep, args.divergence, sum);
+      add_teacher(t, tiles.keeps_exps ? tiles.exps_of(k) : nullptr, count, parts[k], sweep, args.divergence, sum);
     }
     if (g.reads_student) {
       const T* s = read_tile(args.student, row.student, begin, count, tiles.student.values);
-      student_gradient(sweep.student_at_one, s, count, max, sweep, g, args.divergence, sum, out);
+      student_gradient(sweep.student_at_one, s, tiles.keeps_exps ? tiles.exps.values : nullptr, count, max, sweep, g, args.divergence, sum, out);
     }
     if (row.target >= begin && row.target < begin + count) out[row.target - begin] -= g.label;
     write_tile(gradient, args.student.dtype, to + begin, count, out);
@@ -394,6 +429,8 @@ void write_stats(const KDForward<T>& args, int64_t n, const RowNumbers<T>& row, 
   const RowStats at{args.teachers};
   T* out = args.row_stats + n;
   const int64_t rows = args.rows;
+  out[at.scale() * rows] = scale;
+  if (!args.keep_stats) return;
   for (int k = 0; k < args.teachers; ++k) {
     out[at.divergence(k) * rows] = row.divergence[k];
     out[at.weight(k) * rows] = row.weight[k];
@@ -406,7 +443,6 @@ void write_stats(const KDForward<T>& args, int64_t n, const RowNumbers<T>& row, 
   out[at.student_sum() * rows] = row.student_sum;
   out[at.student_sum1() * rows] = row.student_sum1;
   out[at.student_ce() * rows] = student_ce;
-  out[at.scale() * rows] = scale;
 }
 
 template <typename T>
@@ -496,7 +532,7 @@ void forward_rows(const KDForward<T>& args, int64_t begin, int64_t end) {
   const bool teacher_weights = soft && (args.rule == WeightRule::confidence || args.rule == WeightRule::entropy);
   const Sweep<T> sweep(args, args.ce_weight != 0, teacher_weights, soft && args.rule == WeightRule::entropy);
   RowState<T> state;
-  Tiles<T> tiles;
+  Tiles<T> tiles(args.teachers, args.gradient && args.classes <= kTileColumns);
   for (int64_t n = begin; n < end; ++n) forward_row(args, n, sweep, state, tiles);
 }
 
@@ -564,7 +600,7 @@ void backward_row(const KDBackward<T>& args, int64_t n, const Sweep<T>& sweep, T
 template <typename T>
 void backward_rows(const KDBackward<T>& args, int64_t begin, int64_t end) {
   const Sweep<T> sweep(args, args.ce_weight != 0, false, false);
-  Tiles<T> tiles;
+  Tiles<T> tiles(args.teachers, false);
   for (int64_t n = begin; n < end; ++n) backward_row(args, n, sweep, tiles);
 }
 

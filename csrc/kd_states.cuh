@@ -37,19 +37,19 @@ MTKD_DEVICE Terms terms_of(const KDArgs<float>& args, WeightRule rule) {
 }
 
 // e1[i] = e^{dx[i]}, given e[i] = e^{dx[i]/τ}.
-template <int N>
-MTKD_DEVICE void exponentials_at_one(const float (&e)[N], const float (&dx)[N], AtOne how, float (&e1)[N]) {
+MTKD_DEVICE void exponentials_at_one(const float* e, const float* dx, AtOne how, float (&e1)[kChunk]) {
   if (how == AtOne::own) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) e1[i] = device::exp2(dx[i] * kLog2E);
+    for (int i = 0; i < kChunk; ++i) e1[i] = device::exp2(dx[i] * kLog2E);
     return;
   }
 #pragma unroll
-  for (int i = 0; i < N; ++i) e1[i] = e[i];
+  for (int i = 0; i < kChunk; ++i) e1[i] = e[i];
   const int squarings = how == AtOne::same ? 0 : how == AtOne::squared ? 1 : 2;
+#pragma unroll 1
   for (int times = 0; times < squarings; ++times) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) e1[i] *= e1[i];
+    for (int i = 0; i < kChunk; ++i) e1[i] *= e1[i];
   }
 }
 
@@ -82,26 +82,25 @@ MTKD_DEVICE Raise<float> absorb_student(SoftmaxState<float>& state, const float 
     }
     state.max = max;
   }
-  float dx[N], e[N];
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    dx[i] = shifted(x[i], max);
-    e[i] = device::exp2(dx[i] * terms.log2e_t);
-    state.sum += e[i];
-  }
-  if (terms.student_sum1) {
-    float e1[N];
-    exponentials_at_one(e, dx, terms.at_one, e1);
+  for (int c = 0; c < N / kChunk; ++c) {
+    float dx[kChunk], e[kChunk];
 #pragma unroll
-    for (int i = 0; i < N; ++i) state.sum1 += e1[i];
-  }
-  if (terms.student_total) {
+    for (int i = 0; i < kChunk; ++i) {
+      dx[i] = shifted(x[c * kChunk + i], max);
+      e[i] = device::exp2(dx[i] * terms.log2e_t);
+      state.sum += e[i];
+    }
+    if (terms.student_sum1) {
+      float e1[kChunk];
+      exponentials_at_one(e, dx, terms.at_one, e1);
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      if (i % kChunk < valid[i / kChunk]) {
-        state.total += dx[i];
-        state.count += 1;
-      }
+      for (int i = 0; i < kChunk; ++i) state.sum1 += e1[i];
+    }
+    if (terms.student_total) {
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) state.total += i < valid[c] ? dx[i] : 0.0f;
+      state.count += valid[c] > 0 ? static_cast<float>(valid[c]) : 0.0f;
     }
   }
   return by;
@@ -160,24 +159,28 @@ MTKD_DEVICE void absorb_teacher(TeacherState& state, const float (&x)[N], const 
     state.max = max;
   }
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    dx[i] = shifted(x[i], max);
-    e[i] = device::exp2(dx[i] * terms.log2e_t);
-    state.sum += e[i];
-    if (kind == Divergence::forward_kl) {
-      state.cross += cross_term(dx[i], e[i], dx[i], ds[i]);
-    } else {
-      state.cross += cross_term(ds[i], es[i], ds[i], dx[i]);
-      state.student_sum += es[i];
-    }
-  }
-  if (terms.teacher_sum1) {
-    float e1[N];
-    exponentials_at_one(e, dx, terms.at_one, e1);
+  for (int c = 0; c < N / kChunk; ++c) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      state.sum1 += e1[i];
-      if (terms.teacher_dot1) state.dot1 += dx[i] == -infinity<float>() ? 0.0f : e1[i] * dx[i];
+    for (int i = c * kChunk; i < (c + 1) * kChunk; ++i) {
+      dx[i] = shifted(x[i], max);
+      e[i] = device::exp2(dx[i] * terms.log2e_t);
+      state.sum += e[i];
+      if (kind == Divergence::forward_kl) {
+        state.cross += cross_term(dx[i], e[i], dx[i], ds[i]);
+      } else {
+        state.cross += cross_term(ds[i], es[i], ds[i], dx[i]);
+        state.student_sum += es[i];
+      }
+    }
+    if (terms.teacher_sum1) {
+      float e1[kChunk];
+      exponentials_at_one(e + c * kChunk, dx + c * kChunk, terms.at_one, e1);
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {
+        const float d = dx[c * kChunk + i];
+        state.sum1 += e1[i];
+        if (terms.teacher_dot1) state.dot1 += d == -infinity<float>() ? 0.0f : e1[i] * d;
+      }
     }
   }
 }

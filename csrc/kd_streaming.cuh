@@ -58,7 +58,7 @@ struct StreamingRow {
   MTKD_DEVICE int64_t chunk(int64_t tile, int c) const { return tile + static_cast<int64_t>(c) * group.size(); }
 
   MTKD_DEVICE void load_tile(const Logits& logits, int64_t tile, RawChunk (&raw)[kStreamChunks]) const {
-    const InputRow from = input_row(logits, row.index, args.inner);
+    const InputRow from = input_row(logits, row.position);
 #pragma unroll
     for (int c = 0; c < kStreamChunks; ++c) {
       raw[c] = chunk(tile, c) * kChunk < args.classes ? load_chunk(from, chunk(tile, c), args.classes)
@@ -137,7 +137,7 @@ struct StreamingRow {
     float at_label = 0;
     mark_read_teachers();
     if (reads_student) {
-      at_label = label_logit(input_row(args.student, row.index, args.inner), row, args.ce_weight != 0);
+      if (args.ce_weight != 0) at_label = label_logit(input_row(args.student, row.position), row);
       const int64_t chunks = (args.classes + kChunk - 1) / kChunk;
       for (int64_t tile = group.rank(); tile < chunks; tile += kStreamChunks * group.size()) absorb_tile(tile, student);
     }
@@ -148,8 +148,8 @@ struct StreamingRow {
     for (int k = 0; k < args.teachers; ++k) {
       TeacherSummary summary{0.0f, 0.0f, 0.0f, 0.0f};
       if (reads(k)) {
-        const InputRow logits = input_row(args.teacher[k], row.index, args.inner);
-        const float teacher_at_label = label_logit(logits, row, args.rule == WeightRule::confidence);
+        const bool needs_label = args.rule == WeightRule::confidence;
+        const float teacher_at_label = needs_label ? label_logit(input_row(args.teacher[k], row.position), row) : 0.0f;
         TeacherState state = get(k, own.sum);
         raise_student_side<kind>(state, by);
         group.merge(state, MergeTeacher<kind>{terms});

@@ -2,10 +2,11 @@
 // being read, and for each column the sums over teachers that its gradient needs. A thread keeps the same columns
 // throughout, so a tile needs no barrier.
 //
-//   fetch_student, fetch_teacher   start reading; fetch_piece does so for one piece of the next teacher, where kAhead is
-//                                  false and the next teacher takes the place of this one
-//   student_arrives, teacher_...   what was fetched last is there: student(j, x) and teacher(j, x) give the logits of
-//                                  piece j, −inf beyond the last class and where nothing is read
+//   fetch_student, fetch_teacher   start reading a row; always called, in this order, kDepth teachers ahead
+//   fetch_piece                    the same for one piece of the next teacher, where that takes the place of this one
+//                                  (kDepth 1)
+//   student_arrives, teacher_...   student(j, x) and teacher(j, x) give the logits of piece j from here on: −inf beyond the
+//                                  last class and where nothing is read
 //   accumulate, mean               the sums over teachers of piece j
 #pragma once
 
@@ -19,32 +20,52 @@ struct Wanted {
   bool reads;
 };
 
-// In registers: N columns a thread in one piece, and the next teacher's on their way.
+inline bool any_wide(const KDArgs<float>& args) {
+  bool wide = args.student.dtype == DType::f32;
+  for (int k = 0; k < args.teachers; ++k) wide |= args.teacher[k].dtype == DType::f32;
+  return wide;
+}
+
+// In registers: N columns a thread in one piece. Rows come in through shared memory, [1 + kDepth][planes][kChunks][threads] of
+// 16 bytes, so that the student and the next four teachers can be on their way without a register.
 template <int N, bool two_sums>
 struct RegisterTile {
   static constexpr int kWidth = N;
   static constexpr int kChunks = N / kChunk;
-  static constexpr bool kAhead = true;
+  static constexpr int kDepth = 4;
 
-  int rank, size;
-  int64_t classes;
-  RawChunk coming_student[kChunks], coming_teacher[kChunks];
+  const KDForward<float>& args;
+  const int rank, size;
+  Words* slots;  // this thread's first
+  const int planes;  // 2 where some logits are floats
   float s[N], t[N];
   float plain[N], by_signal[two_sums ? N : 1];
 
-  static int64_t shared_bytes(const KDArgs<float>&) { return 0; }
+  static int64_t shared_bytes(const KDArgs<float>& args, int threads) {
+    return (1 + kDepth) * (any_wide(args) ? 2 : 1) * kChunks * threads * static_cast<int64_t>(sizeof(Words));
+  }
 
-  MTKD_DEVICE RegisterTile(const KDForward<float>& args, int rank, int size, char*)
-      : rank(rank), size(size), classes(args.classes) {}
+  MTKD_DEVICE RegisterTile(const KDForward<float>& args, bool wide, int rank, int size, char* shared)
+      : args(args),
+        rank(rank),
+        size(size),
+        slots(reinterpret_cast<Words*>(shared) + device::thread_index()),
+        planes(wide ? 2 : 1) {}
 
   MTKD_DEVICE int pieces() const { return 1; }
   MTKD_DEVICE int64_t chunk(int, int c) const { return rank + static_cast<int64_t>(c) * size; }
 
-  MTKD_DEVICE void fetch_student(const Wanted& from) { fetch(from, coming_student); }
-  MTKD_DEVICE void fetch_teacher(const Wanted& from) { fetch(from, coming_teacher); }
-  MTKD_DEVICE void fetch_piece(int, const Wanted&) {}
-  MTKD_DEVICE void student_arrives(const Wanted& from) { arrive(coming_student, from, s); }
-  MTKD_DEVICE void teacher_arrives(const Wanted& from) { arrive(coming_teacher, from, t); }
+  MTKD_DEVICE void fetch_student(const Wanted& from) const { fetch(0, from); }
+  MTKD_DEVICE void fetch_teacher(int k, const Wanted& from) const { fetch(1 + k % kDepth, from); }
+  MTKD_DEVICE void fetch_piece(int, const Wanted&) const {}
+  MTKD_DEVICE void student_arrives(DType dtype, bool reads) {
+    device::wait_for_copies<kDepth>();
+    arrive(0, dtype, reads, s);
+  }
+  MTKD_DEVICE void teacher_arrives(int k, DType dtype, bool reads) {
+    device::wait_for_copies<kDepth - 1>();
+    arrive(1 + k % kDepth, dtype, reads, t);
+  }
 
   MTKD_DEVICE void student(int, float (&x)[N]) const { copy(s, x); }
   MTKD_DEVICE void teacher(int, float (&x)[N]) const { copy(t, x); }
@@ -71,16 +92,27 @@ struct RegisterTile {
   }
 
  private:
-  MTKD_DEVICE void fetch(const Wanted& from, RawChunk (&raw)[kChunks]) const {
+  MTKD_DEVICE Words* slot(int row, int plane, int c) const {
+    return slots + ((row * planes + plane) * kChunks + c) * device::block_threads();
+  }
+  MTKD_DEVICE void fetch(int row, const Wanted& from) const {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
-      const bool inside = from.reads && chunk(0, c) * kChunk < classes;
-      raw[c] = inside ? load_chunk(from.row, chunk(0, c), classes) : empty_chunk(from.row.dtype);
+      if (!from.reads || chunk(0, c) * kChunk >= args.classes) continue;
+      copy_chunk(from.row, chunk(0, c), args.classes, slot(row, 0, c), slot(row, 1, c));
     }
+    device::commit_copies();
   }
-  MTKD_DEVICE static void arrive(const RawChunk (&raw)[kChunks], const Wanted& from, float (&x)[N]) {
+  MTKD_DEVICE void arrive(int row, DType dtype, bool reads, float (&x)[N]) const {
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c) decode(raw[c], from.row.dtype, x + c * kChunk);
+    for (int c = 0; c < kChunks; ++c) {
+      RawChunk raw = empty_chunk(dtype);
+      if (reads && chunk(0, c) * kChunk < args.classes) {
+        raw.low = *slot(row, 0, c);
+        if (dtype == DType::f32) raw.high = *slot(row, 1, c);
+      }
+      decode(raw, dtype, x + c * kChunk);
+    }
   }
   MTKD_DEVICE static void copy(const float (&from)[N], float (&to)[N]) {
 #pragma unroll
@@ -94,7 +126,7 @@ template <bool two_sums>
 struct SharedTile {
   static constexpr int kWidth = kChunk;
   static constexpr int kChunks = 1;
-  static constexpr bool kAhead = false;
+  static constexpr int kDepth = 1;
 
   int rank, size;
   int64_t classes;
@@ -102,7 +134,7 @@ struct SharedTile {
   Words *s, *t, *plain, *by_signal;
   DType student_dtype, teacher_dtype;
 
-  static int64_t shared_bytes(const KDArgs<float>& args) {
+  static int64_t shared_bytes(const KDArgs<float>& args, int) {
     int widest = 2;
     for (int k = 0; k < args.teachers; ++k) {
       if (args.teacher[k].dtype == DType::f32) widest = 4;
@@ -111,7 +143,7 @@ struct SharedTile {
     return (args.classes + kChunk - 1) / kChunk * kChunk * bytes_per_column;
   }
 
-  MTKD_DEVICE SharedTile(const KDForward<float>& args, int rank, int size, char* shared)
+  MTKD_DEVICE SharedTile(const KDForward<float>& args, bool, int rank, int size, char* shared)
       : rank(rank),
         size(size),
         classes(args.classes),
@@ -126,17 +158,20 @@ struct SharedTile {
   MTKD_DEVICE int64_t chunk(int j, int) const { return rank + static_cast<int64_t>(j) * size; }
 
   MTKD_DEVICE void fetch_student(const Wanted& from) const { fetch(s, from); }
-  MTKD_DEVICE void fetch_teacher(const Wanted& from) const { fetch(t, from); }
+  MTKD_DEVICE void fetch_teacher(int, const Wanted& from) const { fetch(t, from); }
   MTKD_DEVICE void fetch_piece(int j, const Wanted& from) const {
     if (from.reads) copy(t, chunk(j, 0), from.row);
+    device::commit_copies();
   }
-  MTKD_DEVICE void student_arrives(const Wanted& from) {
-    arrive(s, from);
-    student_dtype = from.row.dtype;
+  MTKD_DEVICE void student_arrives(DType dtype, bool reads) {
+    device::wait_for_copies<0>();
+    student_dtype = dtype;
+    if (reads) return;
+    for (int64_t c = rank; c < chunks; c += size) put_raw(s, c, empty_chunk(dtype), dtype);
   }
-  MTKD_DEVICE void teacher_arrives(const Wanted& from) {
-    arrive(t, from);
-    teacher_dtype = from.row.dtype;
+  MTKD_DEVICE void teacher_arrives(int, DType dtype, bool) {
+    device::wait_for_copies<0>();
+    teacher_dtype = dtype;
   }
 
   MTKD_DEVICE void student(int j, float (&x)[kChunk]) const { get(s, chunk(j, 0), student_dtype, x); }
@@ -185,26 +220,12 @@ struct SharedTile {
     put_raw(to, c, encode(x, DType::f32), DType::f32);
   }
 
-  // Chunks that go 16 bytes at a time are on their way at once, the others are read on arrival.
   MTKD_DEVICE void copy(Words* to, int64_t c, const InputRow& row) const {
-    if (!takes_vectors(row, c, classes)) return;
-    const Words* from = chunk_words(row, c);
-    device::copy_async(to + c, from);
-    if (row.dtype == DType::f32) device::copy_async(to + chunks + c, from + 1);
+    copy_chunk(row, c, classes, to + c, to + chunks + c);
   }
   MTKD_DEVICE void fetch(Words* to, const Wanted& from) const {
-    if (!from.reads) return;
-    for (int64_t c = rank; c < chunks; c += size) copy(to, c, from.row);
-  }
-  MTKD_DEVICE void arrive(Words* to, const Wanted& from) const {
-    device::wait_for_copies();
-    for (int64_t c = rank; c < chunks; c += size) {
-      if (!from.reads) {
-        put_raw(to, c, empty_chunk(from.row.dtype), from.row.dtype);
-      } else if (!takes_vectors(from.row, c, classes)) {
-        put_raw(to, c, load_elements(from.row, c * kChunk, classes), from.row.dtype);
-      }
-    }
+    for (int64_t c = rank; from.reads && c < chunks; c += size) copy(to, c, from.row);
+    device::commit_copies();
   }
 };
 

@@ -8,6 +8,10 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <optional>
 #include <string>
 #include <vector>
@@ -79,6 +83,17 @@ struct RowGrid {
     return true;
   }
 };
+
+// Fresh memory costs a page fault for every 4 KB written, about a nanosecond a float: more than computing it. From 4 MB
+// on, memory is fresh at every call (the allocator gives it back at once), and in pages of 2 MB 5 times cheaper.
+inline void ask_for_huge_pages(const Tensor& x) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 4096;
+  if (x.nbytes() < (size_t{4} << 20)) return;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(x.data_ptr()), first = (begin + kPage - 1) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(first), begin + x.nbytes() - first, MADV_HUGEPAGE);  // a wish: it may be refused
+#endif
+}
 
 constexpr int64_t kGrain = 16384;  // elements a thread should have before another is woken, some 5 µs of work
 

@@ -83,12 +83,29 @@ inline void widen(const void* row, DType dtype, int64_t at, int count, T* __rest
   }
 }
 
+// `count` >= kLanes numbers, copied and padded with −inf in stores of whole vectors, so that the loads that follow are
+// forwarded from them; a memcpy's overlapping stores are not, which costs more than the copy.
+template <typename T>
+void copy_padded(const T* from, int count, T* to) {
+  const int whole = count / kLanes<T> * kLanes<T>, rest = count - whole;
+  for (int i = 0; i < whole; i += kLanes<T>) store(to + i, load(from + i));
+  Bits<T> lane{};
+  for (int i = 0; i < kLanes<T>; ++i) lane[i] = i;
+  const Vec<T> last = __builtin_shuffle(load(from + count - kLanes<T>), lane + (kLanes<T> - rest));
+  store(to + whole, lane < rest ? last : splat(-infinity<T>()));
+}
+
 // Columns [begin, begin + count) of the row that starts at element `row`, padded with −inf to whole vectors. Returns
 // the row itself where it can be read as it stands.
 template <typename T>
 const T* read_tile(const Logits& x, int64_t row, int64_t begin, int count, T* to) {
   const bool is_t = x.dtype == (sizeof(T) == sizeof(float) ? DType::f32 : DType::f64);
-  if (x.class_stride == 1 && is_t && count % kLanes<T> == 0) return static_cast<const T*>(x.data) + row + begin;
+  if (x.class_stride == 1 && is_t && count >= kLanes<T>) {
+    const T* from = static_cast<const T*>(x.data) + row + begin;
+    if (count % kLanes<T> == 0) return from;
+    copy_padded(from, count, to);
+    return to;
+  }
   if (x.class_stride == 1)
     widen(x.data, x.dtype, row + begin, count, to);
   else

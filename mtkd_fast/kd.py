@@ -93,7 +93,7 @@ def multi_teacher_kd_loss(
         kd_scale, ce_weight, reduction, items = kd_scale / items, ce_weight / items, "sum", None
     arguments = (student, teachers, labels, given, row_weights, items)
     options = (rule, divergence, temperature, kd_scale, ce_weight, label_smoothing, ignore_index, reduction)
-    loss, stats = _KD[chosen](arguments, options)
+    loss, stats = _KD[chosen](arguments, options, return_stats)
     return (loss, stats()) if return_stats else loss
 
 
@@ -160,7 +160,7 @@ def teacher_weights(
     return stats.weights
 
 
-def _reference_kd(arguments: tuple, options: tuple):
+def _reference_kd(arguments: tuple, options: tuple, _: bool):
     student, _, labels, *_ = arguments
     names = (
         "rule", "divergence", "temperature", "kd_scale", "ce_weight", "label_smoothing", "ignore_index", "reduction",
@@ -172,12 +172,12 @@ def _reference_kd(arguments: tuple, options: tuple):
     return loss, lambda: stats
 
 
-def _cpp_kd(arguments: tuple, options: tuple):
-    loss, row_stats = torch.ops.mtkd_fast.kd(*arguments, *options)
+def _cpp_kd(arguments: tuple, options: tuple, return_stats: bool):
+    loss, row_stats = torch.ops.mtkd_fast.kd(*arguments, *options, return_stats)
     return loss, lambda: _stats(row_stats, arguments, options)
 
 
-def _triton_kd(arguments: tuple, options: tuple):
+def _triton_kd(arguments: tuple, options: tuple, _: bool):
     student, _, labels, *_ = arguments
     ignore_index = options[6]
     if labels is not None and labels.device.type == "cpu" and not torch.compiler.is_compiling():

@@ -6,7 +6,8 @@ way. C++ adds the implementations of ``kd*`` and ``hint*`` (csrc/ops.cpp), Trito
     kd, kd_divergence, hint         with autograd; what the public functions call
     *_forward, *_backward, ...      the passes over memory, without autograd
 
-``row_stats`` is one [6K + 5, N] buffer, N the flattened rows: see ``RowStats`` in csrc/kd.h.
+``row_stats`` is one [6K + 5, N] buffer, N the flattened rows: see ``RowStats`` in csrc/kd.h. Without ``stats`` or
+``keep_stats`` only its last row, the scale, is defined.
 """
 
 import torch
@@ -26,12 +27,12 @@ _BACKWARD = (
     "str divergence, float temperature, float kd_scale, float ce_weight, float label_smoothing, bool[] needs"
 )
 FUSED = (
-    f"kd({_LOSS}) -> (Tensor loss, Tensor row_stats)",
+    f"kd({_LOSS}, bool stats) -> (Tensor loss, Tensor row_stats)",
     "kd_divergence(Tensor student, Tensor[] teachers, str divergence, float temperature) -> Tensor",
     "hint(Tensor[] student, Tensor[] teacher, Tensor? weights, str reduction) -> Tensor",
 )
 PASSES = (
-    f"kd_forward({_LOSS}, bool skip_zero_weights, bool write_gradient) -> "
+    f"kd_forward({_LOSS}, bool skip_zero_weights, bool keep_stats, bool write_gradient) -> "
     "(Tensor loss, Tensor row_stats, Tensor gradient)",
     f"kd_backward({_BACKWARD}) -> Tensor[]",
     "kd_rescale(Tensor gradient, Tensor upstream, Tensor scale) -> Tensor",
@@ -58,7 +59,7 @@ def n_rows(logits: Tensor) -> int:
 def fake_kd_forward(
     student: Tensor, teachers: list[Tensor], *arguments: object
 ) -> tuple[Tensor, Tensor, Tensor]:
-    *_, reduction, _, write_gradient = arguments
+    *_, reduction, _, _, write_gradient = arguments
     dtype = compute_dtype(student, *teachers)
     loss = student.new_empty(student.shape[:-1] if reduction == "none" else (), dtype=dtype)
     row_stats = student.new_empty((row_stats_size(len(teachers)), n_rows(student)), dtype=dtype)

@@ -15,7 +15,7 @@ ops = torch.ops.mtkd_fast
 def kd_forward(
     student, teachers, target, weights, row_weights, num_items,
     rule, divergence, temperature, kd_scale, ce_weight, label_smoothing, ignore_index, reduction,
-    skip_zero_weights, write_gradient,
+    skip_zero_weights, keep_stats, write_gradient,
 ):  # fmt: skip
     items = None
     if reduction == "mean":
@@ -74,7 +74,7 @@ class KDLoss(torch.autograd.Function):
         in_forward = gradient_in_forward(student, teachers)
         weights_need = weights is not None and weights.requires_grad
         loss, row_stats, gradient = ops.kd_triton_forward(
-            student, teachers, target, weights, row_weights, num_items, *options, not weights_need, in_forward
+            student, teachers, target, weights, row_weights, num_items, *options, not weights_need, True, in_forward
         )
         ctx.mark_non_differentiable(row_stats)
         ctx.set_materialize_grads(False)
@@ -114,12 +114,12 @@ def finish_gradient(gradient: Tensor, upstream: Tensor, scale: Tensor) -> Tensor
 
 
 def kd(student, teachers, target, weights, row_weights, num_items, *options) -> tuple[Tensor, Tensor]:
-    """The arguments of torch.ops.mtkd_fast.kd, differentiable."""
+    """The arguments of torch.ops.mtkd_fast.kd, differentiable; row_stats is always whole."""
     inputs = (student, *teachers) if weights is None else (student, weights, *teachers)
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         return KDLoss.apply(options, student, target, weights, row_weights, num_items, *teachers)
     loss, row_stats, _ = ops.kd_triton_forward(
-        student, teachers, target, weights, row_weights, num_items, *options, True, False
+        student, teachers, target, weights, row_weights, num_items, *options, True, True, False
     )
     return loss, row_stats
 
@@ -127,7 +127,7 @@ def kd(student, teachers, target, weights, row_weights, num_items, *options) -> 
 def statistics(student: Tensor, teachers: Sequence[Tensor], divergence: str, temperature: float) -> Tensor:
     """row_stats of the divergences alone."""
     options = ("uniform", divergence, temperature, 1.0, 0.0, 0.0, 0, "sum")
-    return ops.kd_triton_forward(student, teachers, None, None, None, None, *options, False, False)[1]
+    return ops.kd_triton_forward(student, teachers, None, None, None, None, *options, False, True, False)[1]
 
 
 class KDDivergence(torch.autograd.Function):
