@@ -88,7 +88,7 @@ def compiled() -> dict:
 
 setup(
     version=version(),
-    packages=["mtkd_fast", "mtkd_fast.reference", "mtkd_fast.losses", "mtkd_fast.kernels", "mtkd_fast.bench"],
+    packages=["mtkd_fast", "mtkd_fast.reference", "mtkd_fast.losses", "mtkd_fast.kernels", "mtkd_fast.bench", "mtkd_fast.bench.demo"],
     package_dir={"mtkd_fast.kernels": "kernels", "mtkd_fast.bench": "bench"},
     package_data={"mtkd_fast": ["py.typed"]},
     **compiled(),

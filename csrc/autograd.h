@@ -32,10 +32,7 @@ inline void refuse_double_backward(variable_list& gradients) {
 
 // A fake or functional tensor: torch.compile is tracing, so nothing may be changed in place.
 inline bool is_traced(const Tensor& x) {
-  return x.key_set().has_any(c10::DispatchKeySet(
-      {c10::DispatchKey::Python, c10::DispatchKey::Functionalize, c10::DispatchKey::Fake, c10::DispatchKey::Meta}));
+  return x.key_set().has(c10::DispatchKey::Python) || x.key_set().has(c10::DispatchKey::Functionalize) || x.is_meta();
 }
-
-inline Tensor defined_or_none(const Tensor& x) { return x.numel() ? x : Tensor(); }
 
 }  // namespace mtkd_fast
