@@ -1,5 +1,6 @@
-// Eight neighbouring columns of one row: as they lie in memory, and as floats. Eight halves are one 16-byte access, eight
-// floats two. Aligned rows of class stride 1 take those; heads, tails, odd addresses and other strides go one by one.
+// Eight neighbouring columns of one row: as they lie in memory, and as floats. Eight halves are one 16-byte access,
+// eight floats two. Aligned rows of class stride 1 take those; heads, tails, odd addresses and other strides go one by
+// one.
 #pragma once
 
 #include "device.h"
@@ -23,7 +24,7 @@ struct InputRow {
   const char* data;
   int64_t stride;  // bytes from class to class
   DType dtype;
-  bool vectors;    // every chunk that lies wholly in the row may be read 16 bytes at a time
+  bool vectors;  // every chunk that lies wholly in the row may be read 16 bytes at a time
 };
 
 // Row n as its two leading indices, divided out once for all tensors.
@@ -102,7 +103,8 @@ MTKD_DEVICE bool takes_words(const InputRow& row) {
   return row.dtype == DType::f32 || (row.stride == 2 && reinterpret_cast<uintptr_t>(row.data) % 4 == 0);
 }
 
-// A chunk on its way into shared memory, `low` and (floats) `high`. What cannot be copied asynchronously is there already.
+// A chunk on its way into shared memory, `low` and (floats) `high`. What cannot be copied asynchronously is there
+// already.
 MTKD_DEVICE void copy_chunk(const InputRow& row, int64_t chunk, int64_t classes, Words* low, Words* high) {
   const bool wide = row.dtype == DType::f32;
   if (takes_vectors(row, chunk, classes)) {
@@ -168,8 +170,8 @@ MTKD_DEVICE RawChunk encode(const float* x, DType dtype) {
       raw.low.word[i] = device::float_as_word(x[i]);
       raw.high.word[i] = device::float_as_word(x[i + 4]);
     } else {
-      raw.low.word[i] = dtype == DType::bf16 ? device::pack_bf16(x[2 * i], x[2 * i + 1])
-                                             : device::pack_f16(x[2 * i], x[2 * i + 1]);
+      raw.low.word[i] =
+          dtype == DType::bf16 ? device::pack_bf16(x[2 * i], x[2 * i + 1]) : device::pack_f16(x[2 * i], x[2 * i + 1]);
     }
   }
   return raw;

@@ -112,19 +112,19 @@ MTKD_DEVICE void store(float* p, float x) { __stwb(p, x); }
 MTKD_DEVICE void store(uint32_t* p, uint32_t x) { __stwb(p, x); }
 MTKD_DEVICE void store(uint16_t* p, uint16_t x) { __stwb(p, x); }
 
-// 16 or 4 bytes from global to shared memory. What was copied since the last commit is a group; waiting leaves the youngest
-// `pending` groups of this thread in flight.
+// 16 or 4 bytes from global to shared memory. What was copied since the last commit is a group; waiting leaves the
+// youngest `pending` groups of this thread in flight.
 MTKD_DEVICE void copy_async(Words* shared, const Words* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-               "l"(__cvta_generic_to_global(global))
-               : "memory");
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+      "l"(__cvta_generic_to_global(global))
+      : "memory");
 }
 MTKD_DEVICE void copy_async(uint32_t* shared, const uint32_t* global) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-               "l"(__cvta_generic_to_global(global))
-               : "memory");
+  asm volatile(
+      "cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+      "l"(__cvta_generic_to_global(global))
+      : "memory");
 }
 MTKD_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int pending>
@@ -155,9 +155,11 @@ const char* launch(void (*kernel)(Args), LaunchShape shape, void* stream, const 
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes);
     if (refused != cudaSuccess) return cudaGetErrorString(refused);
   }
-  kernel<<<static_cast<unsigned>(shape.blocks), shape.threads, shape.shared_bytes, static_cast<cudaStream_t>(stream)>>>(
-      args);
-  const cudaError_t error = cudaGetLastError();
+  void* parameters[] = {const_cast<Args*>(&args)};
+  const cudaError_t error =
+      cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(shape.blocks)),
+                       dim3(static_cast<unsigned>(shape.threads)), parameters, static_cast<size_t>(shape.shared_bytes),
+                       static_cast<cudaStream_t>(stream));
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

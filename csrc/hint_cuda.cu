@@ -1,5 +1,5 @@
-// The op `hint` on CUDA devices. Forward: a warp, or a block where samples are large, takes one sample of one pair: 2 reads.
-// Backward: a block takes a stretch of one: 2 reads and a write. A pair of weight 0 is not read.
+// The op `hint` on CUDA devices. Forward: a warp, or a block where samples are large, takes one sample of one pair: 2
+// reads. Backward: a block takes a stretch of one: 2 reads and a write. A pair of weight 0 is not read.
 #include "chunk.cuh"
 #include "group.cuh"
 #include "hint.h"
@@ -72,7 +72,8 @@ MTKD_DEVICE float mean_squared_difference(Group& group, const FeaturePair& pair,
 
 // Shared memory: the group's scratch.
 template <typename Group>
-MTKD_KERNEL(kThreads, 2) hint_forward(MTKD_PARAM(HintKernelArgs) args) {
+MTKD_KERNEL(kThreads, 2)
+hint_forward(MTKD_PARAM(HintKernelArgs) args) {
   Group group(kWarp, device::shared_memory());
   const int groups_in_block = device::block_threads() / group.size();
   const int64_t all = args.pairs * args.samples;

@@ -1,5 +1,5 @@
-// Strategy B, backward: every gradient from the logits and row_stats, column by column. A block takes a stretch of a row; the
-// numbers of its teachers lie in shared memory. K + 1 reads and one write for each gradient wanted.
+// Strategy B, backward: every gradient from the logits and row_stats, column by column. A block takes a stretch of a
+// row; the numbers of its teachers lie in shared memory. K + 1 reads and one write for each gradient wanted.
 #pragma once
 
 #include "kd_row.cuh"
@@ -16,9 +16,9 @@ struct BackwardArgs : KDBackward<float> {
 };
 
 struct TeacherTerms {
-  float weight;      // w_k; 0: not read, its gradient is 0
+  float weight;  // w_k; 0: not read, its gradient is 0
   float max;
-  float inv_sum;     // 1/Σ e^{(t−max)/τ}
+  float inv_sum;  // 1/Σ e^{(t−max)/τ}
   float log_sum;
   float divergence;
 };
@@ -172,16 +172,16 @@ struct BackwardRow {
     const Mixture mixture = gather();
     const RowStats stats{args.teachers};
     const float factor = row.scale * upstream_of(args.upstream, args.upstream_stride, row.index);
-    const StudentGradient g =
-        student_gradient(args, row, factor, stat(stats.student_max()), stat(stats.student_sum()),
-                         args.ce_weight != 0 ? stat(stats.student_sum1()) : 0.0f, mixture);
+    const StudentGradient g = student_gradient(args, row, factor, stat(stats.student_max()), stat(stats.student_sum()),
+                                               args.ce_weight != 0 ? stat(stats.student_sum1()) : 0.0f, mixture);
     for (int64_t chunk = first; chunk < last; chunk += kBackwardThreads) backward_chunk(chunk, g);
   }
 };
 
 // Shared memory: [K] teacher terms.
 template <Divergence kind>
-MTKD_KERNEL(kBackwardThreads, 2) kd_backward(MTKD_PARAM(BackwardArgs) args) {
+MTKD_KERNEL(kBackwardThreads, 2)
+kd_backward(MTKD_PARAM(BackwardArgs) args) {
   TeacherTerms* teachers = reinterpret_cast<TeacherTerms*>(device::shared_memory());
   const Terms terms = terms_of(args, WeightRule::given);
   for (int64_t i = device::block_index(); i < args.rows * args.stretches; i += device::grid_blocks()) {

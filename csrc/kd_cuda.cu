@@ -6,8 +6,8 @@
 //   else, and beyond   a block streams over a row (forward), blocks share its columns
 //   6144 classes where no gradient is asked for (backward)                                   kd_streaming, kd_backward
 #include "kd_backward.cuh"
-#include "kd_resident.cuh"
 #include "kd_rescale.cuh"
+#include "kd_resident.cuh"
 #include "kd_streaming.cuh"
 #include "kd_variants.h"
 
@@ -67,9 +67,10 @@ int lane_width(int64_t classes) {
 
 const char* forward_by_lanes(const ResidentArgs& args, void* stream) {
   const int rows_in_block = kLaneThreads / args.group_width;
-  const int64_t shared_bytes = rows_in_block * summary_bytes(args.teachers) +
-                               RegisterTile<kChunk, false>::shared_bytes(args, kLaneThreads);
-  const LaunchShape shape{at_most_grid(ceil_div(args.rows, rows_in_block)), kLaneThreads, static_cast<int>(shared_bytes)};
+  const int64_t shared_bytes =
+      rows_in_block * summary_bytes(args.teachers) + RegisterTile<kChunk, false>::shared_bytes(args, kLaneThreads);
+  const LaunchShape shape{at_most_grid(ceil_div(args.rows, rows_in_block)), kLaneThreads,
+                          static_cast<int>(shared_bytes)};
   return with_kernel(args, [&](auto kind, auto sums) {
     constexpr bool two = decltype(sums)::value;
     return device::launch(kd_resident<decltype(kind)::value, two, LaneGroup, RegisterTile<kChunk, two>, kLaneThreads>,
@@ -80,8 +81,8 @@ const char* forward_by_lanes(const ResidentArgs& args, void* stream) {
 template <int N>
 LaunchShape block_shape(const KDArgs<float>& args) {
   const int threads = static_cast<int>(ceil_div(ceil_div(args.classes, N), kWarp)) * kWarp;
-  const int64_t shared_bytes = BlockGroup::scratch_bytes() + summary_bytes(args.teachers) +
-                               RegisterTile<N, false>::shared_bytes(args, threads);
+  const int64_t shared_bytes =
+      BlockGroup::scratch_bytes() + summary_bytes(args.teachers) + RegisterTile<N, false>::shared_bytes(args, threads);
   return {at_most_grid(args.rows), threads, static_cast<int>(shared_bytes)};
 }
 
@@ -101,8 +102,8 @@ bool fits_in_registers(const KDArgs<float>& args, int device) {
 }
 
 int64_t shared_tile_bytes(const KDArgs<float>& args, WeightRule rule) {
-  const int64_t tile =
-      has_two_sums(rule) ? SharedTile<true>::shared_bytes(args, kTileThreads) : SharedTile<false>::shared_bytes(args, kTileThreads);
+  const int64_t tile = has_two_sums(rule) ? SharedTile<true>::shared_bytes(args, kTileThreads)
+                                          : SharedTile<false>::shared_bytes(args, kTileThreads);
   return BlockGroup::scratch_bytes() + summary_bytes(args.teachers) + tile;
 }
 
@@ -138,7 +139,7 @@ const char* kd_forward_streaming(const KDForward<float>& args, int device, void*
   const StreamingArgs streaming{args, stream_fields(args.rule)};
   const int64_t fixed_bytes = BlockGroup::scratch_bytes() + summary_bytes(args.teachers);
   const int64_t limit = device::shared_memory_limit(device);
-  int threads = 256;
+  int threads = kStreamThreads;
   while (threads > kWarp && fixed_bytes + threads * stream_state_bytes(streaming) > limit) threads /= 2;
   const int64_t bytes = fixed_bytes + threads * stream_state_bytes(streaming);
   if (bytes > limit) return "the teachers' states do not fit in shared memory";

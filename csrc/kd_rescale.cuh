@@ -1,4 +1,5 @@
-// Strategy A, backward: the gradient that the forward wrote, times the upstream. An upstream of 1 in place costs a launch.
+// Strategy A, backward: the gradient that the forward wrote, times the upstream. An upstream of 1 in place costs a
+// launch.
 #pragma once
 
 #include "kd_backward.cuh"

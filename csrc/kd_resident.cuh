@@ -1,8 +1,9 @@
-// Strategy A: a row stays on chip, so one pass gives its loss and its gradient. Memory sees K + 1 reads and one write, or no
-// write where no gradient is asked for; what a row takes on chip does not depend on K.
+// Strategy A: a row stays on chip, so one pass gives its loss and its gradient. Memory sees K + 1 reads and one write,
+// or no write where no gradient is asked for; what a row takes on chip does not depend on K.
 //
-// With x_k the teacher's p (forward KL) or log p (reverse KL), the gradient needs Σ w_k x_k. Known weights: one sum. Computed
-// ones, which only the last teacher settles: Σ x_k and Σ v_k x_k, v_k = e^{CE_k − M} with a running maximum M, or H_k.
+// With x_k the teacher's p (forward KL) or log p (reverse KL), the gradient needs Σ w_k x_k. Known weights: one sum.
+// Computed ones, which only the last teacher settles: Σ x_k and Σ v_k x_k, v_k = e^{CE_k − M} with a running maximum M,
+// or H_k.
 #pragma once
 
 #include "kd_tiles.cuh"
@@ -27,8 +28,8 @@ MTKD_DEVICE Share share_of(WeightRule rule, float known_weight, float signal, fl
 // e = e^{(t−local)/τ} and dx = t − local of a piece -> x = p or log p, given the row's maximum and sum. A log p of −inf
 // stands as 0: its divergence is +inf already, or its column weighs nothing.
 template <Divergence kind, int N>
-MTKD_DEVICE void teacher_values(const float (&dx)[N], const float (&e)[N], float local_max, const TeacherSummary& teacher,
-                                const Terms& terms, float (&x)[N]) {
+MTKD_DEVICE void teacher_values(const float (&dx)[N], const float (&e)[N], float local_max,
+                                const TeacherSummary& teacher, const Terms& terms, float (&x)[N]) {
   const float shift = local_max == -infinity<float>() ? 0.0f : local_max - teacher.max;
   const float factor = device::exp2(shift * terms.log2e_t) / teacher.sum;
   const float log_sum = log_of(teacher.sum);
@@ -194,11 +195,13 @@ struct ResidentArgs : KDForward<float> {
 };
 
 template <Divergence kind, bool two_sums, typename Group, typename Tile, int max_threads>
-MTKD_KERNEL(max_threads, 1) kd_resident(MTKD_PARAM(ResidentArgs) args) {
+MTKD_KERNEL(max_threads, 1)
+kd_resident(MTKD_PARAM(ResidentArgs) args) {
   Group group(args.group_width, device::shared_memory());
   const int rows_in_block = device::block_threads() / group.size();
   TeacherSummary* summaries = summaries_of<Group>(device::shared_memory());
-  Tile tile(args, args.wide, group.rank(), group.size(), reinterpret_cast<char*>(summaries + rows_in_block * args.teachers));
+  Tile tile(args, args.wide, group.rank(), group.size(),
+            reinterpret_cast<char*>(summaries + rows_in_block * args.teachers));
   const Terms terms = terms_of(args, args.rule);
 
   // Lanes of one warp walk on together: a row beyond the last one does not count.
@@ -206,8 +209,12 @@ MTKD_KERNEL(max_threads, 1) kd_resident(MTKD_PARAM(ResidentArgs) args) {
   const int64_t step = device::grid_blocks() * rows_in_block;
   for (int64_t base = device::block_index() * rows_in_block; base + first_of_warp < args.rows; base += step) {
     const int64_t index = base + group.index_in_block();
-    ResidentRow<kind, two_sums, Group, Tile> row{
-        args, terms, group, tile, summaries + group.index_in_block() * args.teachers, read_row(args, args.items, index)};
+    ResidentRow<kind, two_sums, Group, Tile> row{args,
+                                                 terms,
+                                                 group,
+                                                 tile,
+                                                 summaries + group.index_in_block() * args.teachers,
+                                                 read_row(args, args.items, index)};
     row.forward();
     group.sync();  // the summaries have been read
   }

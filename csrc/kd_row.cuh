@@ -1,5 +1,5 @@
-// One row of the op `kd`, apart from the passes over its columns: what it is worth, what its teachers weigh, its loss, its
-// numbers for row_stats, and the gradient of one column.
+// One row of the op `kd`, apart from the passes over its columns: what it is worth, what its teachers weigh, its loss,
+// its numbers for row_stats, and the gradient of one column.
 #pragma once
 
 #include "kd_states.cuh"
@@ -9,11 +9,11 @@ namespace mtkd_fast {
 struct Row {
   int64_t index;
   RowPosition position;
-  bool counts;         // else nothing of it is read, and everything that is written is 0
+  bool counts;  // else nothing of it is read, and everything that is written is 0
   float row_weight;
-  float scale;         // row weight / items
-  int64_t label;       // −1: no target
-  bool label_in_range; // true without a target
+  float scale;          // row weight / items
+  int64_t label;        // −1: no target
+  bool label_in_range;  // true without a target
 };
 
 MTKD_DEVICE Row read_row(const KDArgs<float>& args, const float* items, int64_t index) {
@@ -72,17 +72,18 @@ MTKD_DEVICE TeacherSummary summarise(const TeacherState& t, const SoftmaxState<f
 
 // A row's teachers taken together.
 struct Mixture {
-  float loss = 0;       // Σ w_k D_k
-  float weight = 0;     // W = Σ w_k
-  bool used = false;    // some w_k is not 0
+  float loss = 0;     // Σ w_k D_k
+  float weight = 0;   // W = Σ w_k
+  bool used = false;  // some w_k is not 0
   // Σ w_k x_k = plain·Σ x_k − by_signal·Σ v_k x_k, where v_k is relative_exp(CE_k, max) or H_k
   float plain = 1;
   float by_signal = 0;
 };
 
-// Weights, divergences and their sums, the lanes of a warp sharing the teachers. Writes the teachers' row_stats, if asked and wanted.
-MTKD_DEVICE Mixture mix(const KDForward<float>& args, const Row& row, const TeacherSummary* teachers, int lane, int lanes,
-                        bool write) {
+// Weights, divergences and their sums, the lanes of a warp sharing the teachers. Writes the teachers' row_stats, if
+// asked and wanted.
+MTKD_DEVICE Mixture mix(const KDForward<float>& args, const Row& row, const TeacherSummary* teachers, int lane,
+                        int lanes, bool write) {
   const int n = args.teachers;
   const bool computed = args.rule == WeightRule::confidence || args.rule == WeightRule::entropy;
   Mixture mixture;
@@ -140,8 +141,8 @@ MTKD_DEVICE float student_cross_entropy(const KDArgs<float>& args, const Softmax
 }
 
 // row_loss and the student's row_stats, by one thread.
-MTKD_DEVICE void write_row(const KDForward<float>& args, const Row& row, const SoftmaxState<float>& s, float label_logit,
-                           const Mixture& mixture) {
+MTKD_DEVICE void write_row(const KDForward<float>& args, const Row& row, const SoftmaxState<float>& s,
+                           float label_logit, const Mixture& mixture) {
   const RowStats stats{args.teachers};
   const bool hard = args.ce_weight != 0 && row.counts;
   const bool reads_student = row.counts && (args.kd_scale != 0 || hard);
@@ -163,26 +164,26 @@ MTKD_DEVICE void write_row(const KDForward<float>& args, const Row& row, const S
 
 // ------------------------------------------------------------------------------------------------------------ gradient
 
-// What the gradient of a row in the student needs beside its columns. `mean` is Σ w_k x_k of the column, x the teacher's
-// p (forward KL) or log p (reverse KL).
+// What the gradient of a row in the student needs beside its columns. `mean` is Σ w_k x_k of the column, x the
+// teacher's p (forward KL) or log p (reverse KL).
 struct StudentGradient {
-  float row_scale;     // of every gradient of the row; NaN for a label out of range
-  float scale;         // of the student's; NaN also for a reverse KL that is not finite
-  float kd;            // kd_scale/τ, 0 where no teacher counts
-  float weight;        // W
-  float loss;          // Σ w_k D_k, which reverse KL subtracts
+  float row_scale;  // of every gradient of the row; NaN for a label out of range
+  float scale;      // of the student's; NaN also for a reverse KL that is not finite
+  float kd;         // kd_scale/τ, 0 where no teacher counts
+  float weight;     // W
+  float loss;       // Σ w_k D_k, which reverse KL subtracts
   float max;
-  float inv_sum;       // 1/Σ e^{(s−max)/τ}
+  float inv_sum;  // 1/Σ e^{(s−max)/τ}
   float log_sum;
-  float ce;            // ce_weight, or 0
+  float ce;  // ce_weight, or 0
   float inv_sum1;
-  float label_value;   // 1 − ε
-  float other_value;   // ε/C
+  float label_value;  // 1 − ε
+  float other_value;  // ε/C
   int64_t label;
 };
 
-MTKD_DEVICE StudentGradient student_gradient(const KDArgs<float>& args, const Row& row, float scale, float max, float sum,
-                                             float sum1, const Mixture& mixture) {
+MTKD_DEVICE StudentGradient student_gradient(const KDArgs<float>& args, const Row& row, float scale, float max,
+                                             float sum, float sum1, const Mixture& mixture) {
   StudentGradient g;
   const bool undefined = args.divergence == Divergence::reverse_kl && args.kd_scale != 0 && !isfinite(mixture.loss);
   g.row_scale = row.label_in_range ? scale : std::numeric_limits<float>::quiet_NaN();

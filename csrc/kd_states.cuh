@@ -1,5 +1,6 @@
-// How the states of row_stats.h absorb several columns at once and merge across lanes. A thread's columns are exponentiated
-// relative to the largest of them, so one column costs one exponential; a maximum is raised once for all of them.
+// How the states of row_stats.h absorb several columns at once and merge across lanes. A thread's columns are
+// exponentiated relative to the largest of them, so one column costs one exponential; a maximum is raised once for all
+// of them.
 #pragma once
 
 #include "chunk.cuh"
@@ -14,8 +15,8 @@ enum class AtOne : int { same, squared, squared_twice, own };
 
 // What the numbers of a call have in common.
 struct Terms {
-  float inv_t;       // 1/τ
-  float log2e_t;     // log2(e)/τ: e^{d/τ} = 2^{d·log2e_t}
+  float inv_t;    // 1/τ
+  float log2e_t;  // log2(e)/τ: e^{d/τ} = 2^{d·log2e_t}
   AtOne at_one;
   bool teacher_sum1;   // Σ e^{t−max} is wanted (cross-entropies, entropies)
   bool teacher_dot1;   // Σ e^{t−max}(t−max) is wanted (entropies)
@@ -69,7 +70,8 @@ MTKD_DEVICE Raise<float> unraised() {
 
 // ------------------------------------------------------------------------------------------------------------- student
 
-// `valid` columns of x, the first ones of each chunk, count in `total`; the rest are −inf. Returns how the maximum rose.
+// `valid` columns of x, the first ones of each chunk, count in `total`; the rest are −inf. Returns how the maximum
+// rose.
 template <int N>
 MTKD_DEVICE Raise<float> absorb_student(SoftmaxState<float>& state, const float (&x)[N], const int (&valid)[N / kChunk],
                                         const Terms& terms) {

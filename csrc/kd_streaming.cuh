@@ -1,14 +1,15 @@
-// Strategy B, forward: no row stays on chip. Tiles of columns outside, teachers inside, so that the student is read once: K + 1
-// reads. Each thread has states of its own, the student's in registers, the teachers' in shared memory as [k][field][thread],
-// one word a thread, so that a warp touches 32 banks. They merge once, at the end of the row.
+// Strategy B, forward: no row stays on chip. Tiles of columns outside, teachers inside, so that the student is read
+// once: K + 1 reads. Each thread has states of its own, the student's in registers, the teachers' in shared memory as
+// [k][field][thread], one word a thread, so that a warp touches 32 banks. They merge once, at the end of the row.
 #pragma once
 
 #include "kd_row.cuh"
 
 namespace mtkd_fast {
 
-constexpr int kStreamWidth = 16;  // columns of a thread in a tile
-constexpr int kStreamChunks = kStreamWidth / kChunk;
+// Columns of a thread in a tile: as many as 128 registers hold. Reverse KL keeps the student's exponentials too.
+constexpr int stream_width(Divergence kind) { return kind == Divergence::forward_kl ? 16 : 8; }
+constexpr int kStreamThreads = 256;
 
 // The fields of a teacher's state that a call needs. `student_sum` is the thread's own and needs no place.
 inline int stream_fields(WeightRule rule) {
@@ -25,6 +26,9 @@ inline int64_t stream_state_bytes(const StreamingArgs& args) {
 
 template <Divergence kind>
 struct StreamingRow {
+  static constexpr int kWidth = stream_width(kind);
+  static constexpr int kChunks = kWidth / kChunk;
+
   const StreamingArgs& args;
   const Terms& terms;
   BlockGroup& group;
@@ -32,9 +36,7 @@ struct StreamingRow {
   float* states;
   const Row row;
 
-  MTKD_DEVICE float* field(int k, int i) const {
-    return states + (k * args.fields + i) * group.size() + group.rank();
-  }
+  MTKD_DEVICE float* field(int k, int i) const { return states + (k * args.fields + i) * group.size() + group.rank(); }
   MTKD_DEVICE TeacherState get(int k, float student_sum) const {
     TeacherState state;
     state.max = *field(k, 0);
@@ -57,17 +59,17 @@ struct StreamingRow {
 
   MTKD_DEVICE int64_t chunk(int64_t tile, int c) const { return tile + static_cast<int64_t>(c) * group.size(); }
 
-  MTKD_DEVICE void load_tile(const Logits& logits, int64_t tile, RawChunk (&raw)[kStreamChunks]) const {
+  MTKD_DEVICE void load_tile(const Logits& logits, int64_t tile, RawChunk (&raw)[kChunks]) const {
     const InputRow from = input_row(logits, row.position);
 #pragma unroll
-    for (int c = 0; c < kStreamChunks; ++c) {
+    for (int c = 0; c < kChunks; ++c) {
       raw[c] = chunk(tile, c) * kChunk < args.classes ? load_chunk(from, chunk(tile, c), args.classes)
-                                                     : empty_chunk(from.dtype);
+                                                      : empty_chunk(from.dtype);
     }
   }
-  MTKD_DEVICE static void decode_tile(const RawChunk (&raw)[kStreamChunks], DType dtype, float (&x)[kStreamWidth]) {
+  MTKD_DEVICE static void decode_tile(const RawChunk (&raw)[kChunks], DType dtype, float (&x)[kWidth]) {
 #pragma unroll
-    for (int c = 0; c < kStreamChunks; ++c) decode(raw[c], dtype, x + c * kChunk);
+    for (int c = 0; c < kChunks; ++c) decode(raw[c], dtype, x + c * kChunk);
   }
 
   // Which teachers are read, looked up once: until its summary is written, `signal` says so.
@@ -83,16 +85,16 @@ struct StreamingRow {
 
   // One tile: the student's columns, then every teacher's, the next one on its way.
   MTKD_DEVICE void absorb_tile(int64_t tile, SoftmaxState<float>& student) const {
-    RawChunk student_raw[kStreamChunks], raw[kStreamChunks];
+    RawChunk student_raw[kChunks], raw[kChunks];
     load_tile(args.student, tile, student_raw);
     int k = next_read(0);
     if (k < args.teachers) load_tile(args.teacher[k], tile, raw);
 
-    float ds[kStreamWidth], es[kStreamWidth];
+    float ds[kWidth], es[kWidth];
     decode_tile(student_raw, args.student.dtype, ds);
-    int valid[kStreamChunks];
+    int valid[kChunks];
 #pragma unroll
-    for (int c = 0; c < kStreamChunks; ++c) {
+    for (int c = 0; c < kChunks; ++c) {
       const int64_t left = args.classes - chunk(tile, c) * kChunk;
       valid[c] = left > kChunk ? kChunk : static_cast<int>(left);
     }
@@ -100,14 +102,14 @@ struct StreamingRow {
     const Raise<float> by = absorb_student(student, ds, valid, terms);
     const bool rose = student.max > before.max && before.max != -infinity<float>();
 #pragma unroll
-    for (int i = 0; i < kStreamWidth; ++i) {
+    for (int i = 0; i < kWidth; ++i) {
       ds[i] = shifted(ds[i], student.max);
       es[i] = kind == Divergence::reverse_kl ? device::exp2(ds[i] * terms.log2e_t) : 0.0f;
     }
 
     while (k < args.teachers) {
       const int now = k;
-      float x[kStreamWidth], dx[kStreamWidth], e[kStreamWidth];
+      float x[kWidth], dx[kWidth], e[kWidth];
       decode_tile(raw, args.teacher[now].dtype, x);
       k = next_read(now + 1);
       if (k < args.teachers) load_tile(args.teacher[k], tile, raw);
@@ -139,7 +141,7 @@ struct StreamingRow {
     if (reads_student) {
       if (args.ce_weight != 0) at_label = label_logit(input_row(args.student, row.position), row);
       const int64_t chunks = (args.classes + kChunk - 1) / kChunk;
-      for (int64_t tile = group.rank(); tile < chunks; tile += kStreamChunks * group.size()) absorb_tile(tile, student);
+      for (int64_t tile = group.rank(); tile < chunks; tile += kChunks * group.size()) absorb_tile(tile, student);
     }
     const SoftmaxState<float> own = student;
     group.merge(student, MergeStudent{terms});
@@ -167,7 +169,8 @@ struct StreamingRow {
 
 // Shared memory: the group's scratch, [K] summaries, the states of the teachers.
 template <Divergence kind>
-MTKD_KERNEL(512, 1) kd_streaming(MTKD_PARAM(StreamingArgs) args) {
+MTKD_KERNEL(kStreamThreads, 2)
+kd_streaming(MTKD_PARAM(StreamingArgs) args) {
   BlockGroup group(0, device::shared_memory());
   TeacherSummary* summaries = reinterpret_cast<TeacherSummary*>(device::shared_memory() + BlockGroup::scratch_bytes());
   const Terms terms = terms_of(args, args.rule);

@@ -1,11 +1,12 @@
-// Where a row stays on chip. A tile holds a thread's share of a row as `pieces` of kWidth columns: the student, the teacher
-// being read, and for each column the sums over teachers that its gradient needs. A thread keeps the same columns
-// throughout, so a tile needs no barrier.
+// Where a row stays on chip. A tile holds a thread's share of a row as `pieces` of kWidth columns: the student, the
+// teacher being read, and for each column the sums over teachers that its gradient needs. A thread keeps the same
+// columns throughout, so a tile needs no barrier.
 //
 //   fetch_student, fetch_teacher   start reading a row; always called, in this order, kDepth teachers ahead
 //   fetch_piece                    the same for one piece of the next teacher, where that takes the place of this one
 //                                  (kDepth 1)
-//   student_arrives, teacher_...   student(j, x) and teacher(j, x) give the logits of piece j from here on: −inf beyond the
+//   student_arrives, teacher_...   student(j, x) and teacher(j, x) give the logits of piece j from here on: −inf beyond
+//   the
 //                                  last class and where nothing is read
 //   accumulate, mean               the sums over teachers of piece j
 #pragma once
@@ -26,8 +27,9 @@ inline bool any_wide(const KDArgs<float>& args) {
   return wide;
 }
 
-// In registers: N columns a thread in one piece. Rows come in through shared memory, [1 + kDepth][planes][kChunks][threads] of
-// 16 bytes, so that the student and the next four teachers can be on their way without a register.
+// In registers: N columns a thread in one piece. Rows come in through shared memory, [1 +
+// kDepth][planes][kChunks][threads] of 16 bytes, so that the student and the next four teachers can be on their way
+// without a register.
 template <int N, bool two_sums>
 struct RegisterTile {
   static constexpr int kWidth = N;
@@ -36,7 +38,7 @@ struct RegisterTile {
 
   const KDForward<float>& args;
   const int rank, size;
-  Words* slots;  // this thread's first
+  Words* slots;      // this thread's first
   const int planes;  // 2 where some logits are floats
   float s[N], t[N];
   float plain[N], by_signal[two_sums ? N : 1];
@@ -120,8 +122,9 @@ struct RegisterTile {
   }
 };
 
-// In shared memory: piece j is chunk rank + j·size of the row. Floats lie in two planes of four columns a chunk, so that
-// neighbouring threads touch neighbouring 16 bytes. Bytes a column: student and widest teacher as they are, 4 or 8 of sums.
+// In shared memory: piece j is chunk rank + j·size of the row. Floats lie in two planes of four columns a chunk, so
+// that neighbouring threads touch neighbouring 16 bytes. Bytes a column: student and widest teacher as they are, 4 or 8
+// of sums.
 template <bool two_sums>
 struct SharedTile {
   static constexpr int kWidth = kChunk;

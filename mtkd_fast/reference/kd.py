@@ -78,6 +78,8 @@ def kd(
         w, ce, h = teacher_weights(t.detach(), y, weights, rule)
         d, kd_row = weighted_divergence(s, t, w, counts, divergence, temperature, routed=rule == "given")
         row_loss = row_loss + kd_scale * kd_row
+    else:
+        row_loss = row_loss + attached_zero(student, *teachers, *(() if weights is None else (weights,)))
     if ce_weight != 0:
         hard = smoothed_cross_entropy(s, y, label_smoothing)
         row_loss = row_loss + ce_weight * hard
@@ -88,6 +90,11 @@ def kd(
 
     stats = KDStats(*map(per_row, (d, w, ce, h, hard)))
     return reduce_rows(row_loss, counts, num_items, reduction).reshape(rows if reduction == "none" else ()), stats
+
+
+def attached_zero(*tensors: Tensor) -> Tensor:
+    """0, with a gradient of 0 to each tensor, whatever it holds."""
+    return sum(torch.where(torch.zeros_like(x, dtype=torch.bool), x, 0.0).sum() for x in tensors)
 
 
 def teacher_weights(

@@ -1,0 +1,220 @@
+"""The op kd: which kernel runs on which tiles, and the launchers (the twin of csrc/kd.h).
+
+A, on chip: whole rows in registers, the gradient written in the forward, K + 2 passes over N·C.
+B, streaming: tiles, O(N·K) numbers saved, the backward recomputes, 2K + 3.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .divergences import DIVERGENCES
+from .kd_backward import kd_backward
+from .kd_on_chip import kd_on_chip
+from .kd_rescale import kd_rescale
+from .kd_streaming import kd_streaming
+from .logits import as_arguments, check_dtypes, layout
+from .rows import per_teacher_strides, row_stats_size
+from .weights import WEIGHT_RULES
+
+ON_CHIP_CLASSES = 8192  # of one row in the registers of a program of 8 warps
+WIDE, NARROW = 1024, 512  # columns of a row per warp: 32 a thread cost the fewest instructions, 16 the fewest registers
+SMALL_TILE = 256  # elements of a program of many short rows
+FEW_ROWS, VERY_FEW_ROWS = 2048, 512  # below, more warps share a row, so that the machine is full
+
+
+class Tiles(NamedTuple):
+    """What a program of a kernel holds."""
+
+    kernel: Any
+    block_n: int
+    block_c: int
+    num_warps: int
+
+
+class Launch(NamedTuple):
+    """A kernel with everything it is launched with, so that it can also be compiled without being run."""
+
+    kernel: Any
+    grid: tuple[int]
+    arguments: dict[str, Any]
+    num_warps: int
+
+    def run(self) -> None:
+        with torch.cuda.device_of(next(x for x in self.arguments.values() if isinstance(x, Tensor))):
+            self.kernel[self.grid](**self.arguments, num_warps=self.num_warps)
+
+
+def fits_on_chip(n_classes: int) -> bool:
+    """Whether the forward can write the student's gradient (strategy A), for any K, rule and divergence."""
+    return n_classes <= ON_CHIP_CLASSES
+
+
+def strategy(
+    n_rows: int, n_classes: int, n_teachers: int, rule: str, divergence: str, write_gradient: bool
+) -> Tiles:  # fmt: skip
+    """The forward's kernel and its tiles."""
+    if not write_gradient:
+        num_warps = 1 if n_rows >= FEW_ROWS else 4 if n_rows >= VERY_FEW_ROWS else 8
+        return tiles(kd_streaming, n_classes, WIDE, num_warps)
+    if not fits_on_chip(n_classes):
+        raise ValueError(f"write_gradient takes at most {ON_CHIP_CLASSES} classes in Triton, got {n_classes}")
+    two = two_accumulators(rule, n_teachers)
+    crowded = n_teachers > 3 or (two and (divergence == "reverse_kl" or rule == "entropy"))
+    return tiles(kd_on_chip, n_classes, NARROW if crowded and n_classes <= 8 * NARROW else WIDE, 8)
+
+
+def two_accumulators(rule: str, n_teachers: int) -> bool:
+    """Weights that are known only after the last teacher."""
+    return rule in ("confidence", "entropy") and n_teachers > 1
+
+
+def tiles(kernel: Any, n_classes: int, columns_per_warp: int, most_warps: int) -> Tiles:
+    """Many short rows to a program, or one row, or one row in tiles."""
+    block_c = min(triton.next_power_of_2(n_classes), columns_per_warp * most_warps)
+    return Tiles(kernel, max(1, SMALL_TILE // block_c), block_c, max(1, block_c // columns_per_warp))
+
+
+def forward(
+    student: Tensor, teachers: Sequence[Tensor], target: Tensor | None, weights: Tensor | None,
+    row_weights: Tensor | None, items: Tensor | None, *,
+    rule: str, divergence: str, temperature: float, kd_scale: float, ce_weight: float, label_smoothing: float,
+    ignore_index: int, skip_zero_weights: bool, write_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``KDForward``: (row_loss [N], row_stats [6K + 5, N], the gradient for an upstream of 1, or an empty tensor)."""
+    n_rows, n_teachers = student.shape[:-1].numel(), len(teachers)
+    row_loss = student.new_empty(n_rows, dtype=torch.float32)
+    row_stats = student.new_empty((row_stats_size(n_teachers), n_rows), dtype=torch.float32)
+    gradient = student.new_empty(student.shape if write_gradient else 0)
+    if n_rows > 0:
+        forward_launch(
+            student, teachers, target, weights, row_weights, items, row_loss, row_stats, gradient,
+            rule=rule, divergence=divergence, temperature=temperature, kd_scale=kd_scale, ce_weight=ce_weight,
+            label_smoothing=label_smoothing, ignore_index=ignore_index, skip_zero_weights=skip_zero_weights,
+            write_gradient=write_gradient,
+        ).run()  # fmt: skip
+    return row_loss, row_stats, gradient
+
+
+def forward_launch(
+    student: Tensor, teachers: Sequence[Tensor], target: Tensor | None, weights: Tensor | None,
+    row_weights: Tensor | None, items: Tensor | None, row_loss: Tensor, row_stats: Tensor, gradient: Tensor, *,
+    rule: str, divergence: str, temperature: float, kd_scale: float, ce_weight: float, label_smoothing: float,
+    ignore_index: int, skip_zero_weights: bool, write_gradient: bool,
+) -> Launch:  # fmt: skip
+    n_classes = student.shape[-1]
+    plan = strategy(row_loss.numel(), n_classes, len(teachers), rule, divergence, write_gradient)
+    given, given_strides = per_teacher_strides(weights) if rule == "given" and kd_scale != 0 else (None, None)
+    arguments = common_arguments(student, teachers, divergence, temperature, kd_scale, ce_weight, label_smoothing, plan)
+    arguments |= dict(
+        target=None if target is None else target.reshape(-1).to(torch.int64).contiguous(),
+        row_weights=None if row_weights is None else row_weights.reshape(-1).to(torch.float32).contiguous(),
+        weights=given, weights_strides=given_strides,
+        items=None if items is None else items.reshape(()).to(torch.float32),
+        row_loss=row_loss, row_stats=row_stats, ignore_index=ignore_index,
+        RULE=WEIGHT_RULES[rule], SKIP_ZERO=rule == "given" and skip_zero_weights,
+    )  # fmt: skip
+    if write_gradient:
+        arguments |= dict(gradient=gradient, PAIR=two_accumulators(rule, len(teachers)))
+    grid = (triton.cdiv(row_loss.numel(), plan.block_n),)
+    return Launch(plan.kernel, grid, arguments, plan.num_warps)
+
+
+def common_arguments(
+    student: Tensor, teachers: Sequence[Tensor], divergence: str, temperature: float, kd_scale: float,
+    ce_weight: float, label_smoothing: float, plan: Tiles, teacher_gradients: Sequence[Tensor | None] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """What every kernel of the op is told. Teachers that a kd_scale of 0 leaves unread are not even looked at."""
+    read = list(teachers) if kd_scale != 0 else []
+    check_dtypes([student, *read])
+    where = layout([student, *read])
+    table = as_arguments(read, where.strides[1:], teacher_gradients)
+    return dict(
+        student=student, student_strides=where.strides[0], teachers=table.pointers, teacher_strides=table.strides,
+        n_rows=student.shape[:-1].numel(), inner=where.inner, n_classes=student.shape[-1], n_teachers=len(teachers),
+        inv_t=1.0 / temperature, kd_scale=kd_scale, ce_weight=ce_weight, label_smoothing=label_smoothing,
+        DIVERGENCE=DIVERGENCES[divergence], HAS_KD=kd_scale != 0, HAS_CE=ce_weight != 0,
+        TAU=int(temperature) if temperature in (1, 2, 4) else 0, K_PAD=triton.next_power_of_2(len(teachers)),
+        DTYPE=table.dtype, UNIT=where.unit, BLOCK_N=plan.block_n, BLOCK_C=plan.block_c,
+    ) | ({} if teacher_gradients is None else dict(teacher_gradients=table.gradients))  # fmt: skip
+
+
+def backward(
+    student: Tensor, teachers: Sequence[Tensor], target: Tensor | None, weights: Tensor, upstream: Tensor | None,
+    row_stats: Tensor, divergence: str, temperature: float, kd_scale: float, ce_weight: float, label_smoothing: float,
+    needs: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    """``KDBackward``: the gradients of the student and of each teacher; an empty tensor where none is needed."""
+    gradients = [x.new_empty(x.shape if need else 0) for x, need in zip((student, *teachers), needs, strict=True)]
+    if kd_scale == 0:
+        gradients[1:] = [torch.zeros_like(g) for g in gradients[1:]]
+    if student.shape[:-1].numel() > 0 and any(needs if kd_scale != 0 else needs[:1]):
+        backward_launch(
+            student, teachers, target, weights, upstream, row_stats, divergence, temperature, kd_scale, ce_weight,
+            label_smoothing, [g if need else None for g, need in zip(gradients, needs, strict=True)],
+        ).run()  # fmt: skip
+    return gradients
+
+
+def backward_launch(
+    student: Tensor, teachers: Sequence[Tensor], target: Tensor | None, weights: Tensor, upstream: Tensor | None,
+    row_stats: Tensor, divergence: str, temperature: float, kd_scale: float, ce_weight: float, label_smoothing: float,
+    gradients: Sequence[Tensor | None],
+) -> Launch:  # fmt: skip
+    n_rows, n_classes = student.shape[:-1].numel(), student.shape[-1]
+    if gradients[0] is None:
+        ce_weight = 0.0
+    plan = tiles(kd_backward, n_classes, NARROW, 4)
+    arguments = common_arguments(
+        student, teachers, divergence, temperature, kd_scale, ce_weight, label_smoothing, plan,
+        gradients[1:] if kd_scale != 0 else [],
+    )  # fmt: skip
+    given, given_strides = per_teacher_strides(weights) if kd_scale != 0 else (None, None)
+    per_row, per_row_stride = upstream_rows(upstream)
+    arguments |= dict(
+        target=None if ce_weight == 0 else target.reshape(-1).to(torch.int64).contiguous(),
+        weights=given, weights_strides=given_strides, upstream=per_row, upstream_stride=per_row_stride,
+        row_stats=row_stats, gradient=gradients[0],
+        TO_TEACHERS=kd_scale != 0 and any(g is not None for g in gradients[1:]),
+    )  # fmt: skip
+    grid = (triton.cdiv(n_rows, plan.block_n) * triton.cdiv(n_classes, plan.block_c),)
+    return Launch(plan.kernel, grid, arguments, plan.num_warps)
+
+
+def rescale(gradient: Tensor, upstream: Tensor, scale: Tensor) -> Tensor:
+    """``KDRescale`` into a new tensor: gradient [..., C] times upstream (one number, or one per row)."""
+    out = torch.empty_like(gradient)
+    if gradient.numel() > 0:
+        rescale_launch(gradient, out, upstream, scale).run()
+    return out
+
+
+def rescale_(gradient: Tensor, upstream: Tensor, scale: Tensor) -> None:
+    """The same in place. Rows whose upstream is exactly 1 cost nothing."""
+    if gradient.numel() > 0:
+        rescale_launch(gradient, gradient, upstream, scale).run()
+
+
+def rescale_launch(gradient: Tensor, out: Tensor, upstream: Tensor, scale: Tensor) -> Launch:
+    n_rows, n_classes = gradient.shape[:-1].numel(), gradient.shape[-1]
+    plan = tiles(kd_rescale, n_classes, WIDE, 4)
+    factor, factor_stride = upstream_rows(upstream)
+    aligned = gradient.data_ptr() % 16 == 0 and out.data_ptr() % 16 == 0
+    arguments = dict(
+        gradient=gradient, out=out, upstream=factor, upstream_stride=factor_stride, scale=scale,
+        n_rows=n_rows, n_classes=n_classes, IN_PLACE=out is gradient, UNIT=math.gcd(16, n_classes) if aligned else 1,
+        BLOCK_N=plan.block_n, BLOCK_C=plan.block_c,
+    )  # fmt: skip
+    return Launch(plan.kernel, (triton.cdiv(n_rows, plan.block_n),), arguments, plan.num_warps)
+
+
+def upstream_rows(upstream: Tensor | None) -> tuple[Tensor | None, int]:
+    """One number or one per row -> float32, and its stride from row to row."""
+    if upstream is None:
+        return None, 0
+    upstream = upstream.to(torch.float32).reshape(-1)
+    return upstream, 0 if upstream.numel() == 1 else upstream.stride(0)

@@ -1,0 +1,169 @@
+"""Strategy B of the op kd, forward: every logit is read once, in tiles, and O(N·K) numbers are saved, K + 1 reads.
+
+Nothing of size N·C is written, so this is also the forward under no_grad. The student's tile stays on chip while the
+tiles of all teachers pass it; the states of the K teachers lie side by side in [R, K_PAD] and merge elementwise.
+"""
+
+import triton
+import triton.language as tl
+
+from .divergences import FORWARD_KL, divergence_from_sums
+from .hard_label import smoothed_cross_entropy
+from .logits import in_units, load_label, load_logits, load_teacher, load_used
+from .row_stats import (
+    INF,
+    at_temperature_1,
+    cross_term,
+    entropy_term,
+    larger,
+    raise_cross,
+    raise_dot,
+    raising,
+    softmax_state,
+)  # fmt: skip
+from .rows import SPECIALIZED, at, counted_rows, store_row_loss, store_row_stats
+from .weights import CONFIDENCE, ENTROPY, cross_entropy, entropy, rule_weights, teachers_to_read
+
+
+@triton.jit
+def absorb_tile(
+    k, t, s, ds, es, inv_t, max, sum, cross, sum1, dot1,
+    DIVERGENCE: tl.constexpr, RULE: tl.constexpr, TAU: tl.constexpr,
+):  # fmt: skip
+    """Puts the state of teacher k's tile, relative to the tile's own maxima, into column k of [R, K_PAD]."""
+    t = t.to(tl.float32)
+    max_t, dt, et, sum_t = softmax_state(t, inv_t)
+    term = cross_term(t, et, dt, ds) if DIVERGENCE == FORWARD_KL else cross_term(s, es, ds, dt)
+    max = at(max, k, max_t)
+    sum = at(sum, k, sum_t)
+    cross = at(cross, k, tl.sum(term, 1))
+    if (RULE == CONFIDENCE) | (RULE == ENTROPY):
+        e1 = at_temperature_1(et, dt, TAU)
+        sum1 = at(sum1, k, tl.sum(e1, 1))
+        if RULE == ENTROPY:
+            dot1 = at(dot1, k, tl.sum(entropy_term(e1, dt), 1))
+    return max, sum, cross, sum1, dot1
+
+
+@triton.jit
+def label_logit(
+    k, teachers, teacher_strides, rows, inner, label, legal, logits, DTYPE: tl.constexpr, UNIT: tl.constexpr
+):
+    """Puts teacher k's logit of each row's label into column k of [R, K_PAD]."""
+    y = load_teacher(teachers, teacher_strides, k, rows, inner, label[:, None], legal[:, None], DTYPE, UNIT)
+    return at(logits, k, tl.sum(y.to(tl.float32), 1))
+
+
+@triton.jit(**SPECIALIZED)
+def kd_streaming(
+    student, student_strides, teachers, teacher_strides, target, row_weights, weights, weights_strides, items,
+    row_loss, row_stats,
+    n_rows, inner, n_classes, n_teachers, ignore_index, inv_t, kd_scale, ce_weight, label_smoothing,
+    DIVERGENCE: tl.constexpr, RULE: tl.constexpr, SKIP_ZERO: tl.constexpr,
+    HAS_KD: tl.constexpr, HAS_CE: tl.constexpr, TAU: tl.constexpr, K_PAD: tl.constexpr,
+    DTYPE: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_classes = in_units(n_classes, UNIT)
+    counted, legal, label, row_weight, scale = counted_rows(
+        target, row_weights, items, rows, rows < n_rows, ignore_index, n_classes
+    )
+    w, lanes, read = teachers_to_read(weights, weights_strides, rows, counted, n_teachers, HAS_KD, SKIP_ZERO, K_PAD)
+    active = counted if HAS_CE else tl.max(read.to(tl.int32), 1) != 0
+
+    max_s = tl.full((BLOCK_N,), -INF, tl.float32)
+    sum_s = tl.zeros((BLOCK_N,), tl.float32)
+    sum1_s, total_s, count_s, hard = sum_s, sum_s, sum_s, sum_s
+    max_t = tl.full((BLOCK_N, K_PAD), -INF, tl.float32)
+    sum_t = tl.zeros((BLOCK_N, K_PAD), tl.float32)
+    cross, sum1_t, dot1_t = sum_t, sum_t, sum_t
+
+    for start in range(0, n_classes, BLOCK_C):
+        cols = start + tl.arange(0, BLOCK_C)[None, :]
+        in_cols = cols < n_classes
+        s = load_logits(student, student_strides, rows, inner, cols, active[:, None] & in_cols, UNIT)
+        tiles = ()
+        if HAS_KD and teacher_strides is not None:
+            for k in tl.static_range(len(teachers)):  # every load is in flight before the first is waited for
+                tiles += (
+                    load_used(
+                        k, teachers, teacher_strides, weights, weights_strides, rows, inner, cols, counted, in_cols,
+                        legal, label, n_teachers, SKIP_ZERO, False, DTYPE, UNIT,
+                    ),
+                )  # fmt: skip
+        s = s.to(tl.float32)
+        tile_max_s, ds, es, tile_sum_s = softmax_state(s, inv_t)
+        new_max_s = larger(max_s, tile_max_s)
+        shift_s, factor_s, factor1_s = raising(max_s, new_max_s, inv_t, TAU)
+        tile_shift_s, tile_factor_s, tile_factor1_s = raising(tile_max_s, new_max_s, inv_t, TAU)
+
+        if HAS_KD:
+            tile_max_t = tl.full((BLOCK_N, K_PAD), -INF, tl.float32)
+            tile_sum_t = tl.zeros((BLOCK_N, K_PAD), tl.float32)
+            tile_cross, tile_sum1_t, tile_dot1_t = tile_sum_t, tile_sum_t, tile_sum_t
+            if teacher_strides is None:
+                for k in range(n_teachers):
+                    t, _, _ = load_used(
+                        k, teachers, teacher_strides, weights, weights_strides, rows, inner, cols, counted, in_cols,
+                        legal, label, n_teachers, SKIP_ZERO, False, DTYPE, UNIT,
+                    )  # fmt: skip
+                    tile_max_t, tile_sum_t, tile_cross, tile_sum1_t, tile_dot1_t = absorb_tile(
+                        k, t, s, ds, es, inv_t, tile_max_t, tile_sum_t, tile_cross, tile_sum1_t, tile_dot1_t,
+                        DIVERGENCE, RULE, TAU,
+                    )  # fmt: skip
+            else:
+                for k in tl.static_range(len(teachers)):
+                    t, _, _ = tiles[k]
+                    tile_max_t, tile_sum_t, tile_cross, tile_sum1_t, tile_dot1_t = absorb_tile(
+                        k, t, s, ds, es, inv_t, tile_max_t, tile_sum_t, tile_cross, tile_sum1_t, tile_dot1_t,
+                        DIVERGENCE, RULE, TAU,
+                    )  # fmt: skip
+            new_max_t = larger(max_t, tile_max_t)
+            shift, factor, factor1 = raising(max_t, new_max_t, inv_t, TAU)
+            tile_shift, tile_factor, tile_factor1 = raising(tile_max_t, new_max_t, inv_t, TAU)
+            if DIVERGENCE == FORWARD_KL:
+                cross = raise_cross(cross, sum_t, shift, factor, shift_s[:, None])
+                cross += raise_cross(tile_cross, tile_sum_t, tile_shift, tile_factor, tile_shift_s[:, None])
+            else:
+                cross = raise_cross(cross, sum_s[:, None], shift_s[:, None], factor_s[:, None], shift)
+                cross += raise_cross(
+                    tile_cross, tile_sum_s[:, None], tile_shift_s[:, None], tile_factor_s[:, None], tile_shift
+                )
+            dot1_t = raise_dot(dot1_t, sum1_t, shift, factor1)
+            dot1_t += raise_dot(tile_dot1_t, tile_sum1_t, tile_shift, tile_factor1)
+            sum1_t = factor1 * sum1_t + tile_factor1 * tile_sum1_t
+            sum_t = factor * sum_t + tile_factor * tile_sum_t
+            max_t = new_max_t
+        if HAS_CE:
+            tile_count = tl.sum(tl.where(in_cols, 1.0, 0.0), 1)
+            tile_total = tl.sum(tl.where(in_cols, ds, 0.0), 1)
+            total_s += count_s * shift_s + tile_total + tile_count * tile_shift_s
+            count_s += tile_count
+            sum1_s = factor1_s * sum1_s + tile_factor1_s * tl.sum(at_temperature_1(es, ds, TAU), 1)
+        sum_s = factor_s * sum_s + tile_factor_s * tile_sum_s
+        max_s = new_max_s
+
+    if HAS_CE:
+        y = load_label(student, student_strides, rows, inner, label, legal, UNIT)
+        hard = smoothed_cross_entropy(sum1_s, max_s, y, total_s, n_classes, label_smoothing)
+    d = divergence_from_sums(cross, sum_s[:, None], sum_t, inv_t, DIVERGENCE)
+    values = tl.zeros((BLOCK_N, K_PAD), tl.float32)
+    if HAS_KD:
+        if RULE == CONFIDENCE:
+            if teacher_strides is None:
+                for k in range(n_teachers):
+                    values = label_logit(k, teachers, teacher_strides, rows, inner, label, legal, values, DTYPE, UNIT)
+            else:
+                for k in tl.static_range(len(teachers)):
+                    values = label_logit(k, teachers, teacher_strides, rows, inner, label, legal, values, DTYPE, UNIT)
+            values = cross_entropy(sum1_t, max_t, values)
+        if RULE == ENTROPY:
+            values = entropy(sum1_t, dot1_t)
+        w = tl.where(lanes, rule_weights(w, values, lanes, n_teachers, RULE), 0.0)
+    kd = tl.sum(tl.where(read & (w != 0), w * d, 0.0), 1)
+
+    store_row_loss(row_loss, kd, hard, kd_scale, ce_weight, row_weight, counted, legal, rows, n_rows, HAS_CE)
+    store_row_stats(
+        row_stats, d, w, max_t, sum_t, values, max_s, sum_s, sum1_s, hard, scale, counted, active, read,
+        rows, n_teachers, n_rows, RULE,
+    )  # fmt: skip

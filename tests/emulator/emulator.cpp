@@ -1,0 +1,303 @@
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <deque>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "device.h"
+
+namespace mtkd_fast::emulator {
+
+Thread* current = nullptr;
+
+namespace {
+
+constexpr size_t kStackBytes = 128 * 1024;
+constexpr int kMaxThreads = 1024;
+constexpr size_t kGuardBytes = 64;  // behind shared memory
+constexpr unsigned char kGuard = 0xa5;
+
+struct Fault : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// ---------------------------------------------------------------------------------------------------------- global
+// memory
+
+struct Buffer {
+  const char* begin;
+  int64_t bytes;
+  bool writable;
+  int64_t loaded, stored;
+};
+std::vector<Buffer> buffers;
+
+// -----------------------------------------------------------------------------------------------------------------
+// fibers
+
+enum class Waits { nothing, at_barrier, at_warp, ended };
+
+struct PendingCopy {
+  void* to;
+  int size;
+  char bytes[sizeof(Words)];
+};
+using CopyGroup = std::vector<PendingCopy>;
+
+struct Fiber : Thread {
+  Waits waits;
+  int line;           // where it waits
+  unsigned warp_ops;  // how many warp operations it has begun
+  ucontext_t start;
+  jmp_buf at;
+  bool started;
+  CopyGroup uncommitted;
+  std::deque<CopyGroup> in_flight;
+  std::unique_ptr<char, decltype(&free)> stack{nullptr, free};
+};
+
+struct Slots {
+  uint32_t value[2][kWarp];  // in turns: a lane may be one operation ahead of another
+};
+
+struct Block {
+  std::vector<Fiber*> threads;
+  std::vector<Slots> warps;
+};
+
+std::vector<std::unique_ptr<Fiber>> pool;
+Block block;
+jmp_buf scheduler;
+void (*running_body)(const void*, const void*);
+const void* running_kernel;
+const void* running_args;
+std::string fault;
+int order_kind = 0;  // 0 forward, 1 reverse, 2 shuffled
+std::mt19937 order_random;
+
+Fiber& self() { return *static_cast<Fiber*>(current); }
+
+void fiber_main() {
+  try {
+    running_body(running_kernel, running_args);
+  } catch (const std::exception& e) {
+    if (fault.empty()) {
+      fault = std::string(e.what()) + " (block " + std::to_string(current->block_index) + ", thread " +
+              std::to_string(current->index) + ")";
+    }
+  }
+  self().waits = Waits::ended;
+  _longjmp(scheduler, 1);
+}
+
+void resume(Fiber& fiber) {
+  current = &fiber;
+  fiber.waits = Waits::nothing;
+  if (_setjmp(scheduler) == 0) {
+    if (fiber.started) _longjmp(fiber.at, 1);
+    fiber.started = true;
+    getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = fiber.stack.get();
+    fiber.start.uc_stack.ss_size = kStackBytes;
+    fiber.start.uc_link = nullptr;
+    makecontext(&fiber.start, fiber_main, 0);
+    setcontext(&fiber.start);
+  }
+}
+
+void wait(Waits what, int line) {
+  Fiber& fiber = self();
+  fiber.waits = what;
+  fiber.line = line;
+  if (_setjmp(fiber.at) == 0) _longjmp(scheduler, 1);
+}
+
+// --------------------------------------------------------------------------------------------------------------
+// scheduling
+
+std::string describe(const Fiber& fiber) {
+  const std::string who = "thread " + std::to_string(fiber.index);
+  if (fiber.waits == Waits::ended) return who + " has ended";
+  return who +
+         (fiber.waits == Waits::at_barrier ? " waits at the barrier of line " : " waits at the shuffle of line ") +
+         std::to_string(fiber.line);
+}
+
+// All threads of [begin, end) wait alike, or it is a fault.
+void check_alike(int begin, int end) {
+  const Fiber& first = *block.threads[begin];
+  for (int i = begin + 1; i < end; ++i) {
+    const Fiber& other = *block.threads[i];
+    if (other.waits != first.waits || (first.waits != Waits::ended && other.line != first.line)) {
+      throw Fault("divergent threads: " + describe(first) + ", " + describe(other));
+    }
+  }
+}
+
+// Every thread waits or has ended: lets those go on whose partners have all come. False when all have ended.
+bool release(std::vector<Fiber*>& ready) {
+  const int n = static_cast<int>(block.threads.size());
+  for (int begin = 0; begin < n; begin += kWarp) {
+    bool shuffles = false;
+    for (int i = begin; i < begin + kWarp; ++i) shuffles |= block.threads[i]->waits == Waits::at_warp;
+    if (!shuffles) continue;
+    check_alike(begin, begin + kWarp);
+    ready.insert(ready.end(), block.threads.begin() + begin, block.threads.begin() + begin + kWarp);
+  }
+  if (!ready.empty()) return true;
+  check_alike(0, n);
+  if (block.threads[0]->waits == Waits::ended) return false;
+  ready = block.threads;
+  return true;
+}
+
+void put_in_order(std::vector<Fiber*>& ready) {
+  if (order_kind == 1) std::reverse(ready.begin(), ready.end());
+  if (order_kind == 2) std::shuffle(ready.begin(), ready.end(), order_random);
+}
+
+void check_guard(const char* shared, int bytes) {
+  for (size_t i = 0; i < kGuardBytes; ++i) {
+    if (static_cast<unsigned char>(shared[bytes + i]) != kGuard) throw Fault("a write past the end of shared memory");
+  }
+}
+
+void run_block(LaunchShape shape, int64_t index, char* shared) {
+  memset(shared, 0xff, shape.shared_bytes);  // NaN
+  memset(shared + shape.shared_bytes, kGuard, kGuardBytes);
+  block.threads.clear();
+  block.warps.assign(shape.threads / kWarp, Slots());
+  for (int i = 0; i < shape.threads; ++i) {
+    Fiber& fiber = *pool[i];
+    static_cast<Thread&>(fiber) = {i, shape.threads, index, shape.blocks, shared};
+    fiber.started = false;
+    fiber.warp_ops = 0;
+    fiber.uncommitted.clear();
+    fiber.in_flight.clear();
+    block.threads.push_back(&fiber);
+  }
+  std::vector<Fiber*> ready = block.threads;
+  do {
+    put_in_order(ready);
+    for (Fiber* fiber : ready) {
+      resume(*fiber);
+      if (!fault.empty()) return;
+    }
+    ready.clear();
+  } while (release(ready));
+  check_guard(shared, shape.shared_bytes);
+}
+
+}  // namespace
+
+// ------------------------------------------------------------------------------------------------- what device.h calls
+// upon
+
+void barrier(int line) { wait(Waits::at_barrier, line); }
+
+void warp_barrier(int line) { wait(Waits::at_warp, line); }
+
+// Posts this lane's value and waits for the others; the slots then hold those of all lanes.
+static const uint32_t* post(uint32_t value, int line) {
+  Fiber& fiber = self();
+  uint32_t* slots = block.warps[fiber.index / kWarp].value[fiber.warp_ops++ % 2];
+  slots[fiber.index % kWarp] = value;
+  wait(Waits::at_warp, line);
+  return slots;
+}
+
+uint32_t shuffle(uint32_t value, int source_lane, int line) { return post(value, line)[source_lane]; }
+
+bool any(bool value, int line) {
+  const uint32_t* all = post(value, line);
+  return std::any_of(all, all + kWarp, [](uint32_t x) { return x != 0; });
+}
+
+void check_access(const void* p, int bytes, bool writes) {
+  const char* at = static_cast<const char*>(p);
+  if (reinterpret_cast<uintptr_t>(p) % bytes != 0) throw Fault("a misaligned access to global memory");
+  for (Buffer& buffer : buffers) {
+    if (at < buffer.begin || at + bytes > buffer.begin + buffer.bytes) continue;
+    if (writes && !buffer.writable) continue;
+    (writes ? buffer.stored : buffer.loaded) += bytes;
+    return;
+  }
+  throw Fault(writes ? "a write outside the outputs" : "a read outside the registered buffers");
+}
+
+void copy_async(void* shared, const void* global, int bytes) {
+  PendingCopy copy{shared, bytes, {}};
+  memcpy(copy.bytes, global, bytes);
+  memset(shared, 0xff, bytes);  // what is there until the copy lands must not be used
+  self().uncommitted.push_back(copy);
+}
+
+void commit_copies() {
+  self().in_flight.push_back(std::move(self().uncommitted));
+  self().uncommitted.clear();
+}
+
+void wait_for_copies(int pending) {
+  std::deque<CopyGroup>& groups = self().in_flight;
+  while (static_cast<int>(groups.size()) > pending) {
+    for (const PendingCopy& copy : groups.front()) memcpy(copy.to, copy.bytes, copy.size);
+    groups.pop_front();
+  }
+}
+
+const char* run(LaunchShape shape, void (*body)(const void*, const void*), const void* kernel, const void* args) {
+  fault.clear();
+  running_body = body;
+  running_kernel = kernel;
+  running_args = args;
+  if (shape.blocks < 1 || shape.threads < 1 || shape.threads > kMaxThreads || shape.threads % kWarp != 0 ||
+      shape.shared_bytes < 0 || shape.shared_bytes > device::shared_memory_limit(0)) {
+    fault = "a launch of " + std::to_string(shape.blocks) + " blocks of " + std::to_string(shape.threads) +
+            " threads with " + std::to_string(shape.shared_bytes) + " bytes of shared memory";
+    return fault.c_str();
+  }
+  while (static_cast<int>(pool.size()) < shape.threads) {
+    pool.push_back(std::make_unique<Fiber>());
+    pool.back()->stack.reset(static_cast<char*>(malloc(kStackBytes)));
+  }
+  std::unique_ptr<char, decltype(&free)> shared{
+      static_cast<char*>(aligned_alloc(128, (shape.shared_bytes + kGuardBytes + 127) / 128 * 128)), free};
+  try {
+    for (int64_t i = 0; i < shape.blocks && fault.empty(); ++i) run_block(shape, i, shared.get());
+  } catch (const Fault& e) {
+    fault = e.what();
+  }
+  return fault.empty() ? nullptr : fault.c_str();
+}
+
+}  // namespace mtkd_fast::emulator
+
+// ------------------------------------------------------------------------------------------------------ what Python
+// calls
+
+using mtkd_fast::emulator::buffers;
+
+extern "C" {
+
+void emulator_forget_buffers() { buffers.clear(); }
+
+void emulator_add_buffer(const void* begin, int64_t bytes, int writable) {
+  buffers.push_back({static_cast<const char*>(begin), bytes, writable != 0, 0, 0});
+}
+
+void emulator_traffic(int buffer, int64_t* loaded, int64_t* stored) {
+  *loaded = buffers[buffer].loaded;
+  *stored = buffers[buffer].stored;
+}
+
+void emulator_set_order(int kind, unsigned seed) {
+  mtkd_fast::emulator::order_kind = kind;
+  mtkd_fast::emulator::order_random.seed(seed);
+}
+}

@@ -1,0 +1,150 @@
+// A CUDA grid on the CPU, as csrc/device.h sees it. A thread is a fiber; the threads of a block run in turn, each until
+// its next barrier or shuffle, in an order that a test chooses: forward, reverse or shuffled. A kernel that lacks a
+// barrier is right in one order and wrong in another. Faults end the launch with a message:
+//
+//   a barrier that some threads do not reach, or reach elsewhere; a shuffle with absent lanes; a thread that ends early
+//   an access to global memory outside the registered buffers, misaligned, or a write to an input
+//   a write past the end of shared memory
+//
+// Shared memory starts as NaN. Bytes loaded and stored are counted for each buffer.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace mtkd_fast::emulator {
+
+// The thread that is running.
+struct Thread {
+  int index;
+  int block_threads;
+  int64_t block_index;
+  int64_t grid_blocks;
+  char* shared;
+};
+extern Thread* current;
+
+void barrier(int line);
+void warp_barrier(int line);
+uint32_t shuffle(uint32_t value, int source_lane, int line);
+bool any(bool value, int line);
+
+void check_access(const void* p, int bytes, bool writes);
+void copy_async(void* shared, const void* global, int bytes);
+void commit_copies();
+void wait_for_copies(int pending);
+
+// Runs body(args) for every thread of the grid. Null, or the first fault.
+const char* run(LaunchShape shape, void (*body)(const void* kernel, const void* args), const void* kernel,
+                const void* args);
+
+}  // namespace mtkd_fast::emulator
+
+namespace mtkd_fast::device {
+
+inline int thread_index() { return emulator::current->index; }
+inline int block_threads() { return emulator::current->block_threads; }
+inline int64_t block_index() { return emulator::current->block_index; }
+inline int64_t grid_blocks() { return emulator::current->grid_blocks; }
+inline char* shared_memory() { return emulator::current->shared; }
+
+inline void sync_block(int line = __builtin_LINE()) { emulator::barrier(line); }
+inline void sync_warp(int line = __builtin_LINE()) { emulator::warp_barrier(line); }
+inline bool any_in_warp(bool x, int line = __builtin_LINE()) { return emulator::any(x, line); }
+
+template <typename To, typename From>
+inline To bits(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To y;
+  memcpy(&y, &x, sizeof(y));
+  return y;
+}
+inline float word_as_float(uint32_t x) { return bits<float>(x); }
+inline uint32_t float_as_word(float x) { return bits<uint32_t>(x); }
+
+inline float shuffle_xor(float x, int lanes, int line = __builtin_LINE()) {
+  return bits<float>(emulator::shuffle(bits<uint32_t>(x), (thread_index() % kWarp) ^ lanes, line));
+}
+
+// As ex2.approx.ftz: results below the smallest normal number are 0.
+inline float exp2(float x) {
+  const float y = ::exp2f(x);
+  return y < 1.17549435e-38f ? 0.0f : y;
+}
+
+struct Pair {
+  float x, y;
+};
+
+inline float f16_as_float(uint32_t half) {
+  const uint32_t sign = (half & 0x8000u) << 16, exponent = half >> 10 & 31u, mantissa = half & 0x3ffu;
+  if (exponent == 31) return bits<float>(sign | 0x7f800000u | mantissa << 13);
+  if (exponent == 0) return bits<float>(sign | bits<uint32_t>(mantissa * 0x1p-24f));
+  return bits<float>(sign | (exponent + 112) << 23 | mantissa << 13);
+}
+inline Pair unpack_f16(uint32_t x) { return {f16_as_float(x & 0xffffu), f16_as_float(x >> 16)}; }
+
+// Adding 1.5·2^23 ulps rounds to nearest even.
+inline uint32_t float_as_f16(float x) {
+  const uint32_t sign = bits<uint32_t>(x) >> 16 & 0x8000u;
+  const float size = fabsf(x);
+  if (std::isnan(x)) return sign | 0x7e00u;
+  if (size >= 65520.0f) return sign | 0x7c00u;
+  if (size < 0x1p-14f) return sign | static_cast<uint32_t>(nearbyintf(size * 0x1p24f));
+  const uint32_t word = bits<uint32_t>(size);
+  return sign | ((word - (112u << 23) + 0xfffu + (word >> 13 & 1u)) >> 13);
+}
+inline uint32_t pack_f16(float lo, float hi) { return float_as_f16(lo) | float_as_f16(hi) << 16; }
+
+inline uint32_t float_as_bf16(float x) {
+  const uint32_t word = bits<uint32_t>(x);
+  if (std::isnan(x)) return 0x7fffu;
+  return (word + 0x7fffu + (word >> 16 & 1u)) >> 16;
+}
+inline uint32_t pack_bf16(float lo, float hi) { return float_as_bf16(lo) | float_as_bf16(hi) << 16; }
+
+template <typename T>
+inline T load(const T* p) {
+  emulator::check_access(p, sizeof(T), false);
+  T x;
+  memcpy(static_cast<void*>(&x), p, sizeof(T));
+  return x;
+}
+template <typename T>
+inline T load_own(const T* p) {
+  return load(p);
+}
+template <typename T>
+inline void store(T* p, T x) {
+  emulator::check_access(p, sizeof(T), true);
+  memcpy(static_cast<void*>(p), &x, sizeof(T));
+}
+
+// A copy lands when this thread waits for its group, and not before.
+template <typename T>
+inline void copy_async(T* shared, const T* global) {
+  emulator::check_access(global, sizeof(T), false);
+  emulator::copy_async(shared, global, sizeof(T));
+}
+inline void commit_copies() { emulator::commit_copies(); }
+template <int pending>
+inline void wait_for_copies() {
+  emulator::wait_for_copies(pending);
+}
+
+inline int64_t max_blocks() { return 5; }  // so few that kernels must loop
+inline int shared_memory_limit(int) { return 227 * 1024; }
+inline int multiprocessors(int) { return 1; }
+
+template <typename Args>
+const char* launch(void (*kernel)(const Args&), LaunchShape shape, void*, const Args& args) {
+  auto body = [](const void* kernel, const void* args) {
+    reinterpret_cast<void (*)(const Args&)>(const_cast<void*>(kernel))(*static_cast<const Args*>(args));
+  };
+  return emulator::run(shape, body, reinterpret_cast<const void*>(kernel), &args);
+}
+
+}  // namespace mtkd_fast::device
+
+using std::isfinite;

@@ -1,0 +1,101 @@
+// Kernels with one fault each, to see the emulator catch it; and sound ones, to see that it lets them pass. Each takes
+// an input of one float a thread and an output of the same size.
+#include "device.h"
+
+namespace mtkd_fast {
+namespace {
+
+constexpr int kThreads = 64;
+
+struct Args {
+  const float* in;
+  float* out;
+};
+
+// Every thread takes its neighbour's value through shared memory.
+template <bool with_barrier>
+MTKD_KERNEL(kThreads, 1)
+neighbour(MTKD_PARAM(Args) args) {
+  const int i = device::thread_index();
+  float* shared = reinterpret_cast<float*>(device::shared_memory());
+  shared[i] = device::load(args.in + i);
+  if (with_barrier) device::sync_block();
+  device::store(args.out + i, shared[(i + 1) % kThreads]);
+}
+
+// The same through an asynchronous copy of its own word.
+template <bool with_wait>
+MTKD_KERNEL(kThreads, 1)
+copied(MTKD_PARAM(Args) args) {
+  const int i = device::thread_index();
+  uint32_t* shared = reinterpret_cast<uint32_t*>(device::shared_memory());
+  device::copy_async(shared + i, reinterpret_cast<const uint32_t*>(args.in + i));
+  device::commit_copies();
+  if (with_wait) device::wait_for_copies<0>();
+  device::store(args.out + i, device::word_as_float(shared[i]));
+}
+
+MTKD_KERNEL(kThreads, 1) read_out_of_bounds(MTKD_PARAM(Args) args) {
+  const int i = device::thread_index();
+  device::store(args.out + i, device::load(args.in + i + 1));
+}
+
+MTKD_KERNEL(kThreads, 1) write_to_input(MTKD_PARAM(Args) args) {
+  const int i = device::thread_index();
+  device::store(const_cast<float*>(args.in) + i, 0.0f);
+}
+
+MTKD_KERNEL(kThreads, 1) misaligned(MTKD_PARAM(Args) args) {
+  const Words words = device::load(reinterpret_cast<const Words*>(args.in + 1));
+  device::store(args.out, device::word_as_float(words.word[0]));
+}
+
+MTKD_KERNEL(kThreads, 1) past_shared_memory(MTKD_PARAM(Args)) { device::shared_memory()[kThreads * sizeof(float)] = 1; }
+
+MTKD_KERNEL(kThreads, 1) divergent_barrier(MTKD_PARAM(Args) args) {
+  if (device::thread_index() < 32) {
+    device::sync_block();
+  } else {
+    device::sync_block();
+  }
+  device::store(args.out + device::thread_index(), 0.0f);
+}
+
+MTKD_KERNEL(kThreads, 1) absent_lanes(MTKD_PARAM(Args) args) {
+  const int i = device::thread_index();
+  float x = device::load(args.in + i);
+  if (i % 32 < 16) x = device::shuffle_xor(x, 1);
+  device::sync_block();
+  device::store(args.out + i, x);
+}
+
+MTKD_KERNEL(kThreads, 1) early_exit(MTKD_PARAM(Args) args) {
+  const int i = device::thread_index();
+  if (i == 5) return;
+  device::sync_block();
+  device::store(args.out + i, 0.0f);
+}
+
+const char* launch(void (*kernel)(const Args&), const float* in, float* out) {
+  return device::launch(kernel, {1, kThreads, kThreads * sizeof(float)}, nullptr, Args{in, out});
+}
+
+}  // namespace
+}  // namespace mtkd_fast
+
+using namespace mtkd_fast;
+
+extern "C" {
+
+const char* sound_neighbour(const float* in, float* out) { return launch(neighbour<true>, in, out); }
+const char* sound_copy(const float* in, float* out) { return launch(copied<true>, in, out); }
+const char* missing_barrier(const float* in, float* out) { return launch(neighbour<false>, in, out); }
+const char* missing_wait(const float* in, float* out) { return launch(copied<false>, in, out); }
+const char* fault_read_out_of_bounds(const float* in, float* out) { return launch(read_out_of_bounds, in, out); }
+const char* fault_write_to_input(const float* in, float* out) { return launch(write_to_input, in, out); }
+const char* fault_misaligned(const float* in, float* out) { return launch(misaligned, in, out); }
+const char* fault_past_shared_memory(const float* in, float* out) { return launch(past_shared_memory, in, out); }
+const char* fault_divergent_barrier(const float* in, float* out) { return launch(divergent_barrier, in, out); }
+const char* fault_absent_lanes(const float* in, float* out) { return launch(absent_lanes, in, out); }
+const char* fault_early_exit(const float* in, float* out) { return launch(early_exit, in, out); }
+}

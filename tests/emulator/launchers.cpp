@@ -1,0 +1,25 @@
+// The launchers of csrc/kd.h and csrc/hint.h under names that ctypes finds, and the sizes of what they are handed.
+#include "hint.h"
+#include "kd.h"
+#include "kd_variants.h"
+
+using namespace mtkd_fast;
+
+extern "C" {
+
+int64_t size_of_kd_forward() { return sizeof(KDForward<float>); }
+int64_t size_of_kd_backward() { return sizeof(KDBackward<float>); }
+int64_t size_of_kd_rescale() { return sizeof(KDRescale<float>); }
+int64_t size_of_hint() { return sizeof(HintArgs<float>); }
+
+int fits_on_chip(const KDForward<float>* args) { return kd_fits_on_chip(*args, args->rule, 0); }
+
+const char* kd_forward(const KDForward<float>* args) { return kd_forward_cuda(*args, 0, nullptr); }
+const char* kd_forward_registers(const KDForward<float>* args) { return kd_forward_in_registers(*args, nullptr); }
+const char* kd_forward_shared(const KDForward<float>* args) { return kd_forward_in_shared_memory(*args, 0, nullptr); }
+const char* kd_forward_stream(const KDForward<float>* args) { return kd_forward_streaming(*args, 0, nullptr); }
+const char* kd_backward(const KDBackward<float>* args) { return kd_backward_cuda(*args, 0, nullptr); }
+const char* kd_rescale(const KDRescale<float>* args) { return kd_rescale_cuda(*args, 0, nullptr); }
+const char* hint_forward(const HintArgs<float>* args) { return hint_forward_cuda(*args, 0, nullptr); }
+const char* hint_backward(const HintArgs<float>* args) { return hint_backward_cuda(*args, 0, nullptr); }
+}

@@ -1,0 +1,144 @@
+"""The argument structs of csrc/kd.h and csrc/hint.h, field by field."""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+MAX_TEACHERS = 64
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+DIVERGENCES = {"forward_kl": 0, "reverse_kl": 1}
+RULES = {"uniform": 0, "given": 1, "confidence": 2, "entropy": 3}
+
+int64, pointer, real = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
+
+
+class Logits(ctypes.Structure):
+    _fields_ = (
+        ("data", pointer),
+        ("outer_stride", int64),
+        ("inner_stride", int64),
+        ("class_stride", int64),
+        ("dtype", ctypes.c_int),
+    )
+
+
+class KDArgs(ctypes.Structure):
+    _fields_ = (
+        ("rows", int64),
+        ("inner", int64),
+        ("classes", int64),
+        ("teachers", ctypes.c_int),
+        ("student", Logits),
+        ("teacher", Logits * MAX_TEACHERS),
+        ("target", pointer),
+        ("row_weights", pointer),
+        ("ignore_index", int64),
+        ("divergence", ctypes.c_int),
+        ("temperature", real),
+        ("kd_scale", real),
+        ("ce_weight", real),
+        ("label_smoothing", real),
+    )
+
+
+class KDForward(KDArgs):
+    _fields_ = (
+        ("rule", ctypes.c_int),
+        ("weights", pointer),
+        ("weights_teacher_stride", int64),
+        ("weights_row_stride", int64),
+        ("skip_zero_weights", ctypes.c_bool),
+        ("items", pointer),
+        ("row_loss", pointer),
+        ("row_stats", pointer),
+        ("keep_stats", ctypes.c_bool),
+        ("gradient", pointer),
+    )
+
+
+class KDBackward(KDArgs):
+    _fields_ = (
+        ("weights", pointer),
+        ("weights_teacher_stride", int64),
+        ("weights_row_stride", int64),
+        ("upstream", pointer),
+        ("upstream_stride", int64),
+        ("row_stats", pointer),
+        ("student_gradient", pointer),
+        ("teacher_gradient", pointer * MAX_TEACHERS),
+    )
+
+
+class KDRescale(ctypes.Structure):
+    _fields_ = (
+        ("rows", int64),
+        ("classes", int64),
+        ("dtype", ctypes.c_int),
+        ("gradient", pointer),
+        ("out", pointer),
+        ("upstream", pointer),
+        ("upstream_stride", int64),
+        ("scale", pointer),
+    )
+
+
+class FeaturePair(ctypes.Structure):
+    _fields_ = (
+        ("student", pointer),
+        ("teacher", pointer),
+        ("student_stride", int64),
+        ("teacher_stride", int64),
+        ("elements", int64),
+        ("student_dtype", ctypes.c_int),
+        ("teacher_dtype", ctypes.c_int),
+        ("gradient", pointer),
+    )
+
+
+class Hint(ctypes.Structure):
+    _fields_ = (
+        ("samples", int64),
+        ("pairs", ctypes.c_int),
+        ("pair", FeaturePair * MAX_TEACHERS),
+        ("weights", pointer),
+        ("weights_pair_stride", int64),
+        ("weights_sample_stride", int64),
+        ("distance", pointer),
+    )
+
+
+def address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """[..., C] as [outer, inner, C], whose rows two strides find."""
+    if x.dim() == 1:
+        return x[None, None]
+    return x[:, None] if x.dim() == 2 else x.reshape(-1, *x.shape[-2:])
+
+
+def logits(x: Tensor) -> Logits:
+    """Of [outer, inner, C]."""
+    return Logits(x.data_ptr(), *x.stride(), DTYPES[x.dtype])
+
+
+def per_row(x: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, int]:
+    """A number or [...] -> its flat tensor and its stride, 0 for one number."""
+    if x is None:
+        return None, 0
+    x = x.to(dtype)
+    if x.numel() == 1:
+        return x.reshape(1), 0
+    x = x.reshape(-1)
+    return x, x.stride(0)
+
+
+def per_teacher(x: Tensor | None, rows: int) -> tuple[Tensor | None, int, int]:
+    """[K] or [K, ...] -> [K, rows] float32 and its two strides."""
+    if x is None:
+        return None, 0, 0
+    x = x.float().reshape(x.shape[0], -1)
+    x = x.expand(-1, rows)
+    return x, *x.stride()

@@ -1,0 +1,162 @@
+"""What nvcc makes of the CUDA kernels, without a GPU: registers, spills, the width of loads, exponentials."""
+
+import fcntl
+import functools
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+if not shutil.which("nvcc"):
+    pytest.skip("there is no nvcc", allow_module_level=True)
+
+from emulator.build import CSRC, cache, digest
+
+SOURCES = (CSRC / "kd_cuda.cu", CSRC / "hint_cuda.cu")
+ARCHITECTURES = ("80", "90a", "100")
+FLAGS = (
+    "-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-Werror", "all-warnings",
+    "-Xcompiler", "-Wall,-Wextra",
+)  # fmt: skip
+
+
+@functools.cache
+def tool(name: str) -> str:
+    """From the CUDA toolkit, or from triton's wheel, which carries the same."""
+    if found := shutil.which(name):
+        return found
+    triton = pytest.importorskip("triton")
+    found = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    if not found.exists():
+        pytest.skip(f"there is no {name}, in the PATH or in triton's wheel")
+    return str(found)
+
+
+@functools.cache
+def cubin(source: Path, architecture: str) -> Path:
+    file = cache() / f"{source.stem}_{architecture}_{digest(source)}.cubin"
+    with open(file.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not file.exists():
+            unfinished = file.with_suffix(".unfinished")
+            target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+            command = ["nvcc", "-cubin", target, *FLAGS, f"-I{CSRC}", str(source), "-o", str(unfinished)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            unfinished.rename(file)
+    return file
+
+
+def output_of(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@functools.cache
+def resources(source: Path, architecture: str) -> dict[str, dict[str, int]]:
+    """kernel -> REG, STACK, SHARED, ..."""
+    text = output_of(tool("cuobjdump"), "--dump-resource-usage", str(cubin(source, architecture)))
+    found = re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", text)
+    return {name: {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", line)} for name, line in found}
+
+
+@functools.cache
+def instructions(source: Path, architecture: str) -> dict[str, list[str]]:
+    """kernel -> its SASS, one instruction a line"""
+    text = output_of(tool("cuobjdump"), "-sass", str(cubin(source, architecture)))
+    kernels = re.split(r"\n\s*Function : (\S+)\n", text)
+    line = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(.*?);")
+    return {name: line.findall(body) for name, body in zip(kernels[1::2], kernels[2::2], strict=True)}
+
+
+def count(code: list[str], opcode: str) -> int:
+    return sum(bool(re.search(rf"(^|\s){re.escape(opcode)}(\s|\.|$)", x)) for x in code)
+
+
+@pytest.fixture(params=ARCHITECTURES, ids=lambda a: f"sm_{a}")
+def architecture(request):
+    return request.param
+
+
+@pytest.fixture(params=SOURCES, ids=lambda s: s.stem)
+def source(request):
+    return request.param
+
+
+def kernels(source: Path, architecture: str, *parts: str) -> dict[str, list[str]]:
+    """Those whose mangled name holds every part."""
+    found = {k: v for k, v in instructions(source, architecture).items() if all(p in k for p in parts)}
+    assert found, f"no kernel {parts} in {source.name}"
+    return found
+
+
+def test_nothing_spills(source, architecture):
+    used = resources(source, architecture)
+    assert used.keys() == instructions(source, architecture).keys()
+    for name, use in used.items():
+        assert use["STACK"] == 0, name
+        code = instructions(source, architecture)[name]
+        assert count(code, "LDL") == count(code, "STL") == 0, name
+
+
+def test_every_variant_is_there(architecture):
+    """2 divergences × (1 or 2 sums) × 4 tiles, 2 streaming, 2 backward, 1 rescale."""
+    names = list(instructions(SOURCES[0], architecture))
+    assert sum("kd_resident" in name for name in names) == 16
+    assert len(names) == 21
+
+
+@pytest.mark.parametrize(
+    ("kernel", "most"),
+    [
+        ("LaneGroup", 144),
+        ("BlockGroupENS_12RegisterTileILi8", 128),
+        ("RegisterTileILi16", 168),
+        ("SharedTile", 128),
+        ("kd_streaming", 128),
+        ("kd_backward", 128),
+        ("kd_rescale", 64),
+    ],
+)
+def test_registers_leave_room_for_the_launch(kernel, most, architecture):
+    used = {name: use["REG"] for name, use in resources(SOURCES[0], architecture).items() if kernel in name}
+    assert used
+    assert max(used.values()) <= most, used
+
+
+@pytest.mark.parametrize("kernel", ["kd_streaming", "kd_backward"])
+def test_aligned_rows_load_16_bytes(kernel, architecture):
+    for name, code in kernels(SOURCES[0], architecture, kernel).items():
+        wide = [x for x in code if re.search(r"LDG\.E\.128", x)]
+        assert wide, name
+        if kernel == "kd_backward":
+            assert [x for x in code if re.search(r"STG\.E\.128", x)], name
+
+
+def test_resident_rows_come_in_by_asynchronous_copies(architecture):
+    for name, code in kernels(SOURCES[0], architecture, "kd_resident").items():
+        assert [x for x in code if re.search(r"LDGSTS\S*\.128", x)], name
+        assert [x for x in code if re.search(r"STG\.E\.128", x)], name
+
+
+def test_hint_loads_16_bytes(architecture):
+    for name, code in instructions(SOURCES[1], architecture).items():
+        assert [x for x in code if re.search(r"LDG\.E\.128", x)], name
+
+
+def test_exponentials_of_the_streaming_forward(architecture):
+    """A tile of 16 columns a thread (reverse KL: 8): the student's and a teacher's e^{·/τ}, both again at temperature 1
+    where τ needs its own, and for reverse KL the student's beside the teachers. The rest belongs to merges.
+    """
+    merges = 40
+    for divergence, exponentials in (("E0E", 4 * 16), ("E1E", 5 * 8)):
+        (code,) = kernels(SOURCES[0], architecture, "kd_streamingILNS_10Divergence" + divergence).values()
+        assert exponentials <= count(code, "MUFU.EX2") <= exponentials + merges, divergence
+
+
+def test_exponentials_of_rows_in_registers(architecture):
+    """8 columns a thread: student, teacher, each again at temperature 1, the student's once more for the gradient."""
+    for name, code in kernels(SOURCES[0], architecture, "kd_resident", "RegisterTileILi8").items():
+        columns, merges = 8, 40
+        assert 5 * columns <= count(code, "MUFU.EX2") <= 8 * columns + merges, name

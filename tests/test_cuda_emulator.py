@@ -1,0 +1,341 @@
+"""The CUDA kernels on the emulated grid: that the emulator sees faults, and what the case table (test_kd.py) cannot
+see: every kernel by name, the order of threads, the bytes moved, and that everything is written.
+"""
+
+import ctypes
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+if not shutil.which("g++"):
+    pytest.skip("the CUDA emulator needs g++", allow_module_level=True)
+
+import emulator
+from emulator import hint, layout, machine
+
+from mtkd_fast.reference import hint as hint_reference
+from mtkd_fast.reference import kd as reference
+from mtkd_fast.reference.divergences import DIVERGENCES
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+FAULTS = Path(emulator.__file__).parent / "faults.cpp"
+ORDERS = ("forward", "reverse", "shuffled")
+
+
+# ---------- the emulator itself
+
+
+@pytest.fixture(scope="module")
+def faults():
+    return machine.library(FAULTS)
+
+
+def run(lib, kernel: str, order: str = "forward"):
+    x, out = torch.arange(64.0), machine.poisoned((64,), F32)
+    pointers = tuple(ctypes.c_void_p(t.data_ptr()) for t in (x, out))
+    with machine.use_order(order, seed=1, lib=lib):
+        machine.launch(kernel, pointers, {"in": x}, {"out": out}, lib)
+    return x, out
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_sound_kernels_pass(faults, order):
+    x, out = run(faults, "sound_neighbour", order)
+    assert out.equal(x.roll(-1))
+    x, out = run(faults, "sound_copy", order)
+    assert out.equal(x)
+    assert machine.traffic() == {"out": (0, 256), "in": (256, 0)}
+
+
+def test_a_missing_barrier_shows_in_some_order(faults):
+    right = []
+    for order in ORDERS:
+        x, out = run(faults, "missing_barrier", order)
+        right.append(out.equal(x.roll(-1)))
+    assert not all(right)
+
+
+def test_a_copy_that_nobody_awaits_leaves_nan(faults):
+    _, out = run(faults, "missing_wait")
+    assert out.isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        ("fault_read_out_of_bounds", "a read outside"),
+        ("fault_write_to_input", "a write outside the outputs"),
+        ("fault_misaligned", "misaligned"),
+        ("fault_past_shared_memory", "past the end of shared memory"),
+        ("fault_divergent_barrier", "divergent threads"),
+        ("fault_absent_lanes", "divergent threads"),
+        ("fault_early_exit", "has ended"),
+    ],
+)
+def test_faults_end_the_launch(faults, kernel, message):
+    for order in ORDERS:
+        with pytest.raises(emulator.EmulatorError, match=message):
+            run(faults, kernel, order)
+
+
+@pytest.mark.parametrize(
+    ("name", "struct"),
+    [
+        ("kd_forward", layout.KDForward),
+        ("kd_backward", layout.KDBackward),
+        ("kd_rescale", layout.KDRescale),
+        ("hint", layout.Hint),
+    ],
+)
+def test_the_structs_are_those_of_the_headers(name, struct):
+    size_of = getattr(machine.library(), f"size_of_{name}")
+    size_of.restype = ctypes.c_int64
+    assert size_of() == ctypes.sizeof(struct)
+    assert size_of() < 4096 - 64  # a kernel's parameters, with what the launchers add
+
+
+# ---------- kernels, by name
+
+OPTIONS = dict(ce_weight=0.7, label_smoothing=0.1, ignore_index=-100)
+REGISTERS, SHARED, STREAM = "_registers", "_shared", "_stream"
+
+
+def inputs(n, classes, n_teachers, dtypes=(F32,), seed=0):
+    g = torch.Generator().manual_seed(seed)
+    kinds = [dtypes[min(i, len(dtypes) - 1)] for i in range(n_teachers + 1)]
+    student, *teachers = [(2 * torch.randn(n, classes, generator=g)).to(kind) for kind in kinds]
+    target = torch.randint(classes, (n,), generator=g)
+    target[n // 2] = -100
+    return student, teachers, target, torch.randn(n_teachers, n, generator=g)
+
+
+def exact(student, teachers, target, weights, options, n):
+    """row_loss, divergences and gradient in float64."""
+    s = student.double().requires_grad_()
+    given = weights if options["rule"] == "given" else None
+    loss, stats = reference.kd(
+        s, [t.double() for t in teachers], target, given, None, None, reduction="none", **options
+    )
+    (loss.sum() / n).backward()
+    return loss.detach(), stats, s.grad
+
+
+def run_forward(student, teachers, target, weights, options, variant, write_gradient):
+    given = weights if options["rule"] == "given" else None
+    items = torch.tensor(float(len(target)))
+    return emulator.forward(
+        student, teachers, target, given, None, items, **options, skip_zero_weights=True,
+        write_gradient=write_gradient, variant=variant,
+    )  # fmt: skip
+
+
+def assert_close(got, right, tolerance):
+    assert got.isfinite().all()
+    assert (got.double() - right).abs().max() <= tolerance * max(1.0, right.abs().max().item())
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("rule", ["uniform", "given", "confidence", "entropy"])
+@pytest.mark.parametrize(
+    ("variant", "classes", "dtypes"),
+    [
+        (REGISTERS, 10, (F32,)),
+        (REGISTERS, 100, (BF16,)),
+        (REGISTERS, 257, (F32, BF16, F16)),
+        (REGISTERS, 4104, (BF16, F32)),
+        (SHARED, 100, (BF16, F32)),
+        (SHARED, 4099, (BF16,)),
+        (STREAM, 33, (F32, F16)),
+        (STREAM, 9000, (BF16,)),
+    ],
+)
+def test_every_forward_kernel(variant, classes, dtypes, rule, divergence):
+    n = 6 if classes < 1000 else 3
+    tensors = inputs(n, classes, 3, dtypes)
+    options = dict(rule=rule, divergence=divergence, temperature=3.0, kd_scale=9.0, **OPTIONS)
+    loss, stats, gradient = exact(*tensors, options, n)
+    row_loss, row_stats, got = run_forward(*tensors, options, variant, variant != STREAM)
+    assert_close(row_loss, loss, 3e-6)
+    assert_close(row_stats[:3], stats.divergence, 3e-6)
+    assert_close(row_stats[3:6], stats.weights, 3e-6)
+    if variant == STREAM:
+        student, teachers, target, _ = tensors
+        got, *_ = emulator.backward(
+            student, teachers, target, row_stats[3:6], None, row_stats, divergence, 3.0, 9.0, 0.7, 0.1,
+            [True, False, False, False],
+        )  # fmt: skip
+    assert_close(got / gradient.abs().max(), gradient / gradient.abs().max(), 4e-6 if dtypes[0] == F32 else 4e-3)
+
+
+@pytest.mark.parametrize("variant", [REGISTERS, SHARED, STREAM])
+def test_the_order_of_threads_changes_nothing(variant):
+    tensors = inputs(5, 300, 3, (BF16, F32))
+    options = dict(rule="confidence", divergence="reverse_kl", temperature=2.0, kd_scale=4.0, **OPTIONS)
+    results = []
+    for order in ORDERS:
+        with emulator.use_order(order, seed=3):
+            results.append(run_forward(*tensors, options, variant, variant != STREAM))
+    for other in results[1:]:
+        assert all(a.equal(b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_many_teachers():
+    n_teachers = layout.MAX_TEACHERS
+    tensors = inputs(2, 130, n_teachers, (BF16, F32, F16))
+    options = dict(rule="entropy", divergence="forward_kl", temperature=4.0, kd_scale=16.0, **OPTIONS)
+    loss, _, gradient = exact(*tensors, options, 2)
+    for variant in (REGISTERS, SHARED, STREAM):
+        row_loss, _, got = run_forward(*tensors, options, variant, variant != STREAM)
+        assert_close(row_loss, loss, 3e-6)
+        if variant != STREAM:
+            assert_close(got / gradient.abs().max(), gradient / gradient.abs().max(), 4e-3)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_teacher_gradients(divergence):
+    student, teachers, _, w = inputs(4, 77, 3, (F32, BF16, F32))
+    options = dict(
+        rule="given", divergence=divergence, temperature=2.0, kd_scale=4.0, ce_weight=0.0, label_smoothing=0.0,
+        ignore_index=-100,
+    )  # fmt: skip
+    leaves = [x.double().requires_grad_() for x in (student, *teachers)]
+    loss, _ = reference.kd(leaves[0], leaves[1:], None, w, None, None, reduction="sum", **options)
+    right = torch.autograd.grad(loss, leaves)
+    _, row_stats, _ = emulator.forward(
+        student, teachers, None, w, None, None, **options, skip_zero_weights=True, write_gradient=False
+    )
+    got = emulator.backward(student, teachers, None, w, None, row_stats, divergence, 2.0, 4.0, 0.0, 0.0, [True] * 4)
+    for x, y in zip(got, right, strict=True):
+        assert_close(x / y.abs().max(), y / y.abs().max(), 4e-6 if x.dtype == F32 else 4e-3)
+
+
+# ---------- rescale
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("classes", [7, 64])
+def test_rescale(dtype, classes):
+    gradient = torch.randn(9, classes).to(dtype)
+    scale = torch.ones(9)
+    gradient[4], scale[4] = 0, 0
+    upstream = torch.randn(9)
+    upstream[2], upstream[4] = 1, float("nan")
+    right = (gradient.float() * upstream[:, None]).masked_fill(scale[:, None] == 0, 0).to(dtype)
+    assert emulator.rescale(gradient, upstream, scale).equal(right)
+    emulator.rescale_(gradient, upstream, scale)
+    assert gradient.equal(right)
+    bytes_of_row = classes * gradient.element_size()
+    assert machine.traffic()["out"] == (7 * bytes_of_row, 7 * bytes_of_row)  # not the one of 1, nor the one of scale 0
+
+
+def test_an_upstream_of_one_moves_nothing():
+    gradient, scale = torch.randn(9, 100), torch.ones(9)
+    emulator.rescale_(gradient, torch.ones(()), scale)
+    moved = machine.traffic()
+    assert moved["out"] == (0, 0)
+    assert moved["gradient"] == (0, 0)
+
+
+# ---------- traffic
+
+# Bytes of the logits alone, without terms that need a label's logit: those, row_stats and weights are O(N·K).
+
+
+def logits_bytes(n_teachers):
+    """Bytes loaded from the student and from each teacher in the last launch."""
+    moved = machine.traffic()
+    return [moved[name][0] for name in ("student", *(f"teacher{k}" for k in range(n_teachers)))]
+
+
+@pytest.mark.parametrize(("variant", "classes"), [(REGISTERS, 96), (REGISTERS, 1000), (SHARED, 1000), (STREAM, 1000)])
+@pytest.mark.parametrize("dtypes", [(F32,), (BF16,), (BF16, F32)])
+def test_forward_reads_everything_once(variant, classes, dtypes):
+    student, teachers, _, w = inputs(4, classes, 3, dtypes)
+    options = dict(
+        rule="entropy", divergence="forward_kl", temperature=2.0, kd_scale=4.0, ce_weight=0.0, label_smoothing=0.0,
+        ignore_index=-100,
+    )  # fmt: skip
+    run_forward(student, teachers, torch.zeros(4).long(), w, options, variant, variant != STREAM)
+    assert logits_bytes(3) == [x.numel() * x.element_size() for x in (student, *teachers)]
+    written = 0 if variant == STREAM else student.numel() * student.element_size()
+    assert machine.traffic()["gradient"] == (0, written)
+
+
+@pytest.mark.parametrize(("variant", "classes"), [(REGISTERS, 96), (REGISTERS, 1000), (SHARED, 1000), (STREAM, 1000)])
+def test_what_weighs_nothing_is_not_read(variant, classes):
+    n = 4
+    student, teachers, target, w = inputs(n, classes, 3)
+    w[1], w[2, 0] = 0, 0
+    target[:] = 1
+    target[3] = -100
+    student[3], teachers[0][3] = float("nan"), float("nan")
+    teachers[1][:] = float("nan")
+    options = dict(
+        rule="given", divergence="forward_kl", temperature=2.0, kd_scale=4.0, ce_weight=0.0, label_smoothing=0.0,
+        ignore_index=-100,
+    )  # fmt: skip
+    row_loss, row_stats, gradient = run_forward(student, teachers, target, w, options, variant, variant != STREAM)
+    row = 4 * classes
+    read = logits_bytes(3)
+    assert read == [3 * row, 3 * row, 0, 2 * row]
+    for x in (row_loss, row_stats, gradient):
+        assert x.isfinite().all()
+    assert row_loss[3] == 0
+    assert (row_stats[:, 3] == 0).all()
+
+
+def test_without_the_teachers_term_no_teacher_is_read():
+    student, teachers, target, w = inputs(4, 100, 2)
+    options = dict(rule="uniform", divergence="forward_kl", temperature=2.0, kd_scale=0.0, **OPTIONS)
+    for variant in (REGISTERS, SHARED, STREAM):
+        run_forward(student, teachers, target, w, options, variant, variant != STREAM)
+        assert logits_bytes(2)[1:] == [0, 0]
+
+
+def test_backward_reads_everything_once():
+    student, teachers, target, _ = inputs(4, 2100, 3, (BF16, F32))
+    options = dict(rule="uniform", divergence="forward_kl", temperature=2.0, kd_scale=4.0, **OPTIONS)
+    _, row_stats, _ = run_forward(student, teachers, target, None, options, STREAM, False)
+    weights = row_stats[3:6].clone()
+    weights[1] = 0
+    target[:] = 1
+    row_stats[-1, 2] = 0  # a row that does not count
+    emulator.backward(
+        student, teachers, target, weights, torch.ones(()), row_stats, "forward_kl", 2.0, 4.0, 0.7, 0.1,
+        [True, True, False, False],
+    )  # fmt: skip
+    counted = 3
+    assert logits_bytes(3) == [counted * 2100 * size for size in (2, 4, 0, 4)]
+    moved = machine.traffic()
+    assert moved["student_gradient"] == (0, 4 * 2100 * 2)
+    assert moved["teacher_gradient0"] == (0, 4 * 2100 * 4)
+
+
+# ---------- hint
+
+
+@pytest.mark.parametrize("shape", [(3,), (8, 5, 5), (17, 15, 9)])
+def test_hint(shape):
+    n = 5
+    student = [torch.randn(n, *shape), torch.randn(n, 40).bfloat16()]
+    teacher = [torch.randn(n, *shape).half(), torch.randn(n, 40)]
+    weights = torch.rand(2, n)
+    weights[0, 1] = 0
+    student[0][1] = float("nan")
+    distance = hint.forward(student, teacher, weights)
+    per_pair = torch.stack([hint_reference.mse(f.double(), g.double()) for f, g in zip(student, teacher, strict=True)])
+    per_pair[0, 1] = 0
+    assert_close(distance, per_pair, 1e-6)
+    elements = student[0][0].numel()
+    assert machine.traffic()["student0"] == ((n - 1) * elements * 4, 0)
+    assert machine.traffic()["teacher0"] == ((n - 1) * elements * 2, 0)
+
+    gradients = hint.backward(student, teacher, weights, [True, True])
+    for f, g, w, got in zip(student, teacher, weights, gradients, strict=True):
+        factor = (2 * w.double() / f[0].numel()).view(-1, *[1] * (f.dim() - 1))
+        right = torch.where(factor == 0, 0.0, factor * (f.double() - g.double()))
+        assert_close(got, right, 1e-6 if got.dtype == F32 else 4e-3)
+    assert machine.traffic()["student0"] == ((n - 1) * elements * 4, 0)
+    assert machine.traffic()["gradient0"] == (0, n * elements * 4)

@@ -1,0 +1,202 @@
+"""What the compiler makes of the Triton kernels, without a GPU: spills, width of loads, exponentials, recompilations.
+
+Signatures, tiles, warps and alignment are those that the launchers choose. The kernels are compiled in another process,
+since the interpreter, where the rest of the suite runs them, is chosen when a kernel is decorated. The disassembler is
+the one in Triton's own wheel; it knows sm_80, sm_90 and sm_100.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+BF16, F32 = torch.bfloat16, torch.float32
+
+
+class Kernel(NamedTuple):
+    """One launch, and what it may cost a thread."""
+
+    launch: str  # on chip, streaming, backward or rescale
+    n_rows: int = 4096
+    n_classes: int = 1000
+    n_teachers: int = 3
+    dtype: torch.dtype = BF16
+    rule: str = "uniform"
+    divergence: str = "forward_kl"
+    temperature: float = 4.0
+    ce_weight: float = 1.0
+    most_registers: int = 255
+    most_spills: int = 0  # loads and stores of spilled registers
+
+
+KERNELS = {
+    "A, C=10": Kernel("on chip", n_classes=10, rule="confidence"),
+    "A, C=100": Kernel("on chip", n_classes=100, rule="confidence", dtype=F32, most_registers=168),
+    "A, C=1000": Kernel("on chip", rule="confidence"),
+    "A, C=1000, uniform": Kernel("on chip"),
+    "A, C=1000, fp32, K=4": Kernel("on chip", dtype=F32, n_teachers=4, rule="given"),
+    "A, C=1000, table": Kernel("on chip", n_teachers=6, rule="confidence"),
+    "A, C=4096, entropy, tau=3": Kernel("on chip", n_classes=4096, rule="entropy", temperature=3.0),
+    "A, C=8192": Kernel("on chip", n_classes=8192, rule="confidence"),
+    "A, C=8192, reverse": Kernel(
+        "on chip", n_classes=8192, rule="confidence", divergence="reverse_kl", most_spills=120
+    ),
+    "B forward, C=32000": Kernel("streaming", n_classes=32000, rule="confidence", most_registers=168),
+    "B forward, C=32000, few rows": Kernel("streaming", n_rows=64, n_classes=32000, rule="confidence"),
+    "B forward, C=32000, table": Kernel(
+        "streaming", n_classes=32000, n_teachers=9, rule="entropy", divergence="reverse_kl"
+    ),
+    "B backward, C=32000": Kernel("backward", n_classes=32000, most_registers=80),
+    "B backward, C=32000, table": Kernel("backward", n_classes=32000, n_teachers=9, most_registers=128),
+    "rescale": Kernel("rescale", most_registers=64),
+}
+ARCHITECTURES = {"A, C=1000": (80, 90, 100), "B forward, C=32000": (80, 90, 100), "B backward, C=32000": (80, 90, 100)}
+COMPILED = [(name, arch) for name in KERNELS for arch in ARCHITECTURES.get(name, (90,))]
+
+
+def launch_of(kernel: Kernel):
+    """The launch, on CPU tensors that nobody reads."""
+    from mtkd_fast.kernels import kd
+
+    n, c, k = kernel.n_rows, kernel.n_classes, kernel.n_teachers
+    student, *teachers = [torch.empty(n, c, dtype=kernel.dtype) for _ in range(k + 1)]
+    target, weights, row_stats = torch.zeros(n, dtype=torch.int64), torch.ones(k, n), torch.empty(6 * k + 5, n)
+    scales = (kernel.temperature, 1.0, kernel.ce_weight, 0.1)
+    if kernel.launch == "rescale":
+        return kd.rescale_launch(student, student, torch.ones(()), row_stats[-1])
+    if kernel.launch == "backward":
+        gradients = [torch.empty_like(student), *[None] * k]
+        return kd.backward_launch(
+            student, teachers, target, weights, torch.ones(()), row_stats, kernel.divergence, *scales, gradients
+        )
+    temperature, kd_scale, ce_weight, label_smoothing = scales
+    return kd.forward_launch(
+        student, teachers, target, weights, None, torch.ones(()), torch.empty(n), row_stats, torch.empty_like(student),
+        rule=kernel.rule, divergence=kernel.divergence, temperature=temperature, kd_scale=kd_scale,
+        ce_weight=ce_weight, label_smoothing=label_smoothing, ignore_index=-100, skip_zero_weights=True,
+        write_gradient=kernel.launch == "on chip",
+    )  # fmt: skip
+
+
+# In the other process.
+
+
+def bound(launch, arch: int):
+    """Target, backend, and the arguments as Triton's own launcher would specialise them."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    target = GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
+    return target, backend, bind(**launch.arguments)
+
+
+def compiled(launch, arch: int) -> bytes:
+    from triton.compiler import ASTSource
+
+    target, backend, (arguments, specialization, _) = bound(launch, arch)
+    options, signature, constants, attributes = launch.kernel._pack_args(
+        backend, {"num_warps": launch.num_warps}, arguments, specialization, None
+    )
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=options.__dict__).asm["cubin"]
+
+
+def disassembled(cubin: bytes) -> dict[str, int]:
+    """Registers, stack and counts of instructions."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, sass = (
+            subprocess.run([tool, flag, file.name], check=True, capture_output=True, text=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z][A-Z0-9_.]*)", sass, re.MULTILINE)
+    found = Counter(opcodes)
+    named = ("LDL", "STL", "LDG", "LDG.E.128", "STG.E.128", "MUFU.EX2")
+    counts = {name: sum(n for op, n in found.items() if op == name or op.startswith(name + ".")) for name in named}
+    exchange = next((i for i, op in enumerate(opcodes) if op.startswith("SHFL")), len(opcodes))
+    in_flight = sum(op.startswith("LDG.E.128") for op in opcodes[:exchange])
+    return counts | {"registers": registers, "stack": stack, "instructions": found.total(), "in flight": in_flight}
+
+
+def main() -> None:
+    found = {}
+    for name, arch in COMPILED:
+        launch = launch_of(KERNELS[name])
+        a = launch.arguments
+        elements = a["BLOCK_N"] * a["BLOCK_C"] // (32 * launch.num_warps)
+        found[f"{name} sm_{arch}"] = disassembled(compiled(launch, arch)) | {"elements": elements}
+    for varied in ("n_rows", "temperature"):
+        kernels = [KERNELS["A, C=1000"]._replace(**{varied: value}) for value in (77, 4096, 3)]
+        found[varied] = len({str(bound(launch_of(kernel), 90)[2][1]) for kernel in kernels})
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
+
+
+@pytest.fixture(scope="module")
+def built() -> dict[str, dict[str, int]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+EACH = pytest.mark.parametrize(("name", "arch"), COMPILED, ids=lambda x: f"sm_{x}" if isinstance(x, int) else x)
+
+
+@EACH
+def test_registers(built, name, arch):
+    found, kernel = built[f"{name} sm_{arch}"], KERNELS[name]
+    assert found["LDL"] + found["STL"] <= kernel.most_spills
+    assert (found["stack"] > 0) == (kernel.most_spills > 0)
+    assert found["registers"] <= kernel.most_registers
+
+
+@EACH
+def test_aligned_rows_are_loaded_128_bits_at_a_time(built, name, arch):
+    """C = 10 and C = 1001 have no aligned rows; a table of teachers loads the student and, in a loop, one teacher."""
+    kernel, found = KERNELS[name], built[f"{name} sm_{arch}"]
+    if kernel.n_classes == 10:
+        pytest.skip("rows of 20 bytes are not aligned")
+    read = 1 if kernel.launch == "rescale" else 1 + (kernel.n_teachers if kernel.n_teachers <= 4 else 1)
+    assert found["LDG.E.128"] == read * found["elements"] * kernel.dtype.itemsize // 16
+
+
+@pytest.mark.parametrize("name", ["A, C=1000", "A, C=1000, uniform", "B forward, C=32000"])
+def test_most_loads_are_in_flight_before_the_first_reduction(built, name):
+    """The loads of the student and of every teacher are issued first; the compiler may hold back some for registers."""
+    found = built[f"{name} sm_90"]
+    assert found["in flight"] >= found["LDG.E.128"] // 2
+
+
+@EACH
+def test_one_exponential_an_element_read(built, name, arch):
+    """At temperatures 1, 2 and 4; elsewhere one more for the statistics at temperature 1. A few more a row."""
+    kernel, found = KERNELS[name], built[f"{name} sm_{arch}"]
+    read = 0 if kernel.launch == "rescale" else 1 + (kernel.n_teachers if kernel.n_teachers <= 4 else 1)
+    per_element = read * (1 if kernel.temperature in (1, 2, 4) else 2)
+    rows = max(1, 256 // kernel.n_classes)
+    assert 0 <= found["MUFU.EX2"] - per_element * found["elements"] <= 24 * rows
+
+
+@pytest.mark.parametrize("varied", ["n_rows", "temperature"])
+def test_batch_size_and_temperature_do_not_recompile(built, varied):
+    assert built[varied] == 1

@@ -1,0 +1,176 @@
+"""Every Triton kernel moves the bytes of its strategy and no more, counted lane by lane in the interpreter."""
+
+import pytest
+import torch
+from traffic import counted_in_interpreter, hint_bytes, kd_bytes, large, rescale_bytes
+
+triton = pytest.importorskip("triton")
+
+from mtkd_fast import dispatch  # noqa: E402
+
+if not dispatch.INTERPRETED:
+    pytest.skip("bytes are counted in Triton's interpreter (TRITON_INTERPRET=1)", allow_module_level=True)
+
+from mtkd_fast.kernels import hint, kd  # noqa: E402
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+OPTIONS = dict(
+    rule="uniform", divergence="forward_kl", temperature=2.0, kd_scale=4.0, ce_weight=0.0, label_smoothing=0.0,
+    ignore_index=-100, skip_zero_weights=True, write_gradient=False,
+)  # fmt: skip
+
+
+def logits(n_rows: int, n_classes: int, *dtypes: torch.dtype) -> list[torch.Tensor]:
+    return [torch.randn(n_rows, n_classes).to(dtype) for dtype in dtypes]
+
+
+def named(student, teachers, **more) -> dict[str, torch.Tensor]:
+    return {"student": student} | {f"teacher {k}": t for k, t in enumerate(teachers)} | more
+
+
+def run_forward(monkeypatch, student, teachers, *tensors, **options):
+    """forward(...) with its gradient among the watched tensors; the watched traffic and the row statistics."""
+    launched = []
+    build = kd.forward_launch
+    monkeypatch.setattr(kd, "forward_launch", lambda *a, **o: launched.append(build(*a, **o)) or Held())
+    _, row_stats, gradient = kd.forward(student, teachers, *tensors, **(OPTIONS | options))
+    watched = named(student, teachers)
+    if gradient.numel():
+        watched["gradient of student"] = gradient
+    with counted_in_interpreter(watched) as found:
+        launched[0].run()
+    return found, row_stats
+
+
+class Held:
+    def run(self) -> None:
+        """Launched later, once its outputs are being watched."""
+
+
+TEACHERS = pytest.mark.parametrize(
+    "dtypes",
+    [(BF16,), (BF16, F32, F16), (BF16,) * 6, (BF16, F32, F16, BF16, F32)],
+    ids=["K=1", "K=3", "table", "mixed table"],
+)
+
+
+@TEACHERS
+@pytest.mark.parametrize(
+    ("rule", "divergence"), [("uniform", "reverse_kl"), ("confidence", "forward_kl"), ("entropy", "forward_kl")]
+)
+@pytest.mark.parametrize(("write_gradient", "n_classes"), [(True, 10), (True, 1000), (False, 9001)])
+def test_forward_reads_every_logit_once(monkeypatch, dtypes, rule, divergence, write_gradient, n_classes):
+    student, *teachers = logits(3, n_classes, BF16, *dtypes)
+    target = torch.tensor([0, n_classes - 1, 5])
+    found, _ = run_forward(
+        monkeypatch, student, teachers, target, None, None, None,
+        rule=rule, divergence=divergence, ce_weight=1.0, label_smoothing=0.1, write_gradient=write_gradient,
+    )  # fmt: skip
+    model = kd_bytes(
+        student, teachers, counted=3, label_of_student=True, label_of_teachers=rule == "confidence",
+        gradients=("student",) if write_gradient else (),
+    )  # fmt: skip
+    assert large(found.loads) == model.loads
+    assert large(found.stores) == model.stores
+
+
+@TEACHERS
+@pytest.mark.parametrize(("write_gradient", "n_classes"), [(True, 1000), (False, 9001)])
+def test_rows_and_teachers_that_do_not_count_are_not_read(monkeypatch, dtypes, write_gradient, n_classes):
+    student, *teachers = logits(5, n_classes, BF16, *dtypes)
+    target = torch.tensor([1, -100, 2, 3, 4])
+    row_weights = torch.tensor([1.0, 1.0, 0.0, 0.5, 1.0])
+    weights = torch.rand(len(teachers), 5) + 0.5
+    weights[0, 0] = 0
+    found, _ = run_forward(
+        monkeypatch, student, teachers, target, weights, row_weights, None, rule="given", write_gradient=write_gradient
+    )
+    rows_of_student = 3 if len(teachers) > 1 else 2  # of a row in which no teacher is used, nothing is read
+    model = kd_bytes(student, teachers, counted=rows_of_student, used=[2] + [3] * (len(teachers) - 1))
+    assert large(found.loads) == model.loads
+
+
+def test_terms_of_weight_0_are_not_read(monkeypatch):
+    student, *teachers = logits(3, 100, F32, F32, F32)
+    target = torch.tensor([0, 1, 2])
+    found, _ = run_forward(monkeypatch, student, teachers, target, None, None, None, kd_scale=0.0, ce_weight=1.0)
+    assert large(found.loads) == kd_bytes(student, [], counted=3, label_of_student=True).loads
+    found, _ = run_forward(monkeypatch, student, teachers, target, None, None, None, kd_scale=0.0)
+    assert large(found.loads) == {}
+
+
+@TEACHERS
+@pytest.mark.parametrize(
+    ("of", "divergence"), [("student", "forward_kl"), ("teachers", "reverse_kl"), ("all", "forward_kl")]
+)
+def test_backward_reads_every_logit_once(monkeypatch, dtypes, divergence, of):
+    student, *teachers = logits(3, 2500, BF16, *dtypes)
+    target = torch.tensor([0, -100, 7])
+    options = dict(divergence=divergence, temperature=2.0, kd_scale=4.0, ce_weight=1.0, label_smoothing=0.0)
+    _, row_stats, _ = kd.forward(student, teachers, target, None, None, None, **(OPTIONS | options))
+    weights = row_stats[len(teachers) : 2 * len(teachers)]
+    names = (("student",) if of != "teachers" else ()) + tuple(
+        f"teacher {k}" for k in range(len(teachers)) if of != "student"
+    )
+    watched = named(student, teachers)
+    gradients = [torch.empty_like(x) if name in names else None for name, x in watched.items()]
+    launch = kd.backward_launch(
+        student, teachers, target, weights, torch.tensor(2.0), row_stats, *options.values(), gradients
+    )
+    watched |= {f"gradient of {name}": g for name, g in zip(list(watched), gradients, strict=True) if g is not None}
+    with counted_in_interpreter(watched) as found:
+        launch.run()
+    model = kd_bytes(student, teachers, counted=2, gradients=names)
+    assert large(found.loads) == model.loads
+    assert large(found.stores) == model.stores
+
+
+@pytest.mark.parametrize("n_classes", [10, 5000])
+@pytest.mark.parametrize(
+    ("upstream", "changed"),
+    [
+        (torch.tensor(1.0), 0),
+        (torch.tensor(1.0).expand(4), 0),
+        (torch.tensor(2.0), 3),
+        (torch.tensor([1.0, 3.0, 2.0, 0.0]), 2),
+    ],
+    ids=["one", "one a row", "two", "per row"],
+)
+@pytest.mark.parametrize("in_place", [True, False])
+def test_rescale_touches_only_what_changes(n_classes, upstream, changed, in_place):
+    gradient = torch.randn(4, n_classes).bfloat16()
+    scale = torch.tensor([0.5, 0.0, 0.5, 0.5])
+    gradient[1] = 0
+    out = gradient if in_place else torch.empty_like(gradient)
+    expected = (gradient.float() * upstream.expand(4)[:, None]).bfloat16()
+    with counted_in_interpreter({"gradient": gradient} if in_place else {"gradient": gradient, "out": out}) as found:
+        kd.rescale_launch(gradient, out, upstream, scale).run()
+    model = rescale_bytes(gradient, counted=3, changed=changed, in_place=in_place)
+    assert large(found.loads) == model.loads
+    assert large(found.stores) == model.stores
+    torch.testing.assert_close(out, expected, rtol=2**-7, atol=0)  # the interpreter truncates bfloat16
+
+
+@pytest.mark.parametrize("n_teachers", [3, 6])
+def test_what_is_not_logits_is_a_few_numbers_a_row(monkeypatch, n_teachers):
+    student, *teachers = logits(8, 2000, *([F32] * (n_teachers + 1)))
+    found, row_stats = run_forward(monkeypatch, student, teachers, None, None, None, None, write_gradient=True)
+    assert found.stores["rest"] == (row_stats.numel() + 8) * 4
+    assert found.loads.get("rest", 0) <= 8 * n_teachers * 6 * 8  # the table of teachers, read by every program
+
+
+def test_hint_reads_both_sides_once():
+    student = [torch.randn(4, 3, 8), torch.randn(4, 1000).bfloat16(), torch.randn(4, 5)]
+    teacher = [torch.randn_like(f) for f in student]
+    weights = torch.rand(3, 4) + 0.5
+    weights[1, 2] = 0
+    watched = {f"student {k}": f for k, f in enumerate(student)} | {f"teacher {k}": g for k, g in enumerate(teacher)}
+    with counted_in_interpreter(watched) as found:
+        hint.forward(student, teacher, weights)
+    model = hint_bytes(student, teacher, used=[4, 3, 4], gradients=False)
+    assert large(found.loads) == model.loads
+    with counted_in_interpreter(watched) as found:
+        gradients = hint.backward(student, teacher, weights, [True, False, True])
+    model = hint_bytes(student, teacher, used=[4, 0, 4], gradients=True)
+    assert large(found.loads) == model.loads
+    assert found.stores["rest"] == sum(g.numel() * g.element_size() for g in gradients)
