@@ -19,6 +19,12 @@ auto op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
+inline bool any_requires_grad(TensorList tensors) {
+  for (const Tensor& x : tensors)
+    if (x.requires_grad()) return true;
+  return false;
+}
+
 // Under create_graph the gradients carry a node that says why they have no derivative of their own.
 inline void refuse_double_backward(variable_list& gradients) {
   if (!at::GradMode::is_enabled()) return;

@@ -9,11 +9,6 @@ using OptionalTensor = std::optional<Tensor>;
 using Forward = Tensor(TensorList, TensorList, const OptionalTensor&);
 using Backward = std::vector<Tensor>(TensorList, TensorList, const Tensor&, c10::List<bool>);
 
-template <typename Body>
-auto with_compute_type(at::ScalarType dtype, Body body) {
-  return dtype == at::kDouble ? body(double()) : body(float());
-}
-
 bool dense_alike(const Tensor& f, const Tensor& g) {
   return f.strides() == g.strides() && f.is_non_overlapping_and_dense();
 }
@@ -124,7 +119,7 @@ Tensor weighted_sum(const Tensor& distance, const OptionalTensor& weights) {
 Tensor reduced(const Tensor& per_sample, c10::string_view reduction) {
   if (reduction == "none") return per_sample;
   const Tensor sum = per_sample.sum();
-  return reduction == "sum" ? sum : sum / std::max<int64_t>(1, per_sample.numel());
+  return reduction == "sum" ? sum : sum / at::Scalar(per_sample.sym_numel().max(1));
 }
 
 struct Hint : public torch::autograd::Function<Hint> {
@@ -142,18 +137,29 @@ struct Hint : public torch::autograd::Function<Hint> {
     return reduced(weighted_sum(distance, weights), reduction);
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& upstreams) {
+  static void fill_gradients(TensorList features, TensorList others, const Tensor& weights, variable_list& gradients,
+                             int64_t at) {
     static const auto backward_op = op<Backward>("mtkd_fast::hint_backward");
+    c10::List<bool> needs;
+    for (const Tensor& f : features) needs.push_back(f.requires_grad());
+    if (!any_requires_grad(features)) return;
+    const std::vector<Tensor> found = backward_op.call(features, others, weights, needs);
+    for (size_t k = 0; k < features.size(); ++k)
+      if (needs[k]) gradients[at + k] = found[k];
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& upstreams) {
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &distance = saved[0], &weights = saved[1];
-    const int64_t pairs = distance.size(0), samples = distance.size(1);
+    const int64_t pairs = (static_cast<int64_t>(saved.size()) - 2) / 2;
+    const c10::SymInt samples = distance.sym_size(1);
     const TensorList student(saved.data() + 2, pairs), teacher(saved.data() + 2 + pairs, pairs);
     variable_list gradients(2 * pairs + 2);
     {
       at::AutoDispatchBelowADInplaceOrView below;
-      Tensor upstream = upstreams[0].detach().expand({samples});
-      if (ctx->saved_data["mean"].toBool()) upstream = upstream / std::max<int64_t>(1, samples);
-      const Tensor up = upstream.unsqueeze(0).expand({pairs, samples});
+      Tensor upstream = upstreams[0].detach().expand_symint({samples});
+      if (ctx->saved_data["mean"].toBool()) upstream = upstream / at::Scalar(samples.max(1));
+      const Tensor up = upstream.unsqueeze(0).expand_symint({pairs, samples});
       Tensor w = up;
       if (weights.defined()) {
         const Tensor given = in_compute_dtype(weights.detach(), distance.scalar_type());
@@ -165,24 +171,14 @@ struct Hint : public torch::autograd::Function<Hint> {
           gradients[2 * pairs] = (given.dim() == 1 ? per_sample.sum(1) : per_sample).to(weights.scalar_type());
         }
       }
-      c10::List<bool> needs;  // the teacher's gradient is the student's with its sign changed
-      for (int64_t k = 0; k < pairs; ++k) needs.push_back(student[k].requires_grad() || teacher[k].requires_grad());
-      const std::vector<Tensor> found = backward_op.call(student, teacher, w, needs);
-      for (int64_t k = 0; k < pairs; ++k) {
-        if (student[k].requires_grad()) gradients[k] = found[k];
-        if (teacher[k].requires_grad()) gradients[pairs + k] = found[k].neg().to(teacher[k].scalar_type());
-      }
+      // A distance is symmetric: the teachers' gradients are those of the students with the sides changed.
+      fill_gradients(student, teacher, w, gradients, 0);
+      fill_gradients(teacher, student, w, gradients, pairs);
     }
     refuse_double_backward(gradients);
     return gradients;
   }
 };
-
-bool any_requires_grad(TensorList tensors) {
-  for (const Tensor& x : tensors)
-    if (x.requires_grad()) return true;
-  return false;
-}
 
 Tensor hint(TensorList student, TensorList teacher, const OptionalTensor& weights, c10::string_view reduction) {
   if (at::GradMode::is_enabled() &&

@@ -58,7 +58,7 @@ struct RowStats {
   MTKD_HD int student_sum() const { return 6 * teachers + 1; }        // Σ e^{(s−max)/τ}
   MTKD_HD int student_sum1() const { return 6 * teachers + 2; }       // Σ e^{s−max}, only for the hard term
   MTKD_HD int student_ce() const { return 6 * teachers + 3; }
-  MTKD_HD int scale() const { return 6 * teachers + 4; }              // row weight / items; 0: the row does not count
+  MTKD_HD int scale() const { return 6 * teachers + 4; }              // row weight / items; 0: the row does not count; NaN: its label is out of range
   MTKD_HD int size() const { return 6 * teachers + 5; }
 };
 

@@ -40,12 +40,6 @@ auto call_forward(const Tensor& student, TensorList teachers, const OptionalTens
                       keep_stats, write_gradient);
 }
 
-bool any_requires_grad(TensorList tensors) {
-  for (const Tensor& x : tensors)
-    if (x.requires_grad()) return true;
-  return false;
-}
-
 bool fits_on_chip(const Tensor& student, TensorList teachers, const KDOptions& o) {
   if (!student.is_cuda()) return true;  // on a CPU the second sweep finds the rows in cache, or is no worse than B
 #ifdef MTKD_CUDA
@@ -63,7 +57,7 @@ bool fits_on_chip(const Tensor& student, TensorList teachers, const KDOptions& o
 
 bool gradient_in_forward(const Tensor& student, TensorList teachers, const KDOptions& o) {
   return student.requires_grad() && !any_requires_grad(teachers) && student.scalar_type() != at::kHalf &&
-         student.numel() > 0 && fits_on_chip(student, teachers, o);
+         fits_on_chip(student, teachers, o);
 }
 
 // gradient·upstream. In place when the graph is not kept, since then nobody else can see the buffer.
@@ -79,14 +73,14 @@ Tensor finish_gradient(const Tensor& gradient, const Tensor& upstream, const Ten
 
 // ∂L/∂w_k = upstream·scale·kd_scale·D_k, in the shape of the weights. Rows that do not count, and teachers of weight 0
 // whose divergence is not finite, get 0.
-Tensor weight_gradient(const Tensor& weights, const Tensor& upstream, const Tensor& row_stats, double kd_scale) {
-  const int64_t n_teachers = weights.size(0);
+Tensor weight_gradient(const Tensor& weights, const Tensor& upstream, const Tensor& row_stats, int64_t n_teachers,
+                       double kd_scale) {
   const Tensor divergence = row_stats.narrow(0, 0, n_teachers), used = row_stats.narrow(0, n_teachers, n_teachers);
-  const Tensor scale = row_stats.select(0, row_stats.size(0) - 1);
+  const Tensor scale = row_stats.select(0, -1);
   const Tensor up = upstream.dim() == 0 ? upstream : upstream.reshape({-1});
   const Tensor removed = scale.eq(0).logical_or(used.eq(0).logical_and(divergence.isfinite().logical_not()));
   const Tensor per_row = (divergence * (scale * up * kd_scale)).masked_fill(removed, 0);
-  return (weights.dim() == 1 ? per_row.sum(1) : per_row.reshape(weights.sizes())).to(weights.scalar_type());
+  return (weights.dim() == 1 ? per_row.sum(1) : per_row.reshape_symint(weights.sym_sizes())).to(weights.scalar_type());
 }
 
 struct KDLoss : public torch::autograd::Function<KDLoss> {
@@ -131,10 +125,10 @@ struct KDLoss : public torch::autograd::Function<KDLoss> {
     variable_list gradients(inputs);
 
     if (ctx->saved_data["in_forward"].toBool())
-      gradients[student_at] = finish_gradient(gradient, upstream, row_stats.select(0, row_stats.size(0) - 1));
+      gradients[student_at] = finish_gradient(gradient, upstream, row_stats.select(0, -1));
     else if (saved.size() > 3)
       recompute(ctx, saved, upstream, n_teachers, kd_scale, gradients);
-    if (weights.defined()) gradients[weights_at] = weight_gradient(weights.detach(), upstream, row_stats, kd_scale);
+    if (weights.defined()) gradients[weights_at] = weight_gradient(weights.detach(), upstream, row_stats, n_teachers, kd_scale);
     refuse_double_backward(gradients);
     return gradients;
   }
@@ -200,7 +194,7 @@ struct KDDivergence : public torch::autograd::Function<KDDivergence> {
     variable_list gradients(n_teachers + 3);
     {
       at::AutoDispatchBelowADInplaceOrView below;
-      const Tensor upstream = upstreams[0].detach().reshape({n_teachers, saved[0].size(1)});
+      const Tensor upstream = upstreams[0].detach().reshape_symint({n_teachers, saved[0].sym_size(1)});
       const std::vector<Tensor> found =
           backward.call(saved[1], teachers, std::nullopt, upstream, std::nullopt, saved[0],
                         ctx->saved_data["divergence"].toStringRef(), ctx->saved_data["temperature"].toDouble(), 1.0,
@@ -220,10 +214,9 @@ struct KDDivergence : public torch::autograd::Function<KDDivergence> {
   }
 
   static Tensor divergences(const Tensor& row_stats, const Tensor& student, int64_t n_teachers) {
-    std::vector<int64_t> shape = student.sizes().vec();
-    shape.back() = n_teachers;
-    std::rotate(shape.begin(), shape.end() - 1, shape.end());
-    return row_stats.narrow(0, 0, n_teachers).clone().view(shape);
+    std::vector<c10::SymInt> shape{n_teachers};
+    shape.insert(shape.end(), student.sym_sizes().begin(), student.sym_sizes().end() - 1);
+    return row_stats.narrow(0, 0, n_teachers).clone().view_symint(shape);
   }
 };
 

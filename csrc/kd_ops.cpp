@@ -137,11 +137,6 @@ template <typename T>
 CudaLauncher<KDRescale<T>> rescale_cuda() { return nullptr; }
 #endif
 
-template <typename Body>
-auto with_compute_type(at::ScalarType dtype, Body body) {
-  return dtype == at::kDouble ? body(double()) : body(float());
-}
-
 std::tuple<Tensor, Tensor, Tensor> kd_forward(const Tensor& student, TensorList teachers, const OptionalTensor& target,
                                               const OptionalTensor& weights, const OptionalTensor& row_weights,
                                               const OptionalTensor& num_items, c10::string_view rule,

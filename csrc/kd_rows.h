@@ -100,12 +100,16 @@ void absorb_student(SoftmaxState<T>& state, const T* s, int count, T to_exp2, Ah
   }
 }
 
+// e·ratio, and +inf for a ratio of +inf even if e underflowed to 0.
+template <typename T>
+inline Vec<T> infinite_or_product(Vec<T> e, Vec<T> ratio) { return ratio == infinity<T>() ? ratio : e * ratio; }
+
 // Absorbs a tile of a teacher and the cross sum with the student's tile, both raised to the tile's maxima.
 template <typename T, Divergence kDivergence, AtOne kAtOne, bool kEntropy>
 void absorb_teacher(SoftmaxState<T>& state, T& cross, const T* t, const T* s, const T* student_exps, T student_max,
                     int count, T to_exp2, Ahead ahead, T* exps) {
   const T max = finite_or_zero(state.max), max_s = finite_or_zero(student_max);
-  const Vec<T> tiny = splat(std::numeric_limits<T>::min()), zero{};
+  const Vec<T> zero{};
   Vec<T> sum{}, sum1{}, dot1{}, crossed{};
   for (int i = 0; i < count; i += kLanes<T>) {
     ahead.prefetch(i);
@@ -116,12 +120,9 @@ void absorb_teacher(SoftmaxState<T>& state, T& cross, const T* t, const T* s, co
     sum += e;
     // cross_term of row_stats.h, a vector at a time
     if constexpr (kDivergence == Divergence::forward_kl) {
-      const Vec<T> term = (e > tiny ? e : tiny) * (dt - ds);
-      crossed += x_t == -infinity<T>() ? zero : term;
+      crossed += x_t == -infinity<T>() ? zero : infinite_or_product<T>(e, dt - ds);
     } else {
-      const Vec<T> e_s = load(student_exps + i);
-      const Vec<T> term = (e_s > tiny ? e_s : tiny) * (ds - dt);
-      crossed += x_s == -infinity<T>() ? zero : term;
+      crossed += x_s == -infinity<T>() ? zero : infinite_or_product<T>(load(student_exps + i), ds - dt);
     }
     if constexpr (kAtOne != AtOne::unused) {
       const Vec<T> e1 = exp_at_one<T, kAtOne>(e, dt);
@@ -185,7 +186,7 @@ struct StudentGradient {
 // A teacher's part: p = e^{(t−max)/τ}/sum enters with `factor`.
 template <typename T>
 struct TeacherPart {
-  T max, factor, log_sum, weight;
+  T max, sum, factor, log_sum, weight;
 };
 
 // `exps`: the student's, from the first sweep, or null.
@@ -246,11 +247,11 @@ void add_teacher(const T* t, const T* exps, int count, const TeacherPart<T>& par
 
 // The gradient in a teacher: forward KL p·(log p − log q − D)/τ, reverse KL (p − q)/τ, times the row's factor.
 template <typename T>
-void teacher_gradient(const T* t, const T* s, int count, const TeacherPart<T>& part, T max_s, T log_sum_s, T d,
-                      T factor, const Sweep<T>& sweep, Divergence divergence, T* out) {
+void teacher_gradient(const T* t, const T* s, int count, const TeacherPart<T>& part, T max_s, T sum_s, T log_sum_s,
+                      T d, T factor, const Sweep<T>& sweep, Divergence divergence, T* out) {
   const T max = finite_or_zero(part.max);
   max_s = finite_or_zero(max_s);
-  const T to_p = exp_of(-part.log_sum), to_q = exp_of(-log_sum_s), scale = factor * sweep.inv_t;
+  const T to_p = 1 / part.sum, to_q = 1 / sum_s, scale = factor * sweep.inv_t;
   for (int i = 0; i < count; i += kLanes<T>) {
     const Vec<T> x_t = load(t + i), dt = x_t - max, ds = load(s + i) - max_s;
     const Vec<T> p = to_p * exp2_of<T>(dt * sweep.to_exp2);
@@ -396,7 +397,7 @@ void gradient_factors(const KDArgs<T>& args, const RowNumbers<T>& row, T f, cons
   bool kd = false;
   for (int k = 0; k < args.teachers; ++k) {
     const T w = args.kd_scale == 0 ? T(0) : row.weight[k];
-    out.part[k] = {row.teacher_max[k], w == 0 ? T(0) : per_logit * w / row.teacher_sum[k],
+    out.part[k] = {row.teacher_max[k], row.teacher_sum[k], w == 0 ? T(0) : per_logit * w / row.teacher_sum[k],
                    logs ? log_of(row.teacher_sum[k]) : T(0), w};
     if (w == 0) continue;
     kd = true;
@@ -569,7 +570,8 @@ void write_teacher_gradient(const KDBackward<T>& args, const Row<T>& row, int k,
     const int count = tile_count(args.classes, begin);
     const T* t = read_tile(logits, row.teacher[k], begin, count, tiles.teacher.values);
     const T* s = read_tile(args.student, row.student, begin, count, tiles.student.values);
-    teacher_gradient(t, s, count, factors.part[k], numbers.student_max, factors.student.log_sum, numbers.divergence[k],
+    teacher_gradient(t, s, count, factors.part[k], numbers.student_max, numbers.student_sum,
+                     factors.student.log_sum, numbers.divergence[k],
                      f * args.kd_scale * weight, sweep, args.divergence, tiles.out.values);
     write_tile(args.teacher_gradient[k], logits.dtype, row.n * args.classes + begin, count, tiles.out.values);
   }

@@ -80,11 +80,12 @@ MTKD_HD T raise_cross(T cross, T sum_x, const Raise<T>& x, const Raise<T>& y) {
   return x.factor * cross + x.factor * sum_x * (x.shift - y.shift);
 }
 
-// One element of that sum. `e` is e^{(x−m_x)/τ}, `dx` and `dy` are the shifted logits.
+// One element of that sum. `e` is e^{(x−m_x)/τ}, `dx` and `dy` are the shifted logits. Where y is impossible and x is
+// not, the term is +inf, also if e underflowed.
 template <typename T>
 MTKD_HD T cross_term(T x, T e, T dx, T dy) {
-  if (x == -infinity<T>()) return T(0);
-  return larger(e, std::numeric_limits<T>::min()) * (dx - dy);  // e may have underflowed and dy may be −inf
+  const T ratio = x == -infinity<T>() ? T(0) : dx - dy;
+  return ratio == infinity<T>() ? ratio : e * ratio;
 }
 
 }  // namespace mtkd_fast

@@ -45,6 +45,12 @@ inline at::ScalarType compute_dtype(const Tensor& first, TensorList rest) {
   return wide ? at::kDouble : at::kFloat;
 }
 
+// Calls body with a float or a double.
+template <typename Body>
+auto with_compute_type(at::ScalarType dtype, Body body) {
+  return dtype == at::kDouble ? body(double()) : body(float());
+}
+
 // Small per-row tensors (O(N·K) numbers) in the compute dtype.
 inline Tensor in_compute_dtype(const Tensor& x, at::ScalarType dtype) {
   return x.scalar_type() == dtype ? x : x.to(dtype);

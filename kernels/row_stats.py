@@ -15,7 +15,6 @@ import triton.language as tl
 
 INF = tl.constexpr(float("inf"))
 LOG2E = tl.constexpr(1.4426950408889634)
-SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
 LARGEST = tl.constexpr(3.4028234663852886e38)
 
 
@@ -95,9 +94,9 @@ def raise_cross(cross, sum_x, shift_x, factor_x, shift_y):
 
 @triton.jit
 def cross_term(x, e, dx, dy):
-    """One element of that sum. `e` is e^{(x−m_x)/τ}; it may have underflowed while dy is −inf."""
+    """One element of that sum. `e` is e^{(x−m_x)/τ}. Where y is impossible and x is not, +inf, also if e underflowed."""
     ratio = tl.where(x == -INF, 0.0, dx - dy)
-    return tl.maximum(e, SMALLEST_NORMAL, propagate_nan=tl.PropagateNan.ALL) * ratio
+    return tl.where(ratio == INF, ratio, e * ratio)
 
 
 @triton.jit

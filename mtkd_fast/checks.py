@@ -26,7 +26,7 @@ def one_of(name: str, value: object, choices: Sequence[str]) -> None:
 def number(name: str, value: object, *, above: float = -math.inf, low: float = -math.inf, high: float = math.inf) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (math.isfinite(value) and value > above and low <= value <= high):
+    if not (-math.inf < value < math.inf and value > above and low <= value <= high):  # isfinite breaks a traced graph
         bounds = f" > {above:g}" if above > -math.inf else f" in [{low:g}, {high:g}]" if low > -math.inf else ""
         raise ValueError(f"{name} must be a finite number{bounds}, got {value!r}")
 

@@ -89,7 +89,15 @@ def fake_hint_forward(student: list[Tensor], teacher: list[Tensor], weights: Ten
 def fake_hint_backward(
     student: list[Tensor], teacher: list[Tensor], weights: Tensor, needs: list[bool]
 ) -> list[Tensor]:
-    return [f.new_empty(f.shape if need else (0,)) for f, need in zip(student, needs, strict=True)]
+    """In the memory layout of the features, where a pair shares one that is dense; else contiguous."""
+
+    def gradient(f: Tensor, g: Tensor) -> Tensor:
+        kept = torch.empty_like(f)  # has the strides of f only where f is dense
+        alike = f.stride() == g.stride() == kept.stride()
+        return kept if alike else torch.empty_like(f, memory_format=torch.contiguous_format)
+
+    pairs = zip(student, teacher, needs, strict=True)
+    return [gradient(f, g) if need else f.new_empty((0,)) for f, g, need in pairs]
 
 
 FAKES = {

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mtkd_fast.kernels import hint as hint_kernels
 from mtkd_fast.kernels import kd as kd_kernels
@@ -51,7 +50,6 @@ def gradient_in_forward(student: Tensor, teachers: Sequence[Tensor]) -> bool:
         student.requires_grad
         and not any(t.requires_grad for t in teachers)
         and student.dtype != torch.float16
-        and student.numel() > 0
         and kd_kernels.fits_on_chip(student.shape[-1])
     )
 
@@ -63,6 +61,16 @@ def weight_gradient(weights: Tensor, upstream: Tensor, row_stats: Tensor, kd_sca
     per_row = divergence * (scale * upstream.reshape(-1) * kd_scale)
     per_row = per_row.masked_fill((scale == 0) | ((used == 0) & ~divergence.isfinite()), 0)
     return (per_row.sum(1) if weights.dim() == 1 else per_row.reshape(weights.shape)).to(weights.dtype)
+
+
+def refuse_double_backward(*gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under create_graph the gradients carry a node that says why they have no derivative of their own."""
+    if not torch.is_grad_enabled():
+        return gradients
+    error = torch._C._functions.DelayedError(
+        "double backward through implementation='triton' is not available; use implementation='reference'", 1
+    )
+    return tuple(None if g is None else error(g.detach().requires_grad_()) for g in gradients)
 
 
 class KDLoss(torch.autograd.Function):
@@ -85,8 +93,8 @@ class KDLoss(torch.autograd.Function):
         return loss, row_stats
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, upstream, _):
+        upstream = upstream.detach()
         row_stats, gradient, target, weights, *logits = ctx.saved_tensors
         student_gradient, teacher_gradients = None, [None] * (len(ctx.needs_input_grad) - 6)
         if ctx.in_forward:
@@ -102,7 +110,9 @@ class KDLoss(torch.autograd.Function):
         weights_gradient = None
         if weights is not None:
             weights_gradient = weight_gradient(weights, upstream, row_stats, ctx.options[2])
-        return None, student_gradient, None, weights_gradient, None, None, *teacher_gradients
+        return refuse_double_backward(
+            None, student_gradient, None, weights_gradient, None, None, *teacher_gradients
+        )
 
 
 def finish_gradient(gradient: Tensor, upstream: Tensor, scale: Tensor) -> Tensor:
@@ -141,13 +151,13 @@ class KDDivergence(torch.autograd.Function):
         return row_stats[: len(teachers)].clone().view(len(teachers), *student.shape[:-1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, upstream):
         row_stats, student, *teachers = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[2:])
-        weights = upstream.reshape(len(teachers), -1)
+        weights = upstream.detach().reshape(len(teachers), -1)
         found = ops.kd_triton_backward(student, teachers, None, weights, None, row_stats, *ctx.options, needs)
-        return None, None, *[g if need else None for g, need in zip(found, needs, strict=True)]
+        gradients = [g if need else None for g, need in zip(found, needs, strict=True)]
+        return refuse_double_backward(None, None, *gradients)
 
 
 def divergence(student: Tensor, teachers: Sequence[Tensor], divergence: str, temperature: float) -> Tensor:
@@ -181,18 +191,21 @@ class HintDistance(torch.autograd.Function):
         return ops.hint_triton_forward(student, teacher, weights)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, upstream):
         n_pairs = len(ctx.saved_tensors) // 2
         student, teacher = ctx.saved_tensors[:n_pairs], ctx.saved_tensors[n_pairs:]
-        student_needs, teacher_needs = ctx.needs_input_grad[2 : 2 + n_pairs], ctx.needs_input_grad[2 + n_pairs :]
-        needs = [a or b for a, b in zip(student_needs, teacher_needs, strict=True)]
-        found = ops.hint_triton_backward(student, teacher, upstream, needs)
-        of_student = [g if need else None for g, need in zip(found, student_needs, strict=True)]
-        of_teacher = [
-            -g.to(t.dtype) if need else None for g, t, need in zip(found, teacher, teacher_needs, strict=True)
-        ]
-        return None, None, *of_student, *of_teacher
+        needs = list(ctx.needs_input_grad[2:])
+        # A distance is symmetric: the teachers' gradients are those of the students with the sides changed.
+        of_student = feature_gradients(student, teacher, upstream, needs[:n_pairs])
+        of_teacher = feature_gradients(teacher, student, upstream, needs[n_pairs:])
+        return refuse_double_backward(None, None, *of_student, *of_teacher)
+
+
+def feature_gradients(features, others, upstream: Tensor, needs: list[bool]) -> list[Tensor | None]:
+    if not any(needs):
+        return [None] * len(needs)
+    found = ops.hint_triton_backward(features, others, upstream.detach(), needs)
+    return [g if need else None for g, need in zip(found, needs, strict=True)]
 
 
 def hint(student: list[Tensor], teacher: list[Tensor], weights: Tensor | None, reduction: str) -> Tensor:

@@ -29,7 +29,7 @@ def confidence(ce: Tensor) -> Tensor:
     if ce.shape[0] == 1:
         return torch.where(ce.isnan(), ce, 1.0)
     hopeless = ce == INF
-    among_hopeless = hopeless / hopeless.sum(0)
+    among_hopeless = hopeless.to(ce.dtype) / hopeless.sum(0)
     share = torch.where(hopeless.any(0), among_hopeless, ce.softmax(0))
     share = torch.where(ce.isnan().any(0), float("nan"), share)
     return (1 - share) / (ce.shape[0] - 1)
