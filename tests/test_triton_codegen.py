@@ -51,7 +51,7 @@ KERNELS = {
     "A, C=8192, reverse": Kernel(
         "on chip", n_classes=8192, rule="confidence", divergence="reverse_kl", most_spills=120
     ),
-    "B forward, C=32000": Kernel("streaming", n_classes=32000, rule="confidence", most_registers=168),
+    "B forward, C=32000": Kernel("streaming", n_classes=32000, rule="confidence", most_registers=200),
     "B forward, C=32000, few rows": Kernel("streaming", n_rows=64, n_classes=32000, rule="confidence"),
     "B forward, C=32000, table": Kernel(
         "streaming", n_classes=32000, n_teachers=9, rule="entropy", divergence="reverse_kl"

@@ -1,0 +1,204 @@
+"""torch.compile, torch.export and the registered ops: one graph, no recompilation, fakes that tell the truth."""
+
+import pytest
+import torch
+from cases import BF16, F32
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.library import opcheck
+
+from mtkd_fast import dispatch, hint_loss, multi_teacher_divergence, multi_teacher_kd_loss, schemas
+
+N, C, K = 6, 20, 3
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def draw(n=N, dtype=F32):
+    student, *teachers = (torch.randn(n, C).to(dtype) for _ in range(K + 1))
+    return student.requires_grad_(), teachers, torch.randint(C, (n,))
+
+
+def objective(implementation, **kwargs):
+    def loss(student, teachers, target):
+        return multi_teacher_kd_loss(
+            student, teachers, target, weights="confidence", temperature=4.0, ce_weight=1.0,
+            implementation=implementation, **kwargs,
+        )  # fmt: skip
+
+    return loss
+
+
+def assert_same_as_eager(compiled, eager, student, *rest):
+    losses = [f(student, *rest) for f in (compiled, eager)]
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(torch.autograd.grad(2 * loss.sum(), student)[0] for loss in losses))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_trap_32_one_graph(implementation, reduction):
+    eager = objective(implementation, reduction=reduction)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(eager, fullgraph=True, backend=counter)
+    assert_same_as_eager(compiled, eager, *draw())
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_the_op_is_one_node_among_others(implementation, dtype):
+    """A layer before and a penalty after, as in a training step."""
+    layer = torch.nn.Linear(5, C).to(dtype)
+    features = torch.randn(N, 5).to(dtype)
+    _, teachers, target = draw(dtype=dtype)
+    loss_of = objective(implementation)
+
+    def step(features):
+        student = layer(features)
+        return loss_of(student, teachers, target) + 0.1 * student.float().square().mean()
+
+    right = torch.autograd.grad(step(features), layer.weight)[0]
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(features), layer.weight)[0], right)
+
+
+def test_trap_32_another_batch_size_needs_no_other_graph(implementation):
+    eager = objective(implementation)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(eager, fullgraph=True, dynamic=True, backend=counter)
+    assert_same_as_eager(compiled, eager, *draw(4))
+    first = counter.frame_count
+    for n in (9, 17):
+        assert_same_as_eager(compiled, eager, *draw(n))
+    assert counter.frame_count == first
+
+
+def test_a_temperature_is_not_baked_in(implementation):
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def loss(student, teachers, temperature):
+        return multi_teacher_kd_loss(student, teachers, temperature=temperature, implementation=implementation)
+
+    student, teachers, _ = draw()
+    for temperature in (1.5, 2.5, 3.5):
+        right = multi_teacher_kd_loss(student, teachers, temperature=temperature, implementation=implementation)
+        torch.testing.assert_close(loss(student, teachers, temperature), right)
+
+
+def test_given_weights_and_teachers_that_learn(implementation):
+    student, teachers, _ = draw()
+    w = torch.rand(K, N, requires_grad=True)
+    leaves = [student, w, *(t.requires_grad_() for t in teachers)]
+
+    def loss(student, w, *teachers):
+        return multi_teacher_kd_loss(
+            student, teachers, weights=w, divergence="reverse_kl", implementation=implementation
+        )
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    found, right = (torch.autograd.grad(f(*leaves), leaves) for f in (compiled, loss))
+    for a, b in zip(found, right, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_divergence_in_one_graph(implementation):
+    student, teachers, _ = draw()
+
+    def mean(student, teachers):
+        return multi_teacher_divergence(student, teachers, temperature=2.0, implementation=implementation).mean()
+
+    assert_same_as_eager(torch.compile(mean, fullgraph=True, backend="aot_eager"), mean, student, teachers)
+
+
+def test_hints_in_one_graph(implementation):
+    student, teacher = torch.randn(N, 4, 3, requires_grad=True), torch.randn(N, 4, 3)
+
+    def loss(student, teacher, w):
+        return hint_loss([student], [teacher], weights=w, implementation=implementation)
+
+    assert_same_as_eager(
+        torch.compile(loss, fullgraph=True, backend="aot_eager"), loss, student, teacher, torch.rand(1, N)
+    )
+
+
+def test_without_a_gradient(implementation):
+    student, teachers, target = draw()
+    eager = objective(implementation)
+    compiled = torch.compile(eager, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(student, teachers, target), eager(student, teachers, target))
+
+
+@pytest.mark.skipif(dispatch._C is None, reason="mtkd_fast._C is not built")
+def test_trap_32_inductor():
+    """The real compiler, once; python scalars reach the op as float64 under it."""
+    eager = objective("cpp")
+    assert_same_as_eager(torch.compile(eager, fullgraph=True), eager, *draw())
+
+
+def test_trap_32_export(implementation):
+    student, teachers, target = draw()
+
+    class Loss(torch.nn.Module):
+        def forward(self, student, teachers, target):
+            return objective(implementation)(student, teachers, target)
+
+    with torch.no_grad():
+        exported = torch.export.export(Loss(), (student.detach(), teachers, target))
+        right = Loss()(student, teachers, target)
+        torch.testing.assert_close(exported.module()(student.detach(), teachers, target), right)
+
+
+# The registered ops.
+
+
+def values(requires_grad: bool) -> dict:
+    """One value for every argument name of the schemas."""
+    student, teachers, target = draw()
+    features = [torch.randn(N, 4, requires_grad=requires_grad), torch.randn(N, 3, 2, requires_grad=requires_grad)]
+    options = dict(
+        student=student.detach().requires_grad_(requires_grad), teachers=teachers, target=target,
+        row_weights=torch.rand(N), num_items=torch.tensor(5.0), weights=torch.rand(K, N), upstream=torch.randn(N),
+        rule="given", divergence="forward_kl", temperature=2.0, kd_scale=4.0, ce_weight=0.5, label_smoothing=0.1,
+        ignore_index=-100, reduction="mean", needs=[True, False, True, True], skip_zero_weights=False,
+        write_gradient=True, keep_stats=True, stats=True,
+        gradient=torch.randn(N, C), scale=torch.rand(N), row_stats=torch.rand(schemas.row_stats_size(K), N),
+    )  # fmt: skip
+    hints = dict(
+        student=features, teacher=[f.detach() + 1 for f in features], weights=torch.rand(2, N), reduction="mean",
+        needs=[True, True],
+    )  # fmt: skip
+    return {"kd": options, "hint": hints}
+
+
+def registered() -> list[str]:
+    names = [schema.split("(")[0] for schema in (*schemas.FUSED, *schemas.PASSES)]
+    return [*names, *(schemas.triton_name(schema).split("(")[0] for schema in schemas.PASSES)]
+
+
+@pytest.mark.parametrize("name", registered())
+def test_trap_32_opcheck(name):
+    """Schema, fake, autograd registration and AOT dispatch, by PyTorch's own check."""
+    if "triton" in name:
+        if "cpu" not in dispatch.implementations()["triton"].devices:
+            pytest.skip("Triton does not run on this CPU")
+        import mtkd_fast.triton_ops  # noqa: F401
+    op = getattr(torch.ops.mtkd_fast, name).default
+    differentiable = name in {schema.split("(")[0] for schema in schemas.FUSED}
+    given = values(differentiable)["hint" if name.startswith("hint") else "kd"]
+    if name == "kd":
+        given["reduction"] = "none"
+    arguments = tuple(given[argument.name] for argument in op._schema.arguments)
+    opcheck(op, arguments)
+
+
+@pytest.mark.parametrize("name", sorted({schema.split("(")[0] for schema in schemas.PASSES}))
+def test_every_pass_has_a_fake_and_a_twin(name):
+    assert name in schemas.FAKES
+    schema = next(s for s in schemas.PASSES if s.startswith(f"{name}("))
+    twin = schemas.triton_name(schema).split("(")[0]
+    ours, theirs = (getattr(torch.ops.mtkd_fast, op).default._schema for op in (name, twin))
+    assert [(a.name, str(a.type)) for a in ours.arguments] == [(a.name, str(a.type)) for a in theirs.arguments]
+    assert [str(r.type) for r in ours.returns] == [str(r.type) for r in theirs.returns]
