@@ -12,7 +12,15 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 NO_ISOLATION = "pip install --no-build-isolation ."
-SOURCES = ["module.cpp", "cpu_capability.cpp", "kd_cpu.cpp", "hint_cpu.cpp", "kd_ops.cpp", "kd_autograd.cpp", "hint_ops.cpp"]
+SOURCES = [
+    "module.cpp",
+    "cpu_capability.cpp",
+    "kd_cpu.cpp",
+    "hint_cpu.cpp",
+    "kd_ops.cpp",
+    "kd_autograd.cpp",
+    "hint_ops.cpp",
+]
 CUDA_SOURCES = ["kd_cuda.cu", "hint_cuda.cu"]
 
 
@@ -35,10 +43,18 @@ def build_kind() -> str:
         import torch
     except ImportError:
         stop(f"torch is not here to build against; install it first, then: {NO_ISOLATION} (or MTKD_FAST_BUILD=none)")
-    from torch.utils.cpp_extension import CUDA_HOME
-
-    has_cuda = CUDA_HOME is not None and torch.version.cuda is not None
+    has_cuda = cuda_home() is not None and torch.version.cuda is not None
     return ("cuda" if has_cuda else "cpu") if kind == "auto" else kind
+
+
+def cuda_home() -> str | None:
+    """Where nvcc and its libraries are, None without nvcc. It is asked, since the one on the PATH may be a script."""
+    nvcc = os.environ.get("CUDA_HOME", "") + "/bin/nvcc" if os.environ.get("CUDA_HOME") else shutil.which("nvcc")
+    if nvcc is None or not Path(nvcc).exists():
+        return None
+    said = subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+    return str(Path(top[1]).resolve() if top else Path(nvcc).parent.parent)
 
 
 def check_compiler() -> None:
@@ -55,7 +71,7 @@ def check_compiler() -> None:
 
 def extension(kind: str):
     import pybind11
-    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+    from torch.utils import cpp_extension
 
     check_compiler()
     options = {
@@ -67,14 +83,20 @@ def extension(kind: str):
     }
     cxx = ["-O3", "-std=c++20", "-fopenmp", "-Wno-psabi"]
     if kind == "cpu":
-        return CppExtension(extra_compile_args=cxx, **options)
-    if shutil.which("nvcc") is None and not os.environ.get("CUDA_HOME"):
+        return cpp_extension.CppExtension(extra_compile_args=cxx, **options)
+    home = cuda_home()
+    if home is None:
         stop("MTKD_FAST_BUILD=cuda needs nvcc, which is neither on the PATH nor under CUDA_HOME")
     architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0")
     os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
     macros = ["-DMTKD_CUDA", f'-DMTKD_CUDA_ARCHITECTURES="sm {architectures}"']
     options["sources"] += [f"csrc/{name}" for name in CUDA_SOURCES]
-    return CUDAExtension(extra_compile_args={"cxx": cxx + macros, "nvcc": ["-O3", "-std=c++17", "-lineinfo"]}, **options)
+    # A plain C++ extension with the static CUDA runtime: it links, and loads, beside a CPU build of torch too.
+    options["library_dirs"] = [f"{home}/lib64"]
+    cpp_extension.CUDA_HOME = home  # a CPU build of torch does not look for it
+    options["extra_link_args"] += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    nvcc = ["-O3", "-std=c++17", "-lineinfo", "--expt-relaxed-constexpr"]
+    return cpp_extension.CppExtension(extra_compile_args={"cxx": cxx + macros, "nvcc": nvcc}, **options)
 
 
 def compiled() -> dict:
@@ -88,7 +110,14 @@ def compiled() -> dict:
 
 setup(
     version=version(),
-    packages=["mtkd_fast", "mtkd_fast.reference", "mtkd_fast.losses", "mtkd_fast.kernels", "mtkd_fast.bench", "mtkd_fast.bench.demo"],
+    packages=[
+        "mtkd_fast",
+        "mtkd_fast.reference",
+        "mtkd_fast.losses",
+        "mtkd_fast.kernels",
+        "mtkd_fast.bench",
+        "mtkd_fast.bench.demo",
+    ],
     package_dir={"mtkd_fast.kernels": "kernels", "mtkd_fast.bench": "bench"},
     package_data={"mtkd_fast": ["py.typed"]},
     **compiled(),

@@ -47,7 +47,9 @@ def draw(found: dict, path: Path) -> None:
                    xytext=(0, 4), textcoords="offset points", ha="right")  # fmt: skip
     times.legend(frameon=False)
     facts = found["machine"]
-    figure.suptitle(f"CA-MKD's logit objective, {ROWS} × {CLASSES}, float32, {facts.get('device', 'this machine')}", fontsize=10)
+    figure.suptitle(
+        f"CA-MKD's logit objective, {ROWS} × {CLASSES}, float32, {facts.get('device', 'this machine')}", fontsize=10
+    )
     figure.savefig(path, dpi=150)
 
 

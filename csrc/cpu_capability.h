@@ -15,14 +15,14 @@ void set_cpu_capability(CPUCapability);  // at most the best; for tests
 
 // Calls FUNCTION of the namespace of the instruction set in use.
 #if defined(__x86_64__)
-#define MTKD_IN_INSTRUCTION_SET(FUNCTION, ...)                                                \
-  switch (cpu_capability()) {                                                                 \
-    case CPUCapability::avx512:                                                               \
-      return avx512::FUNCTION(__VA_ARGS__);                                                   \
-    case CPUCapability::avx2:                                                                 \
-      return avx2::FUNCTION(__VA_ARGS__);                                                     \
-    case CPUCapability::baseline:                                                             \
-      return baseline::FUNCTION(__VA_ARGS__);                                                 \
+#define MTKD_IN_INSTRUCTION_SET(FUNCTION, ...) \
+  switch (cpu_capability()) {                  \
+    case CPUCapability::avx512:                \
+      return avx512::FUNCTION(__VA_ARGS__);    \
+    case CPUCapability::avx2:                  \
+      return avx2::FUNCTION(__VA_ARGS__);      \
+    case CPUCapability::baseline:              \
+      return baseline::FUNCTION(__VA_ARGS__);  \
   }
 #else
 #define MTKD_IN_INSTRUCTION_SET(FUNCTION, ...) return baseline::FUNCTION(__VA_ARGS__)

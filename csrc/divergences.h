@@ -13,9 +13,11 @@ struct NamedDivergence {
   const char* name;
   Divergence value;
 };
-constexpr NamedDivergence kDivergences[] = {{"forward_kl", Divergence::forward_kl}, {"reverse_kl", Divergence::reverse_kl}};
+constexpr NamedDivergence kDivergences[] = {{"forward_kl", Divergence::forward_kl},
+                                            {"reverse_kl", Divergence::reverse_kl}};
 
-// sum_x, sum_y: Σ e^{(·−max)/τ}; cross: Σ e^{(x−m_x)/τ}((x−m_x) − (y−m_y)). A row without a finite logit has sum 0: NaN.
+// sum_x, sum_y: Σ e^{(·−max)/τ}; cross: Σ e^{(x−m_x)/τ}((x−m_x) − (y−m_y)). A row without a finite logit has sum 0:
+// NaN.
 template <typename T>
 MTKD_HD T kl_from_sums(T cross, T sum_x, T sum_y, T inv_t) {
   if (sum_y == T(0)) return std::numeric_limits<T>::quiet_NaN();

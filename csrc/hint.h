@@ -14,7 +14,7 @@ struct FeaturePair {
   int64_t student_stride, teacher_stride;  // from sample to sample, in elements
   int64_t elements;
   DType student_dtype, teacher_dtype;
-  void* gradient;                          // [samples, elements], stride `elements`, the student's dtype; backward only
+  void* gradient;  // [samples, elements], stride `elements`, the student's dtype; backward only
 };
 
 // weights: element (k, n) at k·pair_stride + n·sample_stride, or null for ones.
@@ -30,7 +30,7 @@ struct HintArgs {
 
 // Forward: distance; a pair of weight 0 is not read, its distance is 0.
 // Backward: gradient = weight·2·(f − g)/elements, 0 where the weight is 0 (and the pair is not read).
-void hint_forward_cpu(const HintArgs<float>&, int64_t begin, int64_t end);   // over pairs·samples, pair-major
+void hint_forward_cpu(const HintArgs<float>&, int64_t begin, int64_t end);  // over pairs·samples, pair-major
 void hint_forward_cpu(const HintArgs<double>&, int64_t begin, int64_t end);
 void hint_backward_cpu(const HintArgs<float>&, int64_t begin, int64_t end);
 void hint_backward_cpu(const HintArgs<double>&, int64_t begin, int64_t end);

@@ -1,10 +1,9 @@
 // The op `hint` on the CPU: hint_rows.h, compiled per instruction set.
-#include "hint.h"
-
 #include <cstdint>
 #include <type_traits>
 
 #include "cpu_capability.h"
+#include "hint.h"
 
 #define MTKD_ROWS "hint_rows.h"
 #include "instruction_sets.h"

@@ -30,7 +30,8 @@ std::vector<Tensor> fill(HintArgs<T>& args, TensorList student, TensorList teach
     if (!(dense_alike(f, g) && (f.dim() == 1 || f.size(0) <= 1 || f.stride(0) * f.size(0) == f.numel())))
       f = f.contiguous(), g = g.contiguous();
     const int64_t elements = args.samples ? f.numel() / args.samples : 0;
-    args.pair[k] = {f.const_data_ptr(), g.const_data_ptr(), elements, elements, elements, dtype_of(f), dtype_of(g), nullptr};
+    args.pair[k] = {f.const_data_ptr(), g.const_data_ptr(), elements,    elements,
+                    elements,           dtype_of(f),        dtype_of(g), nullptr};
     alive.push_back(f);
     alive.push_back(g);
   }
@@ -89,7 +90,8 @@ Tensor hint_forward(TensorList student, TensorList teacher, const OptionalTensor
   });
 }
 
-std::vector<Tensor> hint_backward(TensorList student, TensorList teacher, const Tensor& weights, c10::List<bool> needs) {
+std::vector<Tensor> hint_backward(TensorList student, TensorList teacher, const Tensor& weights,
+                                  c10::List<bool> needs) {
   std::vector<Tensor> all(student.begin(), student.end());
   all.insert(all.end(), teacher.begin(), teacher.end());
   const at::ScalarType dtype = compute_dtype(all[0], all);
@@ -103,8 +105,8 @@ std::vector<Tensor> hint_backward(TensorList student, TensorList teacher, const 
       gradients.push_back(needs[k] ? at::empty_like(f) : at::empty({0}, f.options()));
       args.pair[k].gradient = needs[k] ? gradients[k].mutable_data_ptr() : nullptr;
     }
-    run<HintArgs<T>>(student[0].device(), args, args.pairs * args.samples, 3 * mean_elements(student), hint_backward_cpu,
-                     backward_cuda<T>());
+    run<HintArgs<T>>(student[0].device(), args, args.pairs * args.samples, 3 * mean_elements(student),
+                     hint_backward_cpu, backward_cuda<T>());
     return gradients;
   });
 }

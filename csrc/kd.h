@@ -16,7 +16,7 @@ constexpr int kMaxTeachers = 64;
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2, f64 = 3 };
 
 struct Logits {
-  const void* data;      // [rows, classes], strides in elements
+  const void* data;  // [rows, classes], strides in elements
   int64_t outer_stride;
   int64_t inner_stride;
   int64_t class_stride;  // 1 on every fast path; 0 and others are read element by element
@@ -34,13 +34,13 @@ struct KDArgs {
   int teachers;
   Logits student;
   Logits teacher[kMaxTeachers];
-  const int64_t* target;         // [rows] or null
-  const acc_t* row_weights;      // [rows] or null: 0 means that the row is neither read nor counted
+  const int64_t* target;     // [rows] or null
+  const acc_t* row_weights;  // [rows] or null: 0 means that the row is neither read nor counted
   int64_t ignore_index;
   Divergence divergence;
   acc_t temperature;
-  acc_t kd_scale;                // 0: no teacher is read
-  acc_t ce_weight;               // 0: no hard term
+  acc_t kd_scale;   // 0: no teacher is read
+  acc_t ce_weight;  // 0: no hard term
   acc_t label_smoothing;
 };
 
@@ -51,14 +51,16 @@ struct RowStats {
   MTKD_HD int divergence(int k) const { return k; }
   MTKD_HD int weight(int k) const { return teachers + k; }
   MTKD_HD int teacher_max(int k) const { return 2 * teachers + k; }
-  MTKD_HD int teacher_sum(int k) const { return 3 * teachers + k; }   // Σ e^{(t−max)/τ}
+  MTKD_HD int teacher_sum(int k) const { return 3 * teachers + k; }  // Σ e^{(t−max)/τ}
   MTKD_HD int teacher_ce(int k) const { return 4 * teachers + k; }
   MTKD_HD int teacher_entropy(int k) const { return 5 * teachers + k; }
   MTKD_HD int student_max() const { return 6 * teachers; }
-  MTKD_HD int student_sum() const { return 6 * teachers + 1; }        // Σ e^{(s−max)/τ}
-  MTKD_HD int student_sum1() const { return 6 * teachers + 2; }       // Σ e^{s−max}, only for the hard term
+  MTKD_HD int student_sum() const { return 6 * teachers + 1; }   // Σ e^{(s−max)/τ}
+  MTKD_HD int student_sum1() const { return 6 * teachers + 2; }  // Σ e^{s−max}, only for the hard term
   MTKD_HD int student_ce() const { return 6 * teachers + 3; }
-  MTKD_HD int scale() const { return 6 * teachers + 4; }              // row weight / items; 0: the row does not count; NaN: its label is out of range
+  MTKD_HD int scale() const {
+    return 6 * teachers + 4;
+  }  // row weight / items; 0: the row does not count; NaN: its label is out of range
   MTKD_HD int size() const { return 6 * teachers + 5; }
 };
 
@@ -67,14 +69,14 @@ struct RowStats {
 template <typename acc_t>
 struct KDForward : KDArgs<acc_t> {
   WeightRule rule;
-  const acc_t* weights;                          // rule given: element (k, row) at k·teacher_stride + row·row_stride
+  const acc_t* weights;  // rule given: element (k, row) at k·teacher_stride + row·row_stride
   int64_t weights_teacher_stride, weights_row_stride;
-  bool skip_zero_weights;                        // rule given: a teacher of weight 0 is not read
-  const acc_t* items;                            // one number on the device, or null for 1
-  acc_t* row_loss;                               // [rows]
-  acc_t* row_stats;                              // [6K + 5, rows]
-  bool keep_stats;                               // false: of row_stats only the scale is read later
-  void* gradient;                                // [rows, classes] contiguous, the student's dtype, or null
+  bool skip_zero_weights;  // rule given: a teacher of weight 0 is not read
+  const acc_t* items;      // one number on the device, or null for 1
+  acc_t* row_loss;         // [rows]
+  acc_t* row_stats;        // [6K + 5, rows]
+  bool keep_stats;         // false: of row_stats only the scale is read later
+  void* gradient;          // [rows, classes] contiguous, the student's dtype, or null
 };
 
 // Backward (strategy B): f = scale·upstream (0 where scale is 0), then for each row
@@ -84,11 +86,11 @@ template <typename acc_t>
 struct KDBackward : KDArgs<acc_t> {
   const acc_t* weights;
   int64_t weights_teacher_stride, weights_row_stride;
-  const acc_t* upstream;                         // element row at row·upstream_stride (0: one number), or null for 1
+  const acc_t* upstream;  // element row at row·upstream_stride (0: one number), or null for 1
   int64_t upstream_stride;
-  const acc_t* row_stats;                        // [6K + 5, rows], from the forward
-  void* student_gradient;                        // [rows, classes] contiguous, the student's dtype, or null
-  void* teacher_gradient[kMaxTeachers];          // the same with each teacher's dtype, or null
+  const acc_t* row_stats;                // [6K + 5, rows], from the forward
+  void* student_gradient;                // [rows, classes] contiguous, the student's dtype, or null
+  void* teacher_gradient[kMaxTeachers];  // the same with each teacher's dtype, or null
 };
 
 // gradient [rows, classes] *= upstream, rows of scale 0 stay 0. `out` may be `gradient`. An upstream of exactly 1 in
@@ -101,7 +103,7 @@ struct KDRescale {
   void* out;
   const acc_t* upstream;
   int64_t upstream_stride;
-  const acc_t* scale;                            // [rows]
+  const acc_t* scale;  // [rows]
 };
 
 // CPU: rows [begin, end), the instruction set chosen once at run time (see kd_cpu.cpp).

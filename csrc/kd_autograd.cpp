@@ -44,7 +44,7 @@ bool fits_on_chip(const Tensor& student, TensorList teachers, const KDOptions& o
   if (!student.is_cuda()) return true;  // on a CPU the second sweep finds the rows in cache, or is no worse than B
 #ifdef MTKD_CUDA
   KDArgs<float> args{};
-  args.classes = student.size(-1);
+  args.classes = student.sym_size(-1).guard_int(__FILE__, __LINE__);
   args.teachers = static_cast<int>(teachers.size());
   args.student.dtype = dtype_of(student);
   for (size_t k = 0; k < teachers.size(); ++k) args.teacher[k].dtype = dtype_of(teachers[k]);
@@ -86,8 +86,7 @@ Tensor weight_gradient(const Tensor& weights, const Tensor& upstream, const Tens
 struct KDLoss : public torch::autograd::Function<KDLoss> {
   static variable_list forward(AutogradContext* ctx, const Tensor& student, const TensorList& teachers,
                                const OptionalTensor& target, const OptionalTensor& weights,
-                               const OptionalTensor& row_weights, const OptionalTensor& num_items,
-                               const KDOptions& o) {
+                               const OptionalTensor& row_weights, const OptionalTensor& num_items, const KDOptions& o) {
     at::AutoDispatchBelowADInplaceOrView below;
     const bool in_forward = gradient_in_forward(student, teachers, o);
     const bool weights_need = weights && weights->requires_grad();
@@ -128,7 +127,8 @@ struct KDLoss : public torch::autograd::Function<KDLoss> {
       gradients[student_at] = finish_gradient(gradient, upstream, row_stats.select(0, -1));
     else if (saved.size() > 3)
       recompute(ctx, saved, upstream, n_teachers, kd_scale, gradients);
-    if (weights.defined()) gradients[weights_at] = weight_gradient(weights.detach(), upstream, row_stats, n_teachers, kd_scale);
+    if (weights.defined())
+      gradients[weights_at] = weight_gradient(weights.detach(), upstream, row_stats, n_teachers, kd_scale);
     refuse_double_backward(gradients);
     return gradients;
   }
@@ -141,11 +141,11 @@ struct KDLoss : public torch::autograd::Function<KDLoss> {
     const TensorList teachers(saved.data() + 5, n_teachers);
     c10::List<bool> needs;
     for (int64_t i = 0; i <= n_teachers; ++i) needs.push_back(saved[4 + i].requires_grad());
-    const std::vector<Tensor> found = backward.call(
-        student, teachers, target.defined() ? OptionalTensor(target) : std::nullopt,
-        row_stats.narrow(0, n_teachers, n_teachers), upstream, row_stats, ctx->saved_data["divergence"].toStringRef(),
-        ctx->saved_data["temperature"].toDouble(), kd_scale, ctx->saved_data["ce_weight"].toDouble(),
-        ctx->saved_data["label_smoothing"].toDouble(), needs);
+    const std::vector<Tensor> found =
+        backward.call(student, teachers, target.defined() ? OptionalTensor(target) : std::nullopt,
+                      row_stats.narrow(0, n_teachers, n_teachers), upstream, row_stats,
+                      ctx->saved_data["divergence"].toStringRef(), ctx->saved_data["temperature"].toDouble(), kd_scale,
+                      ctx->saved_data["ce_weight"].toDouble(), ctx->saved_data["label_smoothing"].toDouble(), needs);
     for (int64_t i = 0; i <= n_teachers; ++i)
       if (needs[i]) gradients[i] = found[i];
   }
@@ -156,13 +156,14 @@ std::tuple<Tensor, Tensor> kd(const Tensor& student, TensorList teachers, const 
                               const OptionalTensor& num_items, c10::string_view rule, c10::string_view divergence,
                               double temperature, double kd_scale, double ce_weight, double label_smoothing,
                               int64_t ignore_index, c10::string_view reduction, bool stats) {
-  const KDOptions options{rule,      divergence,      temperature,  kd_scale,  ce_weight,
-                          label_smoothing, ignore_index, reduction, stats};
+  const KDOptions options{rule,         divergence, temperature, kd_scale, ce_weight, label_smoothing,
+                          ignore_index, reduction,  stats};
   const bool differentiable = at::GradMode::is_enabled() && (student.requires_grad() || any_requires_grad(teachers) ||
                                                              (weights && weights->requires_grad()));
   if (!differentiable) {
-    auto [loss, row_stats, _] = call_forward(student, teachers, target, weights, row_weights, num_items, options,
-                                             /*skip_zero_weights=*/true, /*keep_stats=*/stats, /*write_gradient=*/false);
+    auto [loss, row_stats, _] =
+        call_forward(student, teachers, target, weights, row_weights, num_items, options,
+                     /*skip_zero_weights=*/true, /*keep_stats=*/stats, /*write_gradient=*/false);
     return {loss, row_stats};
   }
   const variable_list out = KDLoss::apply(student, teachers, target, weights, row_weights, num_items, options);
@@ -195,10 +196,9 @@ struct KDDivergence : public torch::autograd::Function<KDDivergence> {
     {
       at::AutoDispatchBelowADInplaceOrView below;
       const Tensor upstream = upstreams[0].detach().reshape_symint({n_teachers, saved[0].sym_size(1)});
-      const std::vector<Tensor> found =
-          backward.call(saved[1], teachers, std::nullopt, upstream, std::nullopt, saved[0],
-                        ctx->saved_data["divergence"].toStringRef(), ctx->saved_data["temperature"].toDouble(), 1.0,
-                        0.0, 0.0, needs);
+      const std::vector<Tensor> found = backward.call(saved[1], teachers, std::nullopt, upstream, std::nullopt,
+                                                      saved[0], ctx->saved_data["divergence"].toStringRef(),
+                                                      ctx->saved_data["temperature"].toDouble(), 1.0, 0.0, 0.0, needs);
       for (int64_t i = 0; i <= n_teachers; ++i)
         if (needs[i]) gradients[i] = found[i];
     }

@@ -91,8 +91,7 @@ Tensor counted_rows(int64_t rows, const OptionalTensor& target, const OptionalTe
     const int64_t* labels = target ? target->const_data_ptr<int64_t>() : nullptr;
     const T* weights = row_weights ? row_weights->template const_data_ptr<T>() : nullptr;
     int64_t count = 0;
-    for (int64_t n = 0; n < rows; ++n)
-      count += !(labels && labels[n] == ignore_index) && !(weights && weights[n] == 0);
+    for (int64_t n = 0; n < rows; ++n) count += !(labels && labels[n] == ignore_index) && !(weights && weights[n] == 0);
     Tensor items = at::empty({}, options);
     *items.mutable_data_ptr<T>() = static_cast<T>(std::max<int64_t>(count, 1));
     return items;
@@ -123,18 +122,39 @@ using CudaLauncher = const char* (*)(const T&, int, void*);
 
 #ifdef MTKD_CUDA
 template <typename T>
-CudaLauncher<KDForward<T>> forward_cuda() { if constexpr (std::is_same_v<T, float>) return kd_forward_cuda; else return nullptr; }
+CudaLauncher<KDForward<T>> forward_cuda() {
+  if constexpr (std::is_same_v<T, float>)
+    return kd_forward_cuda;
+  else
+    return nullptr;
+}
 template <typename T>
-CudaLauncher<KDBackward<T>> backward_cuda() { if constexpr (std::is_same_v<T, float>) return kd_backward_cuda; else return nullptr; }
+CudaLauncher<KDBackward<T>> backward_cuda() {
+  if constexpr (std::is_same_v<T, float>)
+    return kd_backward_cuda;
+  else
+    return nullptr;
+}
 template <typename T>
-CudaLauncher<KDRescale<T>> rescale_cuda() { if constexpr (std::is_same_v<T, float>) return kd_rescale_cuda; else return nullptr; }
+CudaLauncher<KDRescale<T>> rescale_cuda() {
+  if constexpr (std::is_same_v<T, float>)
+    return kd_rescale_cuda;
+  else
+    return nullptr;
+}
 #else
 template <typename T>
-CudaLauncher<KDForward<T>> forward_cuda() { return nullptr; }
+CudaLauncher<KDForward<T>> forward_cuda() {
+  return nullptr;
+}
 template <typename T>
-CudaLauncher<KDBackward<T>> backward_cuda() { return nullptr; }
+CudaLauncher<KDBackward<T>> backward_cuda() {
+  return nullptr;
+}
 template <typename T>
-CudaLauncher<KDRescale<T>> rescale_cuda() { return nullptr; }
+CudaLauncher<KDRescale<T>> rescale_cuda() {
+  return nullptr;
+}
 #endif
 
 std::tuple<Tensor, Tensor, Tensor> kd_forward(const Tensor& student, TensorList teachers, const OptionalTensor& target,
@@ -157,7 +177,8 @@ std::tuple<Tensor, Tensor, Tensor> kd_forward(const Tensor& student, TensorList 
     args.skip_zero_weights = skip_zero_weights;
     args.keep_stats = keep_stats;
     TORCH_CHECK_VALUE(target || (ce_weight == 0 && args.rule != WeightRule::confidence), "target must be given");
-    TORCH_CHECK_VALUE((args.rule == WeightRule::given) == weights.has_value(), "weights must be given for that rule only");
+    TORCH_CHECK_VALUE((args.rule == WeightRule::given) == weights.has_value(),
+                      "weights must be given for that rule only");
 
     OptionalTensor labels, row_weight, items;
     Strided given{};
@@ -171,7 +192,8 @@ std::tuple<Tensor, Tensor, Tensor> kd_forward(const Tensor& student, TensorList 
       args.row_weights = row_weight->template const_data_ptr<T>();
     }
     if (mean) {
-      items = num_items ? in_compute_dtype(*num_items, dtype) : counted_rows<T>(args.rows, labels, row_weight, ignore_index, options);
+      items = num_items ? in_compute_dtype(*num_items, dtype)
+                        : counted_rows<T>(args.rows, labels, row_weight, ignore_index, options);
     }
     args.items = items ? items->template const_data_ptr<T>() : nullptr;
     args.weights = nullptr;
@@ -189,7 +211,8 @@ std::tuple<Tensor, Tensor, Tensor> kd_forward(const Tensor& student, TensorList 
     args.row_loss = row_loss.mutable_data_ptr<T>();
     args.row_stats = row_stats.mutable_data_ptr<T>();
     args.gradient = write_gradient ? gradient.mutable_data_ptr() : nullptr;
-    run<KDForward<T>>(student.device(), args, args.rows, args.classes * (args.teachers + 1), kd_forward_cpu, forward_cuda<T>());
+    run<KDForward<T>>(student.device(), args, args.rows, args.classes * (args.teachers + 1), kd_forward_cpu,
+                      forward_cuda<T>());
 
     if (none) return {row_loss.view(student.sizes().slice(0, student.dim() - 1)), row_stats, gradient};
     return {reduced_loss<T>(row_loss, items), row_stats, gradient};
@@ -236,7 +259,8 @@ std::vector<Tensor> kd_backward(const Tensor& student, TensorList teachers, cons
     };
     args.student_gradient = gradient_of(student, needs[0]);
     for (int k = 0; k < args.teachers; ++k) args.teacher_gradient[k] = gradient_of(teachers[k], needs[k + 1]);
-    run<KDBackward<T>>(student.device(), args, args.rows, args.classes * (args.teachers + 1), kd_backward_cpu, backward_cuda<T>());
+    run<KDBackward<T>>(student.device(), args, args.rows, args.classes * (args.teachers + 1), kd_backward_cpu,
+                       backward_cuda<T>());
     return gradients;
   });
 }

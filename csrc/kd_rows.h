@@ -2,8 +2,8 @@
 //
 // Per row the forward makes one sweep over the columns in tiles: the student's tile stays in L1 while the K teachers
 // pass by, one exponential per element (two where τ is not 1, 2 or 4 and a weight rule or the hard label wants T = 1).
-// The gradient is a second sweep over rows that are in cache by then. It takes the exponentials of the first where a row
-// is a single tile, and else computes them again: one more per element, nothing kept.
+// The gradient is a second sweep over rows that are in cache by then. It takes the exponentials of the first where a
+// row is a single tile, and else computes them again: one more per element, nothing kept.
 
 namespace mtkd_fast {
 namespace MTKD_ISA {
@@ -36,8 +36,8 @@ inline Vec<T> exp_at_one(Vec<T> e, Vec<T> x) {
 // What a row's sweeps need to know.
 template <typename T>
 struct Sweep {
-  T inv_t;     // 1/τ
-  T to_exp2;   // log2(e)/τ
+  T inv_t;    // 1/τ
+  T to_exp2;  // log2(e)/τ
   AtOne student_at_one, teacher_at_one;
   bool entropy;
 
@@ -61,7 +61,9 @@ T tile_max(const T* x, int count) {
 
 // x − max, with 0 for a maximum of −inf (nothing but −inf so far).
 template <typename T>
-inline T finite_or_zero(T max) { return max == -infinity<T>() ? T(0) : max; }
+inline T finite_or_zero(T max) {
+  return max == -infinity<T>() ? T(0) : max;
+}
 
 // The columns that this tensor is asked for next, fetched towards L2 while these are worked on: the K + 1 rows are too
 // many short streams for the hardware to foresee.
@@ -102,7 +104,9 @@ void absorb_student(SoftmaxState<T>& state, const T* s, int count, T to_exp2, Ah
 
 // e·ratio, and +inf for a ratio of +inf even if e underflowed to 0.
 template <typename T>
-inline Vec<T> infinite_or_product(Vec<T> e, Vec<T> ratio) { return ratio == infinity<T>() ? ratio : e * ratio; }
+inline Vec<T> infinite_or_product(Vec<T> e, Vec<T> ratio) {
+  return ratio == infinity<T>() ? ratio : e * ratio;
+}
 
 // Absorbs a tile of a teacher and the cross sum with the student's tile, both raised to the tile's maxima.
 template <typename T, Divergence kDivergence, AtOne kAtOne, bool kEntropy>
@@ -139,8 +143,7 @@ void absorb_teacher(SoftmaxState<T>& state, T& cross, const T* t, const T* s, co
 template <typename T>
 using AbsorbStudent = void (*)(SoftmaxState<T>&, const T*, int, T, Ahead, T*);
 template <typename T>
-using AbsorbTeacher = void (*)(SoftmaxState<T>&, T&, const T*, const T*, const T*, T, int, T, Ahead,
-                               T*);
+using AbsorbTeacher = void (*)(SoftmaxState<T>&, T&, const T*, const T*, const T*, T, int, T, Ahead, T*);
 
 template <typename T>
 AbsorbStudent<T> student_absorber(AtOne at_one) {
@@ -152,11 +155,10 @@ AbsorbStudent<T> student_absorber(AtOne at_one) {
 
 template <typename T, Divergence kDivergence, bool kEntropy>
 AbsorbTeacher<T> teacher_absorber(AtOne at_one) {
-  constexpr AbsorbTeacher<T> kTable[] = {absorb_teacher<T, kDivergence, AtOne::unused, kEntropy>,
-                                         absorb_teacher<T, kDivergence, AtOne::same, kEntropy>,
-                                         absorb_teacher<T, kDivergence, AtOne::square, kEntropy>,
-                                         absorb_teacher<T, kDivergence, AtOne::fourth, kEntropy>,
-                                         absorb_teacher<T, kDivergence, AtOne::own, kEntropy>};
+  constexpr AbsorbTeacher<T> kTable[] = {
+      absorb_teacher<T, kDivergence, AtOne::unused, kEntropy>, absorb_teacher<T, kDivergence, AtOne::same, kEntropy>,
+      absorb_teacher<T, kDivergence, AtOne::square, kEntropy>, absorb_teacher<T, kDivergence, AtOne::fourth, kEntropy>,
+      absorb_teacher<T, kDivergence, AtOne::own, kEntropy>};
   return kTable[static_cast<int>(at_one)];
 }
 
@@ -177,9 +179,9 @@ AbsorbTeacher<T> teacher_absorber(Divergence divergence, AtOne at_one, bool entr
 template <typename T>
 struct StudentGradient {
   T soft, hard, constant, label;
-  T total_weight;    // W = Σ w_k
-  T log_sum;         // log Σ e^{(s−max)/τ}
-  T mean_divergence; // Σ w_k D_k, NaN if not finite: reverse KL has no gradient where it is infinite
+  T total_weight;     // W = Σ w_k
+  T log_sum;          // log Σ e^{(s−max)/τ}
+  T mean_divergence;  // Σ w_k D_k, NaN if not finite: reverse KL has no gradient where it is infinite
   bool reads_student;
 };
 
@@ -210,8 +212,8 @@ void student_gradient(const T* s, const T* exps, int count, T max, const Sweep<T
 }
 
 template <typename T>
-void student_gradient(AtOne at_one, const T* s, const T* exps, int count, T max, const Sweep<T>& sweep, const StudentGradient<T>& g,
-                      Divergence divergence, const T* teachers_sum, T* out) {
+void student_gradient(AtOne at_one, const T* s, const T* exps, int count, T max, const Sweep<T>& sweep,
+                      const StudentGradient<T>& g, Divergence divergence, const T* teachers_sum, T* out) {
   switch (at_one) {
     case AtOne::unused:
       return student_gradient<T, AtOne::unused>(s, exps, count, max, sweep, g, divergence, teachers_sum, out);
@@ -247,8 +249,8 @@ void add_teacher(const T* t, const T* exps, int count, const TeacherPart<T>& par
 
 // The gradient in a teacher: forward KL p·(log p − log q − D)/τ, reverse KL (p − q)/τ, times the row's factor.
 template <typename T>
-void teacher_gradient(const T* t, const T* s, int count, const TeacherPart<T>& part, T max_s, T sum_s, T log_sum_s,
-                      T d, T factor, const Sweep<T>& sweep, Divergence divergence, T* out) {
+void teacher_gradient(const T* t, const T* s, int count, const TeacherPart<T>& part, T max_s, T sum_s, T log_sum_s, T d,
+                      T factor, const Sweep<T>& sweep, Divergence divergence, T* out) {
   const T max = finite_or_zero(part.max);
   max_s = finite_or_zero(max_s);
   const T to_p = 1 / part.sum, to_q = 1 / sum_s, scale = factor * sweep.inv_t;
@@ -268,8 +270,8 @@ void teacher_gradient(const T* t, const T* s, int count, const TeacherPart<T>& p
 
 template <typename T>
 struct Row {
-  int64_t n;                               // which row
-  int64_t student;                         // where it starts, in elements
+  int64_t n;        // which row
+  int64_t student;  // where it starts, in elements
   int64_t teacher[kMaxTeachers];
   int64_t target;
 
@@ -368,7 +370,8 @@ void write_student_gradient(const KDArgs<T>& args, const Row<T>& row, const Swee
     }
     if (g.reads_student) {
       const T* s = read_tile(args.student, row.student, begin, count, tiles.student.values);
-      student_gradient(sweep.student_at_one, s, tiles.keeps_exps ? tiles.exps.values : nullptr, count, max, sweep, g, args.divergence, sum, out);
+      student_gradient(sweep.student_at_one, s, tiles.keeps_exps ? tiles.exps.values : nullptr, count, max, sweep, g,
+                       args.divergence, sum, out);
     }
     if (row.target >= begin && row.target < begin + count) out[row.target - begin] -= g.label;
     write_tile(gradient, args.student.dtype, to + begin, count, out);
@@ -390,10 +393,11 @@ struct RowNumbers {  // of one row: from RowState in the forward, from row_stats
 
 // `logs`: reverse KL and the teachers' own gradients need log Σ.
 template <typename T>
-void gradient_factors(const KDArgs<T>& args, const RowNumbers<T>& row, T f, const Sweep<T>& sweep,
-                      bool logs, GradientFactors<T>& out) {
+void gradient_factors(const KDArgs<T>& args, const RowNumbers<T>& row, T f, const Sweep<T>& sweep, bool logs,
+                      GradientFactors<T>& out) {
   const T per_logit = f * args.kd_scale * sweep.inv_t;
-  T total_weight = 0, mean_divergence = 0, soft = 0;  // soft: summed as the teachers' factors are, so that C = 1 gives 0
+  T total_weight = 0, mean_divergence = 0,
+    soft = 0;  // soft: summed as the teachers' factors are, so that C = 1 gives 0
   bool kd = false;
   for (int k = 0; k < args.teachers; ++k) {
     const T w = args.kd_scale == 0 ? T(0) : row.weight[k];
@@ -425,8 +429,8 @@ bool row_counts(const KDArgs<T>& args, int64_t n) {
 }
 
 template <typename T>
-void write_stats(const KDForward<T>& args, int64_t n, const RowNumbers<T>& row, const T* ce, const T* h,
-                 T student_ce, T scale) {
+void write_stats(const KDForward<T>& args, int64_t n, const RowNumbers<T>& row, const T* ce, const T* h, T student_ce,
+                 T scale) {
   const RowStats at{args.teachers};
   T* out = args.row_stats + n;
   const int64_t rows = args.rows;
@@ -501,7 +505,8 @@ void forward_row(const KDForward<T>& args, int64_t n, const Sweep<T>& sweep, Row
     }
     if (soft && args.rule == WeightRule::entropy) h[k] = entropy(teacher.sum1, teacher.dot1);
   }
-  const bool confidence = soft && args.rule == WeightRule::confidence, by_entropy = soft && args.rule == WeightRule::entropy;
+  const bool confidence = soft && args.rule == WeightRule::confidence,
+             by_entropy = soft && args.rule == WeightRule::entropy;
   if (confidence) confidence_weights(ce, numbers.weight, args.teachers, 1);
   if (by_entropy) entropy_weights(h, numbers.weight, args.teachers, 1);
 
@@ -511,7 +516,8 @@ void forward_row(const KDForward<T>& args, int64_t n, const Sweep<T>& sweep, Row
     if (numbers.weight[k] != 0) loss += args.kd_scale * numbers.weight[k] * numbers.divergence[k];
   }
   if (hard) {
-    const T label = widen_one<T>(args.student.data, args.student.dtype, row.student + row.target * args.student.class_stride);
+    const T label =
+        widen_one<T>(args.student.data, args.student.dtype, row.student + row.target * args.student.class_stride);
     student_ce = smoothed_cross_entropy(state.student, label, args.label_smoothing, args.classes);
     loss += args.ce_weight * student_ce;
   }
@@ -570,9 +576,8 @@ void write_teacher_gradient(const KDBackward<T>& args, const Row<T>& row, int k,
     const int count = tile_count(args.classes, begin);
     const T* t = read_tile(logits, row.teacher[k], begin, count, tiles.teacher.values);
     const T* s = read_tile(args.student, row.student, begin, count, tiles.student.values);
-    teacher_gradient(t, s, count, factors.part[k], numbers.student_max, numbers.student_sum,
-                     factors.student.log_sum, numbers.divergence[k],
-                     f * args.kd_scale * weight, sweep, args.divergence, tiles.out.values);
+    teacher_gradient(t, s, count, factors.part[k], numbers.student_max, numbers.student_sum, factors.student.log_sum,
+                     numbers.divergence[k], f * args.kd_scale * weight, sweep, args.divergence, tiles.out.values);
     write_tile(args.teacher_gradient[k], logits.dtype, row.n * args.classes + begin, count, tiles.out.values);
   }
 }

@@ -20,7 +20,9 @@
 namespace mtkd_fast {
 
 template <typename T>
-MTKD_HD constexpr T infinity() { return std::numeric_limits<T>::infinity(); }
+MTKD_HD constexpr T infinity() {
+  return std::numeric_limits<T>::infinity();
+}
 
 MTKD_HD float exp_of(float x) { return expf(x); }
 MTKD_HD double exp_of(double x) { return exp(x); }
@@ -29,11 +31,15 @@ MTKD_HD double log_of(double x) { return log(x); }
 
 // max that keeps no NaN: NaN reaches the sums through its own exponential.
 template <typename T>
-MTKD_HD T larger(T a, T b) { return b > a ? b : a; }
+MTKD_HD T larger(T a, T b) {
+  return b > a ? b : a;
+}
 
 // x − max, where a maximum of −inf means that every logit so far is −inf.
 template <typename T>
-MTKD_HD T shifted(T x, T max) { return x - (max == -infinity<T>() ? T(0) : max); }
+MTKD_HD T shifted(T x, T max) {
+  return x - (max == -infinity<T>() ? T(0) : max);
+}
 
 // One softmax: the largest logit, Σ e^{(x−max)/τ}, and at temperature 1 Σ e^{x−max}, Σ e^{x−max}(x−max), Σ (x−max).
 template <typename T>

@@ -34,7 +34,8 @@ inline DType dtype_of(const Tensor& x) {
     case at::kDouble:
       return DType::f64;
     default:
-      TORCH_CHECK_TYPE(false, "logits and features must be float32, bfloat16, float16 or float64, got ", x.scalar_type());
+      TORCH_CHECK_TYPE(false, "logits and features must be float32, bfloat16, float16 or float64, got ",
+                       x.scalar_type());
   }
 }
 
@@ -70,8 +71,10 @@ struct RowGrid {
         (found == 1 ? inner : outer) *= size;
         continue;
       }
-      TORCH_CHECK_VALUE(found < 2, "student_logits and teacher_logits must have rows that two strides can reach; "
-                        "got leading dimensions of ", tensors[0].sizes(), " that need more: call .contiguous() first");
+      TORCH_CHECK_VALUE(found < 2,
+                        "student_logits and teacher_logits must have rows that two strides can reach; "
+                        "got leading dimensions of ",
+                        tensors[0].sizes(), " that need more: call .contiguous() first");
       (found == 0 ? inner : outer) = size;
       auto& strides = found == 0 ? inner_stride : outer_stride;
       for (size_t i = 0; i < tensors.size(); ++i) strides[i] = tensors[i].stride(d);

@@ -33,7 +33,9 @@ inline void store(T* to, Vec<T> x) {
 }
 
 template <typename T>
-inline Vec<T> splat(T x) { return x - Vec<T>{}; }
+inline Vec<T> splat(T x) {
+  return x - Vec<T>{};
+}
 
 // x with its upper half moved onto its lower half, `kHalf` lanes down: one step of a reduction tree.
 template <typename T, int kHalf>

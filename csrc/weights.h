@@ -18,7 +18,9 @@ constexpr NamedWeightRule kWeightRules[] = {{"uniform", WeightRule::uniform},
 
 // e^{a−max}, where a = max = +inf counts as 1: teachers of infinite cross-entropy share the softmax.
 template <typename T>
-MTKD_HD T relative_exp(T a, T max) { return a == max ? T(1) : exp_of(a - max); }
+MTKD_HD T relative_exp(T a, T max) {
+  return a == max ? T(1) : exp_of(a - max);
+}
 
 // CE_k = log Σ e^{t−max} − (t_y − max), at temperature 1. A row without a finite logit is NaN, not +inf.
 template <typename T>
@@ -29,7 +31,9 @@ MTKD_HD T cross_entropy(T sum1, T max, T label_logit) {
 
 // H_k = log Σ e^{t−max} − Σ e^{t−max}(t−max) / Σ e^{t−max}, at temperature 1.
 template <typename T>
-MTKD_HD T entropy(T sum1, T dot1) { return log_of(sum1) - dot1 / sum1; }
+MTKD_HD T entropy(T sum1, T dot1) {
+  return log_of(sum1) - dot1 / sum1;
+}
 
 // (1 − softmax_k CE_k)/(K−1), written over `ce` -> `w`, element k at k·stride.
 template <typename T>

@@ -23,7 +23,9 @@ def one_of(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def number(name: str, value: object, *, above: float = -math.inf, low: float = -math.inf, high: float = math.inf) -> None:
+def number(
+    name: str, value: object, *, above: float = -math.inf, low: float = -math.inf, high: float = math.inf
+) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not (-math.inf < value < math.inf and value > above and low <= value <= high):  # isfinite breaks a traced graph
@@ -83,7 +85,9 @@ def same_device(name: str, value: Tensor, student: Tensor) -> None:
 
 def row_shape(name: str, value: Tensor, rows: torch.Size) -> None:
     if value.shape != rows:
-        raise ValueError(f"{name} must have shape {tuple(rows)}, one number per row of logits, got {tuple(value.shape)}")
+        raise ValueError(
+            f"{name} must have shape {tuple(rows)}, one number per row of logits, got {tuple(value.shape)}"
+        )
 
 
 def target(value: object, like: Tensor) -> Tensor | None:
@@ -176,7 +180,9 @@ def feature_pairs(student: object, teacher: object) -> tuple[list[Tensor], list[
         for name, feature in ((f"student_features[{k}]", f), (f"teacher_features[{k}]", g)):
             logits_dtype(name, tensor(name, feature))
             if feature.dim() == 0 or feature.shape[1:].numel() == 0:
-                raise ValueError(f"{name} must have shape [N, ...], one or more numbers a sample, got {tuple(feature.shape)}")
+                raise ValueError(
+                    f"{name} must have shape [N, ...], one or more numbers a sample, got {tuple(feature.shape)}"
+                )
             if feature.device != students[0].device:
                 raise ValueError(f"{name} must be on {students[0].device} like the others, got {feature.device}")
         if f.shape != g.shape:

@@ -1,7 +1,8 @@
 """The ops of torch.ops.mtkd_fast: their schemas and what they return, without a kernel.
 
 Declared here and nowhere else, so that a build without C++ has the same ops, and torch.compile sees one graph either
-way. C++ adds the implementations of ``kd*`` and ``hint*`` (csrc/ops.cpp), Triton those of ``*_triton*`` (triton_ops.py).
+way. C++ adds the implementations of ``kd*`` and ``hint*`` (csrc/*_ops.cpp, *_autograd.cpp), Triton those of ``*_triton*``
+(triton_ops.py).
 
     kd, kd_divergence, hint         with autograd; what the public functions call
     *_forward, *_backward, ...      the passes over memory, without autograd
@@ -9,6 +10,8 @@ way. C++ adds the implementations of ``kd*`` and ``hint*`` (csrc/ops.cpp), Trito
 ``row_stats`` is one [6K + 5, N] buffer, N the flattened rows: see ``RowStats`` in csrc/kd.h. Without ``stats`` or
 ``keep_stats`` only its last row, the scale, is defined.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -53,12 +56,10 @@ def row_stats_size(n_teachers: int) -> int:
 
 
 def n_rows(logits: Tensor) -> int:
-    return logits.shape[:-1].numel()
+    return math.prod(logits.shape[:-1])  # Size.numel() would fix a symbolic size
 
 
-def fake_kd_forward(
-    student: Tensor, teachers: list[Tensor], *arguments: object
-) -> tuple[Tensor, Tensor, Tensor]:
+def fake_kd_forward(student: Tensor, teachers: list[Tensor], *arguments: object) -> tuple[Tensor, Tensor, Tensor]:
     *_, reduction, _, _, write_gradient = arguments
     dtype = compute_dtype(student, *teachers)
     loss = student.new_empty(student.shape[:-1] if reduction == "none" else (), dtype=dtype)

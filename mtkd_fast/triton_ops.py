@@ -11,6 +11,7 @@ from mtkd_fast.schemas import LIBRARY
 
 ops = torch.ops.mtkd_fast
 
+
 def kd_forward(
     student, teachers, target, weights, row_weights, num_items,
     rule, divergence, temperature, kd_scale, ce_weight, label_smoothing, ignore_index, reduction,
@@ -78,7 +79,7 @@ class KDLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, options, student, target, weights, row_weights, num_items, *teachers):
-        rule, divergence, temperature, kd_scale, ce_weight, label_smoothing, *_ = options
+        _, *of_backward = options[:6]  # divergence, temperature, kd_scale, ce_weight, label_smoothing
         in_forward = gradient_in_forward(student, teachers)
         weights_need = weights is not None and weights.requires_grad
         loss, row_stats, gradient = ops.kd_triton_forward(
@@ -87,7 +88,7 @@ class KDLoss(torch.autograd.Function):
         ctx.mark_non_differentiable(row_stats)
         ctx.set_materialize_grads(False)
         ctx.in_forward = in_forward
-        ctx.options = (divergence, temperature, kd_scale, ce_weight, label_smoothing)
+        ctx.options = of_backward
         logits = () if in_forward else (student, *teachers)
         ctx.save_for_backward(row_stats, gradient, target, weights if weights_need else None, *logits)
         return loss, row_stats
@@ -103,16 +104,12 @@ class KDLoss(torch.autograd.Function):
             student, *teachers = logits
             needs = [ctx.needs_input_grad[1], *ctx.needs_input_grad[6:]]
             used = row_stats[len(teachers) : 2 * len(teachers)]
-            found = ops.kd_triton_backward(
-                student, teachers, target, used, upstream, row_stats, *ctx.options, needs
-            )
+            found = ops.kd_triton_backward(student, teachers, target, used, upstream, row_stats, *ctx.options, needs)
             student_gradient, *teacher_gradients = [g if need else None for g, need in zip(found, needs, strict=True)]
         weights_gradient = None
         if weights is not None:
             weights_gradient = weight_gradient(weights, upstream, row_stats, ctx.options[2])
-        return refuse_double_backward(
-            None, student_gradient, None, weights_gradient, None, None, *teacher_gradients
-        )
+        return refuse_double_backward(None, student_gradient, None, weights_gradient, None, None, *teacher_gradients)
 
 
 def finish_gradient(gradient: Tensor, upstream: Tensor, scale: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mtkd_fast.hint import hint_loss
 from mtkd_fast.kd import multi_teacher_kd_loss, teacher_weights
+from mtkd_fast.reference.kd import compute_dtype
 
 
 class CAMKDLoss(nn.Module):
@@ -104,5 +105,5 @@ class CAMKDLoss(nn.Module):
         """v [K, N]."""
         if not self.official_code:
             return teacher_weights(head_logits, target, rule="confidence", implementation=self.implementation)
-        ce = torch.stack([F.cross_entropy(u.float(), target, reduction="none") for u in head_logits])
+        ce = torch.stack([F.cross_entropy(u.to(compute_dtype(u)), target, reduction="none") for u in head_logits])
         return (1 - ce.softmax(0)) / (len(head_logits) - 1) if len(head_logits) > 1 else torch.ones_like(ce)

@@ -1,7 +1,7 @@
 """The op ``hint``: K pairs of features, per-sample distance, per-sample weights, as the formulas say it.
 
-    m_k[n] = mean over the elements of sample n of (f_k − g_k)²
-    loss   = Σ_k w_k[n] m_k[n], then the reduction over samples
+m_k[n] = mean over the elements of sample n of (f_k − g_k)²
+loss   = Σ_k w_k[n] m_k[n], then the reduction over samples
 """
 
 import torch

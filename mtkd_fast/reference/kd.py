@@ -52,7 +52,7 @@ def kd(
     ignore_index: int,
     reduction: str,
 ) -> tuple[Tensor, KDStats]:
-    """student [..., C] and K teachers [..., C] -> (loss, stats). Arguments are those of the public function, checked."""
+    """student [..., C] and K teachers [..., C] -> (loss, stats). The public function has checked the arguments."""
     rows, n_classes = student.shape[:-1], student.shape[-1]
     dtype = compute_dtype(student, *teachers)
     s = student.reshape(-1, n_classes).to(dtype)
