@@ -19,9 +19,14 @@ constexpr NamedDivergence kDivergences[] = {{"forward_kl", Divergence::forward_k
 // sum_x, sum_y: Σ e^{(·−max)/τ}; cross: Σ e^{(x−m_x)/τ}((x−m_x) − (y−m_y)). A row without a finite logit has sum 0:
 // NaN.
 template <typename T>
-MTKD_HD T kl_from_sums(T cross, T sum_x, T sum_y, T inv_t) {
+MTKD_HD T kl_from_sums(T cross, T sum_x, T log_sum_x, T sum_y, T log_sum_y, T inv_t) {
   if (sum_y == T(0)) return std::numeric_limits<T>::quiet_NaN();
-  return cross * inv_t / sum_x - log_of(sum_x) + log_of(sum_y);
+  return cross * inv_t / sum_x - log_sum_x + log_sum_y;
+}
+
+template <typename T>
+MTKD_HD T kl_from_sums(T cross, T sum_x, T sum_y, T inv_t) {
+  return kl_from_sums(cross, sum_x, log_of(sum_x), sum_y, log_of(sum_y), inv_t);
 }
 
 }  // namespace mtkd_fast

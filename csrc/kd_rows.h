@@ -298,6 +298,7 @@ struct Tiles {
   Tile<T> student, teacher, exps, sum, out;
   std::vector<Tile<T>> teacher_exps;  // one a teacher where the gradient takes them from the first sweep, else one
   bool keeps_exps;
+  const T* student_tile = nullptr;  // the last one read: the whole row, where it keeps the exponentials
 
   Tiles(int teachers, bool keeps_exps) : teacher_exps(keeps_exps ? teachers : 1), keeps_exps(keeps_exps) {}
   T* exps_of(int k) { return teacher_exps[keeps_exps ? k : 0].values; }
@@ -332,6 +333,7 @@ void sweep_row(const KDForward<T>& args, const Row<T>& row, const Sweep<T>& swee
   for (int64_t begin = 0; begin < args.classes; begin += kTileColumns) {
     const int count = tile_count(args.classes, begin);
     const T* s = read_tile(args.student, row.student, begin, count, tiles.student.values);
+    tiles.student_tile = s;
     Raise<T> raise_s;
     const T sum_before = state.student.sum;
     raise_to(state.student, tile_max(s, count), sweep.inv_t, &raise_s);
@@ -365,11 +367,13 @@ void write_student_gradient(const KDArgs<T>& args, const Row<T>& row, const Swee
     for (int i = 0; i < padded(count, kLanes<T>); ++i) sum[i] = 0, out[i] = g.constant;
     for (int k = 0; k < args.teachers; ++k) {
       if (parts[k].weight == 0) continue;
-      const T* t = read_tile(args.teacher[k], row.teacher[k], begin, count, tiles.teacher.values);
-      add_teacher(t, tiles.keeps_exps ? tiles.exps_of(k) : nullptr, count, parts[k], sweep, args.divergence, sum);
+      const T* exps = tiles.keeps_exps && args.divergence == Divergence::forward_kl ? tiles.exps_of(k) : nullptr;
+      const T* t = exps ? nullptr : read_tile(args.teacher[k], row.teacher[k], begin, count, tiles.teacher.values);
+      add_teacher(t, exps, count, parts[k], sweep, args.divergence, sum);
     }
     if (g.reads_student) {
-      const T* s = read_tile(args.student, row.student, begin, count, tiles.student.values);
+      const T* s = tiles.keeps_exps ? tiles.student_tile
+                                    : read_tile(args.student, row.student, begin, count, tiles.student.values);
       student_gradient(sweep.student_at_one, s, tiles.keeps_exps ? tiles.exps.values : nullptr, count, max, sweep, g,
                        args.divergence, sum, out);
     }
@@ -490,14 +494,16 @@ void forward_row(const KDForward<T>& args, int64_t n, const Sweep<T>& sweep, Row
   numbers.student_max = state.student.max;
   numbers.student_sum = state.student.sum;
   numbers.student_sum1 = state.student.sum1;
+  const T log_s = log_of(state.student.sum);
   for (int k = 0; k < args.teachers; ++k) {
     const SoftmaxState<T>& teacher = state.teacher[k];
     numbers.teacher_max[k] = reads[k] ? teacher.max : T(0);
     numbers.teacher_sum[k] = teacher.sum;
     const bool forward = args.divergence == Divergence::forward_kl;
+    const T s = state.student.sum, t = teacher.sum, log_t = log_of(t);
     numbers.divergence[k] = !reads[k] ? T(0)
-                            : forward ? kl_from_sums(state.cross[k], teacher.sum, state.student.sum, sweep.inv_t)
-                                      : kl_from_sums(state.cross[k], state.student.sum, teacher.sum, sweep.inv_t);
+                            : forward ? kl_from_sums(state.cross[k], t, log_t, s, log_s, sweep.inv_t)
+                                      : kl_from_sums(state.cross[k], s, log_s, t, log_t, sweep.inv_t);
     if (soft && args.rule == WeightRule::confidence) {
       const Logits& logits = args.teacher[k];
       const T label = widen_one<T>(logits.data, logits.dtype, row.teacher[k] + row.target * logits.class_stride);
