@@ -69,15 +69,32 @@ def check_compiler() -> None:
             stop(f"{compiler} cannot compile with OpenMP (-fopenmp); install its OpenMP runtime (libgomp)")
 
 
+def pybind11_headers() -> list[str]:
+    """The package's own; without it, the copy among torch's headers is found."""
+    try:
+        import pybind11
+    except ImportError:
+        return []
+    return [pybind11.get_include()]
+
+
+def architectures(home: str) -> str:
+    """TORCH_CUDA_ARCH_LIST, or Ampere, Hopper and Blackwell where this nvcc knows them, and PTX for later ones."""
+    if "TORCH_CUDA_ARCH_LIST" in os.environ:
+        return os.environ["TORCH_CUDA_ARCH_LIST"]
+    known = subprocess.run([f"{home}/bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    found = [number for number in ("8.0", "9.0", "10.0") if f"compute_{number.replace('.', '')}" in known]
+    return ";".join(found) + "+PTX"
+
+
 def extension(kind: str):
-    import pybind11
     from torch.utils import cpp_extension
 
     check_compiler()
     options = {
         "name": "mtkd_fast._C",
         "sources": [f"csrc/{name}" for name in SOURCES],
-        "include_dirs": [pybind11.get_include()],
+        "include_dirs": pybind11_headers(),
         "depends": [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").iterdir())],
         "extra_link_args": ["-fopenmp"],
     }
@@ -87,9 +104,8 @@ def extension(kind: str):
     home = cuda_home()
     if home is None:
         stop("MTKD_FAST_BUILD=cuda needs nvcc, which is neither on the PATH nor under CUDA_HOME")
-    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0")
-    os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
-    macros = ["-DMTKD_CUDA", f'-DMTKD_CUDA_ARCHITECTURES="sm {architectures}"']
+    os.environ["TORCH_CUDA_ARCH_LIST"] = architectures(home)
+    macros = ["-DMTKD_CUDA", f'-DMTKD_CUDA_ARCHITECTURES="sm {architectures(home)}"']
     options["sources"] += [f"csrc/{name}" for name in CUDA_SOURCES]
     # A plain C++ extension with the static CUDA runtime: it links, and loads, beside a CPU build of torch too.
     options["library_dirs"] = [f"{home}/lib64"]

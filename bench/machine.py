@@ -30,7 +30,7 @@ def facts(device: str) -> dict:
         "mtkd_fast": mtkd_fast.__version__,
         "implementations": {name: found.note for name, found in mtkd_fast.implementations().items()},
         "commit": commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 

@@ -23,10 +23,6 @@ struct Logits {
   DType dtype;
 };
 
-MTKD_HD int64_t row_offset(const Logits& x, int64_t row, int64_t inner) {
-  return (row / inner) * x.outer_stride + (row % inner) * x.inner_stride;
-}
-
 // acc_t: float, or double when any logits are float64.
 template <typename acc_t>
 struct KDArgs {

@@ -60,7 +60,7 @@ bool gradient_in_forward(const Tensor& student, TensorList teachers, const KDOpt
          fits_on_chip(student, teachers, o);
 }
 
-// gradient·upstream. In place when the graph is not kept, since then nobody else can see the buffer.
+// gradient·upstream. In place when the graph is not kept: then only hooks on saved tensors could still hold the buffer.
 Tensor finish_gradient(const Tensor& gradient, const Tensor& upstream, const Tensor& scale) {
   static const auto rescale = op<Rescale>("mtkd_fast::kd_rescale");
   static const auto rescale_ = op<RescaleInPlace>("mtkd_fast::kd_rescale_");
@@ -123,12 +123,12 @@ struct KDLoss : public torch::autograd::Function<KDLoss> {
     const size_t student_at = 0, weights_at = n_teachers + 2, inputs = n_teachers + 6;
     variable_list gradients(inputs);
 
+    if (weights.defined())  // before the gradient is finished in place, so that an error leaves it as it was
+      gradients[weights_at] = weight_gradient(weights.detach(), upstream, row_stats, n_teachers, kd_scale);
     if (ctx->saved_data["in_forward"].toBool())
       gradients[student_at] = finish_gradient(gradient, upstream, row_stats.select(0, -1));
     else if (saved.size() > 3)
       recompute(ctx, saved, upstream, n_teachers, kd_scale, gradients);
-    if (weights.defined())
-      gradients[weights_at] = weight_gradient(weights.detach(), upstream, row_stats, n_teachers, kd_scale);
     refuse_double_backward(gradients);
     return gradients;
   }
@@ -140,7 +140,7 @@ struct KDLoss : public torch::autograd::Function<KDLoss> {
     const Tensor &row_stats = saved[0], &target = saved[3], &student = saved[4];
     const TensorList teachers(saved.data() + 5, n_teachers);
     c10::List<bool> needs;
-    for (int64_t i = 0; i <= n_teachers; ++i) needs.push_back(saved[4 + i].requires_grad());
+    for (int64_t i = 0; i <= n_teachers; ++i) needs.push_back(saved[4 + i].requires_grad() && ctx->needs_input_grad(i));
     const std::vector<Tensor> found =
         backward.call(student, teachers, target.defined() ? OptionalTensor(target) : std::nullopt,
                       row_stats.narrow(0, n_teachers, n_teachers), upstream, row_stats,
@@ -191,7 +191,7 @@ struct KDDivergence : public torch::autograd::Function<KDDivergence> {
     const int64_t n_teachers = static_cast<int64_t>(saved.size()) - 2;
     const TensorList teachers(saved.data() + 2, n_teachers);
     c10::List<bool> needs;
-    for (int64_t i = 0; i <= n_teachers; ++i) needs.push_back(saved[1 + i].requires_grad());
+    for (int64_t i = 0; i <= n_teachers; ++i) needs.push_back(saved[1 + i].requires_grad() && ctx->needs_input_grad(i));
     variable_list gradients(n_teachers + 3);
     {
       at::AutoDispatchBelowADInplaceOrView below;

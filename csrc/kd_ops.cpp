@@ -1,5 +1,5 @@
 // The passes of the op `kd` on tensors: checks that keep memory safe, allocation, reduction. Autograd is in
-// kd_autograd.cpp; friendly errors and defaults are in mtkd_fast/checks.py and functional.py.
+// kd_autograd.cpp; friendly errors and defaults are in mtkd_fast/checks.py and kd.py.
 #include "tensors.h"
 
 namespace mtkd_fast {

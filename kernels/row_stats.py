@@ -94,7 +94,7 @@ def raise_cross(cross, sum_x, shift_x, factor_x, shift_y):
 
 @triton.jit
 def cross_term(x, e, dx, dy):
-    """One element of that sum. `e` is e^{(x−m_x)/τ}. Where y is impossible and x is not, +inf, also if e underflowed."""
+    """One element of that sum. `e` is e^{(x−m_x)/τ}. +inf where y is impossible and x is not, even if e underflowed."""
     ratio = tl.where(x == -INF, 0.0, dx - dy)
     return tl.where(ratio == INF, ratio, e * ratio)
 

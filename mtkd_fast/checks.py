@@ -187,7 +187,8 @@ def feature_pairs(student: object, teacher: object) -> tuple[list[Tensor], list[
                 raise ValueError(f"{name} must be on {students[0].device} like the others, got {feature.device}")
         if f.shape != g.shape:
             raise ValueError(
-                f"teacher_features[{k}] must have shape {tuple(f.shape)} like student_features[{k}], got {tuple(g.shape)}"
+                f"teacher_features[{k}] must have shape {tuple(f.shape)} like student_features[{k}], "
+                f"got {tuple(g.shape)}"
             )
         if f.shape[0] != students[0].shape[0]:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Which implementation runs: a pure function of the device, the dtype and what is built. Nothing falls back silently."""
+"""Which implementation runs: a function of the device, the dtype and what is built. Nothing falls back silently."""
 
 import importlib.util
 import os
@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mtkd_fast import schemas  # noqa: F401  (the ops must be declared before the extension adds to them)
 
@@ -22,6 +23,7 @@ except ImportError as error:
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # fixed when a Triton kernel is decorated, so read once
 NAMES = ("cpp", "triton", "reference")
+FUSED_DIVERGENCES = ("forward_kl", "reverse_kl")  # of kDivergences in csrc/divergences.h; others are the reference's
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -66,22 +68,26 @@ _AVAILABLE = {
 }
 
 
-def choose(implementation: str | None, *tensors: Tensor) -> str:
+def choose(implementation: str | None, *tensors: Tensor, divergence: str | None = None) -> str:
     """The name of the implementation that runs on these tensors (all on one device)."""
     device = tensors[0].device.type
     if implementation is None:
-        return _best(device, tensors)
+        return _best(device, tensors, divergence)
     if implementation not in NAMES:
         raise ValueError(f"implementation must be one of {', '.join(map(repr, NAMES))} or None, got {implementation!r}")
-    reason = _why_not(implementation, device, tensors)
+    reason = _why_not(implementation, device, tensors, divergence)
     if reason:
         raise ValueError(f"implementation={implementation!r} cannot run on {device} tensors: {reason}")
     return implementation
 
 
-def _why_not(implementation: str, device: str, tensors: tuple[Tensor, ...]) -> str | None:
+def _why_not(implementation: str, device: str, tensors: tuple[Tensor, ...], divergence: str | None) -> str | None:
     if implementation == "reference":
         return None
+    if forward_ad._current_level >= 0:
+        return "forward-mode derivatives need implementation='reference'"
+    if divergence is not None and divergence not in FUSED_DIVERGENCES:
+        return f"divergence={divergence!r} has no fused kernel yet"
     available = _AVAILABLE[implementation]
     if device not in available.devices:
         return available.note
@@ -92,12 +98,12 @@ def _why_not(implementation: str, device: str, tensors: tuple[Tensor, ...]) -> s
     return None
 
 
-def _best(device: str, tensors: tuple[Tensor, ...]) -> str:
+def _best(device: str, tensors: tuple[Tensor, ...], divergence: str | None) -> str:
     """CPU: C++. GPU: Triton, until measurements say otherwise. The reference elsewhere, with a warning on a GPU."""
     for implementation in ("cpp",) if device == "cpu" else ("triton", "cpp"):
-        if _why_not(implementation, device, tensors) is None:
+        if _why_not(implementation, device, tensors, divergence) is None:
             return implementation
-    if device == "cuda":
+    if device != "cpu":
         _warn_reference(device)
     return "reference"
 
@@ -107,5 +113,5 @@ def _warn_reference(device: str) -> None:
         warnings.warn(
             f"mtkd_fast runs the plain PyTorch reference on {device} tensors; "
             "mtkd_fast.implementations() says why the fused kernels do not",
-            stacklevel=4,
+            stacklevel=5,
         )

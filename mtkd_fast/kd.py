@@ -33,13 +33,15 @@ def multi_teacher_kd_loss(
     """Distils K teachers into one student: kd_weight · τ² · Σ_k w_k D(p_k, q) + ce_weight · CE, in one pass.
 
     Args:
-        student_logits: [..., C], float32, bfloat16, float16 or float64. Read in place, whatever its strides.
+        student_logits: [..., C], float32, bfloat16, float16 or float64. Read in place: any stride along the classes,
+            and rows that two strides reach (all of a contiguous tensor, `logits[:, :-1]`, expanded rows).
         teacher_logits: K tensors [..., C], each with its own dtype and strides, or one [K, ..., C] tensor. 1 to 64
             teachers. A teacher that requires grad gets its gradient.
         target: [...] integer labels. Needed for ``weights="confidence"`` and for ``ce_weight``.
         weights: "uniform" (1/K), "confidence" (CA-MKD: (1 − softmax_k CE_k)/(K−1)), "entropy" (EBKD:
             (1 − H_k/ΣH)/(K−1)), or a tensor [K] or [K, ...] used as it is, any sign and sum. Rules are constants; a
-            tensor that requires grad gets D_k times its row's factors. A teacher of weight 0 is not read.
+            tensor that requires grad gets D_k times its row's factors; one that does not lets a teacher of weight 0 go
+            unread.
         temperature: τ > 0, of the divergence only: the weights and the hard label live at temperature 1.
         temperature_squared: multiply the divergences by τ², so that gradients keep their size (Hinton et al., 2015).
         divergence: "forward_kl", KL(p‖q), or "reverse_kl", KL(q‖p); p the teacher, q the student.
@@ -86,7 +88,7 @@ def multi_teacher_kd_loss(
     items = checks.num_items(num_items, student, reduction)
     if ce_weight != 0 and labels is None:
         raise ValueError(f"target must be given for the hard label, since ce_weight = {ce_weight}; got None")
-    chosen = dispatch.choose(implementation, student, *teachers)
+    chosen = dispatch.choose(implementation, student, *teachers, divergence=divergence)
 
     kd_scale = kd_weight * temperature**2 if temperature_squared else kd_weight
     if isinstance(items, float):
@@ -119,7 +121,7 @@ def multi_teacher_divergence(
     teachers = checks.teacher_logits(teacher_logits, student)
     checks.one_of("divergence", divergence, tuple(DIVERGENCES))
     checks.number("temperature", temperature, above=0)
-    chosen = dispatch.choose(implementation, student, *teachers)
+    chosen = dispatch.choose(implementation, student, *teachers, divergence=divergence)
     if chosen == "reference":
         return reference.divergences(student, teachers, divergence=divergence, temperature=temperature)
     if chosen == "triton":

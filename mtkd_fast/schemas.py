@@ -1,8 +1,8 @@
 """The ops of torch.ops.mtkd_fast: their schemas and what they return, without a kernel.
 
 Declared here and nowhere else, so that a build without C++ has the same ops, and torch.compile sees one graph either
-way. C++ adds the implementations of ``kd*`` and ``hint*`` (csrc/*_ops.cpp, *_autograd.cpp), Triton those of ``*_triton*``
-(triton_ops.py).
+way. C++ adds the implementations of ``kd*`` and ``hint*`` (csrc/*_ops.cpp, *_autograd.cpp), Triton those of
+``*_triton*`` (triton_ops.py).
 
     kd, kd_divergence, hint         with autograd; what the public functions call
     *_forward, *_backward, ...      the passes over memory, without autograd
@@ -94,7 +94,7 @@ def fake_hint_backward(
 
     def gradient(f: Tensor, g: Tensor) -> Tensor:
         kept = torch.empty_like(f)  # has the strides of f only where f is dense
-        alike = f.stride() == g.stride() == kept.stride()
+        alike = f.stride() == g.stride() == kept.stride() and f.stride(0) * f.shape[0] == f.numel()
         return kept if alike else torch.empty_like(f, memory_format=torch.contiguous_format)
 
     pairs = zip(student, teacher, needs, strict=True)

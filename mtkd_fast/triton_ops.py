@@ -1,4 +1,4 @@
-"""The Triton implementation as ops of torch.ops.mtkd_fast, and their autograd (the twin of csrc/ops.cpp)."""
+"""The Triton implementation as ops of torch.ops.mtkd_fast, and their autograd (the twin of csrc/kd_autograd.cpp)."""
 
 from collections.abc import Sequence
 
@@ -17,6 +17,8 @@ def kd_forward(
     rule, divergence, temperature, kd_scale, ce_weight, label_smoothing, ignore_index, reduction,
     skip_zero_weights, keep_stats, write_gradient,
 ):  # fmt: skip
+    if target is not None:
+        target = target.long()  # an ignore_index of −100 would wrap in uint8
     items = None
     if reduction == "mean":
         items = counted_rows(student, target, row_weights, ignore_index) if num_items is None else num_items
@@ -113,7 +115,7 @@ class KDLoss(torch.autograd.Function):
 
 
 def finish_gradient(gradient: Tensor, upstream: Tensor, scale: Tensor) -> Tensor:
-    """gradient · upstream. In place when the graph is not kept, since then nobody else can see the buffer."""
+    """gradient · upstream. In place when the graph is not kept: then only saved-tensor hooks could hold it."""
     if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
         return ops.kd_triton_rescale(gradient, upstream, scale)
     ops.kd_triton_rescale_(gradient, upstream, scale)

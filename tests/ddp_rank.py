@@ -1,17 +1,14 @@
 """One process of the distributed test. A module of its own, which a spawned process can import by its name."""
 
-import os
-
 import torch
 import torch.distributed as dist
 
 from mtkd_fast import multi_teacher_kd_loss
 
 
-def train_one_rank(rank: int, port: str, implementation: str, found) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+def train_one_rank(rank: int, store: str, implementation: str, found) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     torch.manual_seed(0)
     features, target = torch.randn(8, 6), torch.randint(4, (8,))
     teachers = [torch.randn(8, 4) for _ in range(2)]

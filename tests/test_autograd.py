@@ -1,7 +1,5 @@
 """Autograd as training loops use it: scalers, autocast, hooks, optimizers, data parallel."""
 
-import socket
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -234,16 +232,10 @@ def test_training_reaches_the_same_student_in_float64(implementation):
     torch.testing.assert_close(train(implementation), train("reference"), rtol=1e-10, atol=1e-12)
 
 
-def _free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
-
-
-def test_distributed_data_parallel_on_two_processes(implementation):
+def test_distributed_data_parallel_on_two_processes(implementation, tmp_path):
     with torch.multiprocessing.Manager() as manager:
         found = manager.dict()
-        torch.multiprocessing.spawn(train_one_rank, (_free_port(), implementation, found), nprocs=2)
+        torch.multiprocessing.spawn(train_one_rank, (f"file://{tmp_path}/store", implementation, found), nprocs=2)
         found = {rank: torch.tensor(gradient) for rank, gradient in found.items()}
     assert torch.equal(found[0], found[1])
     torch.testing.assert_close(found[0], found["whole"], rtol=1e-5, atol=1e-7)
@@ -277,3 +269,21 @@ def test_divergence_is_differentiable_under_gradcheck_in_float64(backend):
             lambda s, *t, d=divergence: backend.divergence(s, t, divergence=d, temperature=2.0), leaves
         )
     assert multi_teacher_divergence(leaves[0], leaves[1:]).dtype == F64
+
+
+@pytest.mark.parametrize("name", ["cpp", "triton"])
+def test_forward_mode_is_refused_where_it_is_not_computed(name):
+    """A silent zero tangent would be a wrong derivative."""
+    student, teachers = torch.randn(N, C), [torch.randn(N, C)]
+    with pytest.raises(ValueError, match="reference"):
+        torch.func.jvp(
+            lambda s: multi_teacher_kd_loss(s, teachers, implementation=name), (student,), (torch.randn(N, C),)
+        )
+
+
+def test_forward_mode_by_default_is_that_of_the_reference():
+    student, direction, teachers = torch.randn(N, C), torch.randn(N, C), [torch.randn(N, C)]
+    _, tangent = torch.func.jvp(lambda s: multi_teacher_kd_loss(s, teachers), (student,), (direction,))
+    leaf = student.clone().requires_grad_()
+    multi_teacher_kd_loss(leaf, teachers).backward()
+    torch.testing.assert_close(tangent, (leaf.grad * direction).sum(), rtol=1e-4, atol=1e-6)

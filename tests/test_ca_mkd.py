@@ -121,3 +121,12 @@ def test_adapter_survives_its_state_dict():
     b.load_state_dict(a.state_dict())
     x, teacher = torch.randn(N, 3, 4, 4), torch.randn(N, 5, 2, 2)
     assert torch.equal(a(x, teacher), b(x, teacher))
+
+
+def test_ignored_rows_count_in_neither_term(inputs):
+    student, teachers, target, adapted, features, heads = inputs
+    target = target.clone()
+    target[2:] = -100
+    some = CAMKDLoss()(student, teachers, target, adapted, features, heads)
+    kept = [[x[:2] for x in xs] if isinstance(xs, list) else xs[:2] for xs in inputs]
+    torch.testing.assert_close(some, CAMKDLoss()(*kept), rtol=1e-12, atol=0)

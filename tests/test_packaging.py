@@ -134,3 +134,10 @@ def test_every_public_function_and_class_shows_an_example():
         public = getattr(mtkd_fast, name)
         if inspect.isfunction(public) or (inspect.isclass(public) and issubclass(public, torch.nn.Module)):
             assert ">>>" in public.__doc__, f"{name} has no example"
+
+
+def test_the_readme_is_finished():
+    readme = (ROOT / "README.md").read_text()
+    assert not re.findall(r"@[A-Z]+@", readme)
+    for image in re.findall(r"!\[.*?\]\((.+?)\)", readme):
+        assert (ROOT / image).exists(), image

@@ -98,8 +98,11 @@ class CAMKDLoss(nn.Module):
         if missing:
             raise ValueError(f"the hint term needs {', '.join(hints)} together, got None for {', '.join(missing)}")
         weights = self._feature_weights(head_logits, target)
-        hint = hint_loss(adapted_features, teacher_features, weights=weights, implementation=self.implementation)
-        return loss + self.hint_weight * share * hint
+        hint = hint_loss(
+            adapted_features, teacher_features, weights=weights, reduction="sum", implementation=self.implementation
+        )
+        counted = (target != -100).sum().clamp(min=1)  # as the terms on logits
+        return loss + self.hint_weight * share * hint / counted
 
     def _feature_weights(self, head_logits: Sequence[Tensor], target: Tensor) -> Tensor:
         """v [K, N]."""
