@@ -455,13 +455,17 @@ void write_stats(const KDForward<T>& args, int64_t n, const RowNumbers<T>& row, 
 }
 
 template <typename T>
+void zero_row(const Logits& like, void* gradient, int64_t n, int64_t classes) {
+  const T zeros[kTileColumns] = {};
+  for (int64_t begin = 0; begin < classes; begin += kTileColumns)
+    write_tile(gradient, like.dtype, n * classes + begin, tile_count(classes, begin), zeros);
+}
+
+template <typename T>
 void skip_row(const KDForward<T>& args, int64_t n) {
   for (int i = 0; i < RowStats{args.teachers}.size(); ++i) args.row_stats[i * args.rows + n] = 0;
   args.row_loss[n] = 0;
-  if (!args.gradient) return;
-  const T zeros[kTileColumns] = {};
-  for (int64_t begin = 0; begin < args.classes; begin += kTileColumns)
-    write_tile(args.gradient, args.student.dtype, n * args.classes + begin, tile_count(args.classes, begin), zeros);
+  if (args.gradient) zero_row<T>(args.student, args.gradient, n, args.classes);
 }
 
 // −log q[y] at temperature 1, smoothed as in torch.nn.functional.cross_entropy.
@@ -563,13 +567,6 @@ void read_stats(const KDBackward<T>& args, int64_t n, RowNumbers<T>& row) {
     row.teacher_sum[k] = in[at.teacher_sum(k) * rows];
     row.weight[k] = args.weights[k * args.weights_teacher_stride + n * args.weights_row_stride];
   }
-}
-
-template <typename T>
-void zero_row(const Logits& like, void* gradient, int64_t n, int64_t classes) {
-  const T zeros[kTileColumns] = {};
-  for (int64_t begin = 0; begin < classes; begin += kTileColumns)
-    write_tile(gradient, like.dtype, n * classes + begin, tile_count(classes, begin), zeros);
 }
 
 template <typename T>

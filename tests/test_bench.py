@@ -177,7 +177,7 @@ def test_peak_memory_counts_what_a_loss_allocates():
     shape = Shape(1024, 1000, 1)  # 4.1 MB a tensor
     pages = 100_000  # the grain of the measure, as memory.py says
     peaks = memory.peak_extra(shape, "cpu", dict.fromkeys(("eager", "cpp")), "uniform")
-    assert peaks["eager"] >= 4 * shape.gradient_bytes - pages  # log q, p, the divergence and the gradient at the least
+    assert peaks["eager"] >= 4 * shape.gradient_bytes  # log q, p, the divergence and the gradient at the least
     if "cpp" in peaks:
         assert peaks["cpp"] >= shape.gradient_bytes - pages
     assert peaks["eager"] < 20 * shape.gradient_bytes
