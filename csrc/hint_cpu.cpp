@@ -1,4 +1,8 @@
 // The op `hint` on the CPU: hint_rows.h, compiled per instruction set.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include <cstdint>
 #include <type_traits>
 

@@ -55,25 +55,6 @@ int64_t mean_elements(TensorList features) {
   return elements / std::max<int64_t>(1, static_cast<int64_t>(features.size()) * features[0].size(0));
 }
 
-template <typename T>
-using CudaLauncher = const char* (*)(const HintArgs<T>&, int, void*);
-
-template <typename T>
-CudaLauncher<T> forward_cuda() {
-#ifdef MTKD_CUDA
-  if constexpr (std::is_same_v<T, float>) return hint_forward_cuda;
-#endif
-  return nullptr;
-}
-
-template <typename T>
-CudaLauncher<T> backward_cuda() {
-#ifdef MTKD_CUDA
-  if constexpr (std::is_same_v<T, float>) return hint_backward_cuda;
-#endif
-  return nullptr;
-}
-
 Tensor hint_forward(TensorList student, TensorList teacher, const OptionalTensor& weights) {
   std::vector<Tensor> all(student.begin(), student.end());
   all.insert(all.end(), teacher.begin(), teacher.end());
@@ -85,7 +66,7 @@ Tensor hint_forward(TensorList student, TensorList teacher, const OptionalTensor
     Tensor distance = at::empty({args.pairs, args.samples}, student[0].options().dtype(dtype));
     args.distance = distance.mutable_data_ptr<T>();
     run<HintArgs<T>>(student[0].device(), args, args.pairs * args.samples, 2 * mean_elements(student), hint_forward_cpu,
-                     forward_cuda<T>());
+                     MTKD_CUDA_LAUNCHER(hint_forward_cuda));
     return distance;
   });
 }
@@ -106,7 +87,7 @@ std::vector<Tensor> hint_backward(TensorList student, TensorList teacher, const 
       args.pair[k].gradient = needs[k] ? gradients[k].mutable_data_ptr() : nullptr;
     }
     run<HintArgs<T>>(student[0].device(), args, args.pairs * args.samples, 3 * mean_elements(student),
-                     hint_backward_cpu, backward_cuda<T>());
+                     hint_backward_cpu, MTKD_CUDA_LAUNCHER(hint_backward_cuda));
     return gradients;
   });
 }

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "divergences.h"
+#include "row_stats.h"
 #include "weights.h"
 
 namespace mtkd_fast {

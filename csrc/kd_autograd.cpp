@@ -94,6 +94,7 @@ struct KDLoss : public torch::autograd::Function<KDLoss> {
                                                     /*skip_zero_weights=*/!weights_need,
                                                     /*keep_stats=*/o.stats || weights_need || !in_forward, in_forward);
     ctx->mark_non_differentiable({row_stats});
+    ctx->set_materialize_grads(false);  // no [6K+5, N] zeros for row_stats at every backward
 
     variable_list saved{row_stats, weights_need ? *weights : Tensor(), gradient};
     const bool recompute = !in_forward && (student.requires_grad() || any_requires_grad(teachers));
@@ -119,9 +120,10 @@ struct KDLoss : public torch::autograd::Function<KDLoss> {
     const variable_list saved = ctx->get_saved_variables();
     const int64_t n_teachers = ctx->saved_data["teachers"].toInt();
     const double kd_scale = ctx->saved_data["kd_scale"].toDouble();
-    const Tensor &row_stats = saved[0], &weights = saved[1], &gradient = saved[2], upstream = upstreams[0].detach();
     const size_t student_at = 0, weights_at = n_teachers + 2, inputs = n_teachers + 6;
     variable_list gradients(inputs);
+    if (!upstreams[0].defined()) return gradients;
+    const Tensor &row_stats = saved[0], &weights = saved[1], &gradient = saved[2], upstream = upstreams[0].detach();
 
     if (weights.defined())  // before the gradient is finished in place, so that an error leaves it as it was
       gradients[weights_at] = weight_gradient(weights.detach(), upstream, row_stats, n_teachers, kd_scale);

@@ -1,6 +1,14 @@
 // The op `kd` on the CPU: kd_rows.h, compiled per instruction set.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <algorithm>
 #include <cstdint>
-#include <vector>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <type_traits>
 
 #include "cpu_capability.h"
 #include "kd.h"

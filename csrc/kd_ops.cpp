@@ -14,7 +14,6 @@ auto by_name(const Named (&table)[kCount], c10::string_view name, const char* ar
   TORCH_CHECK_VALUE(false, argument, " is not known to the fused kernels: '", name, "'");
 }
 
-template <typename T>
 Logits logits(const Tensor& x, const RowGrid& grid, size_t i) {
   return {x.const_data_ptr(), grid.outer_stride[i], grid.inner_stride[i], x.stride(-1), dtype_of(x)};
 }
@@ -36,8 +35,8 @@ void fill(KDArgs<T>& args, const Tensor& student, TensorList teachers, std::stri
   if (student.numel() == 0) args.rows = 0;
   args.inner = grid.inner;
   args.teachers = static_cast<int>(teachers.size());
-  args.student = logits<T>(student, grid, 0);
-  for (size_t k = 0; k < teachers.size(); ++k) args.teacher[k] = logits<T>(teachers[k], grid, k + 1);
+  args.student = logits(student, grid, 0);
+  for (size_t k = 0; k < teachers.size(); ++k) args.teacher[k] = logits(teachers[k], grid, k + 1);
   args.target = nullptr;
   args.row_weights = nullptr;
   args.ignore_index = 0;
@@ -117,46 +116,6 @@ Tensor reduced_loss(const Tensor& row_loss, const OptionalTensor& items) {
   return loss;
 }
 
-template <typename T>
-using CudaLauncher = const char* (*)(const T&, int, void*);
-
-#ifdef MTKD_CUDA
-template <typename T>
-CudaLauncher<KDForward<T>> forward_cuda() {
-  if constexpr (std::is_same_v<T, float>)
-    return kd_forward_cuda;
-  else
-    return nullptr;
-}
-template <typename T>
-CudaLauncher<KDBackward<T>> backward_cuda() {
-  if constexpr (std::is_same_v<T, float>)
-    return kd_backward_cuda;
-  else
-    return nullptr;
-}
-template <typename T>
-CudaLauncher<KDRescale<T>> rescale_cuda() {
-  if constexpr (std::is_same_v<T, float>)
-    return kd_rescale_cuda;
-  else
-    return nullptr;
-}
-#else
-template <typename T>
-CudaLauncher<KDForward<T>> forward_cuda() {
-  return nullptr;
-}
-template <typename T>
-CudaLauncher<KDBackward<T>> backward_cuda() {
-  return nullptr;
-}
-template <typename T>
-CudaLauncher<KDRescale<T>> rescale_cuda() {
-  return nullptr;
-}
-#endif
-
 std::tuple<Tensor, Tensor, Tensor> kd_forward(const Tensor& student, TensorList teachers, const OptionalTensor& target,
                                               const OptionalTensor& weights, const OptionalTensor& row_weights,
                                               const OptionalTensor& num_items, c10::string_view rule,
@@ -212,7 +171,7 @@ std::tuple<Tensor, Tensor, Tensor> kd_forward(const Tensor& student, TensorList 
     args.row_stats = row_stats.mutable_data_ptr<T>();
     args.gradient = write_gradient ? gradient.mutable_data_ptr() : nullptr;
     run<KDForward<T>>(student.device(), args, args.rows, args.classes * (args.teachers + 1), kd_forward_cpu,
-                      forward_cuda<T>());
+                      MTKD_CUDA_LAUNCHER(kd_forward_cuda));
 
     if (none) return {row_loss.view(student.sizes().slice(0, student.dim() - 1)), row_stats, gradient};
     return {reduced_loss<T>(row_loss, items), row_stats, gradient};
@@ -260,7 +219,7 @@ std::vector<Tensor> kd_backward(const Tensor& student, TensorList teachers, cons
     args.student_gradient = gradient_of(student, needs[0]);
     for (int k = 0; k < args.teachers; ++k) args.teacher_gradient[k] = gradient_of(teachers[k], needs[k + 1]);
     run<KDBackward<T>>(student.device(), args, args.rows, args.classes * (args.teachers + 1), kd_backward_cpu,
-                       backward_cuda<T>());
+                       MTKD_CUDA_LAUNCHER(kd_backward_cuda));
     return gradients;
   });
 }
@@ -283,7 +242,7 @@ void rescale_into(const Tensor& gradient, const Tensor& upstream, const Tensor& 
     args.upstream = up.const_data_ptr<T>();
     args.upstream_stride = up.stride(0);
     args.scale = scales.const_data_ptr<T>();
-    run<KDRescale<T>>(gradient.device(), args, rows, args.classes, kd_rescale_cpu, rescale_cuda<T>());
+    run<KDRescale<T>>(gradient.device(), args, rows, args.classes, kd_rescale_cpu, MTKD_CUDA_LAUNCHER(kd_rescale_cuda));
   });
 }
 

@@ -6,6 +6,8 @@
 
 namespace mtkd_fast {
 
+#include "row_formulas.h"
+
 struct Row {
   int64_t index;
   RowPosition position;
@@ -63,8 +65,10 @@ template <Divergence kind>
 MTKD_DEVICE TeacherSummary summarise(const TeacherState& t, const SoftmaxState<float>& student, float label_logit,
                                      const Terms& terms, WeightRule rule) {
   TeacherSummary summary{0.0f, t.max, t.sum, 0.0f};
-  summary.divergence = kind == Divergence::forward_kl ? kl_from_sums(t.cross, t.sum, student.sum, terms.inv_t)
-                                                      : kl_from_sums(t.cross, student.sum, t.sum, terms.inv_t);
+  const float log_t = log_of(t.sum), log_s = log_of(student.sum);
+  summary.divergence = kind == Divergence::forward_kl
+                           ? kl_from_sums(t.cross, t.sum, log_t, student.sum, log_s, terms.inv_t)
+                           : kl_from_sums(t.cross, student.sum, log_s, t.sum, log_t, terms.inv_t);
   if (rule == WeightRule::confidence) summary.signal = cross_entropy(t.sum1, t.max, label_logit);
   if (rule == WeightRule::entropy) summary.signal = entropy(t.sum1, t.dot1);
   return summary;

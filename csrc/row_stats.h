@@ -24,6 +24,11 @@ MTKD_HD constexpr T infinity() {
   return std::numeric_limits<T>::infinity();
 }
 
+template <typename T>
+MTKD_HD constexpr T number(double x) {
+  return static_cast<T>(x);
+}
+
 MTKD_HD float exp_of(float x) { return expf(x); }
 MTKD_HD double exp_of(double x) { return exp(x); }
 MTKD_HD float log_of(float x) { return logf(x); }

@@ -14,6 +14,7 @@
 
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "kd.h"
@@ -106,22 +107,32 @@ inline void ask_for_huge_pages(const Tensor& x) {
 
 constexpr int64_t kGrain = 16384;  // elements a thread should have before another is woken, some 5 µs of work
 
-// Runs a launcher of kd.h or hint.h over `units` rows: CPU threads, or a CUDA stream. `cuda` may be null.
-template <typename Args>
+// Names a CUDA launcher of kd.h or hint.h, in a build that has them.
+#ifdef MTKD_CUDA
+#define MTKD_CUDA_LAUNCHER(NAME) NAME
+#else
+#define MTKD_CUDA_LAUNCHER(NAME) nullptr
+#endif
+
+// Runs a launcher of kd.h or hint.h over `units` rows: CPU threads, or a CUDA stream.
+template <typename Args, typename Cuda>
 void run(const at::Device& device, const Args& args, int64_t units, int64_t elements_per_unit,
-         void (*cpu)(const Args&, int64_t, int64_t), const char* (*cuda)(const Args&, int, void*)) {
+         void (*cpu)(const Args&, int64_t, int64_t), Cuda cuda) {
   if (units == 0) return;
   if (device.is_cpu()) {
     const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements_per_unit));
     at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) { cpu(args, begin, end); });
     return;
   }
-  TORCH_CHECK_TYPE(cuda != nullptr, "implementation='cpp' takes float32, bfloat16 and float16 on a GPU, got float64");
-  const c10::DeviceGuard guard(device);
-  const c10::impl::VirtualGuardImpl backend(device.type());
-  void* stream = backend.getStream(device).native_handle();
-  const char* error = cuda(args, device.index(), stream);
-  TORCH_CHECK(error == nullptr, "mtkd_fast CUDA kernel: ", error);
+  if constexpr (std::is_invocable_v<Cuda, const Args&, int, void*>) {
+    const c10::DeviceGuard guard(device);
+    const c10::impl::VirtualGuardImpl backend(device.type());
+    void* stream = backend.getStream(device).native_handle();
+    const char* error = cuda(args, device.index(), stream);
+    TORCH_CHECK(error == nullptr, "mtkd_fast CUDA kernel: ", error);
+  } else {
+    TORCH_CHECK_TYPE(false, "implementation='cpp' takes float32, bfloat16 and float16 on a GPU, got float64");
+  }
 }
 
 }  // namespace mtkd_fast

@@ -1,7 +1,6 @@
 // A tile of a row in T: widened on the way in, rounded once on the way out. Included once per instruction set.
 //
-// Every arithmetic loop works on whole vectors of a tile that is padded with −inf, which adds nothing to any sum. So
-// dtypes, strides and remainders are dealt with here and nowhere else.
+// Dtypes, strides and remainders are dealt with here and nowhere else.
 
 constexpr int kTileColumns = 1024;  // three tiles of floats, 12 KB, stay in L1 beside the rows streaming through
 
@@ -10,7 +9,8 @@ struct Tile {
   alignas(64) T values[kTileColumns];
 };
 
-constexpr int padded(int count, int lanes) { return (count + lanes - 1) / lanes * lanes; }
+template <typename T>
+constexpr DType kNative = sizeof(T) == sizeof(float) ? DType::f32 : DType::f64;
 
 template <typename To, typename From>
 inline To bits_of(From x) {
@@ -83,36 +83,46 @@ inline void widen(const void* row, DType dtype, int64_t at, int count, T* __rest
   }
 }
 
-// `count` >= kLanes numbers, copied and padded with −inf in stores of whole vectors, so that the loads that follow are
-// forwarded from them; a memcpy's overlapping stores are not, which costs more than the copy.
-template <typename T>
-void copy_padded(const T* from, int count, T* to) {
-  const int whole = count / kLanes<T> * kLanes<T>, rest = count - whole;
-  for (int i = 0; i < whole; i += kLanes<T>) store(to + i, load(from + i));
-  Bits<T> lane{};
-  for (int i = 0; i < kLanes<T>; ++i) lane[i] = i;
-  const Vec<T> last = __builtin_shuffle(load(from + count - kLanes<T>), lane + (kLanes<T> - rest));
-  store(to + whole, lane < rest ? last : splat(-infinity<T>()));
-}
-
-// Columns [begin, begin + count) of the row that starts at element `row`, padded with −inf to whole vectors. Returns
-// the row itself where it can be read as it stands.
+// Columns [begin, begin + count) of the row that starts at element `row`: where they stand, if they can be read there,
+// else widened to `to`.
 template <typename T>
 const T* read_tile(const Logits& x, int64_t row, int64_t begin, int count, T* to) {
-  const bool is_t = x.dtype == (sizeof(T) == sizeof(float) ? DType::f32 : DType::f64);
-  if (x.class_stride == 1 && is_t && count >= kLanes<T>) {
-    const T* from = static_cast<const T*>(x.data) + row + begin;
-    if (count % kLanes<T> == 0) return from;
-    copy_padded(from, count, to);
-    return to;
-  }
-  if (x.class_stride == 1)
+  if (x.class_stride == 1) {
+    if (x.dtype == kNative<T>) return static_cast<const T*>(x.data) + row + begin;
     widen(x.data, x.dtype, row + begin, count, to);
-  else
+  } else {
     for (int i = 0; i < count; ++i) to[i] = widen_one<T>(x.data, x.dtype, row + (begin + i) * x.class_stride);
-  for (int i = count; i < padded(count, kLanes<T>); ++i) to[i] = -infinity<T>();
+  }
   return to;
 }
+
+// A tile as whole vectors and a last one that is padded with −inf, which adds nothing to any sum.
+template <typename T>
+struct Vectors {
+  const T* values;
+  int whole;    // numbers in whole vectors
+  int rest;     // and after them
+  Vec<T> last;  // the rest, padded
+
+  Vectors() {}  // filled later, in place: a copy of scalars just stored, a vector at a time, would stall
+  Vectors(const T* tile, int count) { fill(tile, count); }
+
+  void fill(const T* tile, int count) {
+    values = tile;
+    whole = count / kLanes<T> * kLanes<T>;
+    rest = count - whole;
+    if (rest == 0) return;
+    Bits<T> lane{};
+    for (int i = 0; i < kLanes<T>; ++i) lane[i] = i;
+    if (whole > 0) {  // a load that ends with the tile, moved down: nothing is read past the row, nothing is copied
+      const Vec<T> end = __builtin_shuffle(load(tile + count - kLanes<T>), lane + (kLanes<T> - rest));
+      last = lane < rest ? end : splat(-infinity<T>());
+    } else {
+      last = splat(-infinity<T>());
+      for (int i = 0; i < rest; ++i) last[i] = tile[i];
+    }
+  }
+};
 
 // `count` numbers to element `at` of a contiguous output.
 template <typename T>
@@ -131,6 +141,16 @@ void write_tile(void* out, DType dtype, int64_t at, int count, const T* __restri
       for (int i = 0; i < count; ++i) static_cast<uint16_t*>(out)[at + i] = to_f16(static_cast<float>(from[i]));
       break;
   }
+}
+
+// The same, past the caches: for an output that will have left them before it is read. It spares the read of every line
+// that a plain store begins with. Only where nothing is converted.
+template <typename T>
+void stream_tile(T* out, int count, const T* from) {
+  int i = 0;
+  for (; i < count && reinterpret_cast<uintptr_t>(out + i) % MTKD_VEC_BYTES; ++i) out[i] = from[i];
+  for (; i + kLanes<T> <= count; i += kLanes<T>) stream(out + i, load(from + i));
+  for (; i < count; ++i) out[i] = from[i];
 }
 
 inline int tile_count(int64_t classes, int64_t begin) {

@@ -104,27 +104,45 @@ def as_arguments(
     return Teachers(_table(teachers[0].device, entries), None, None, dtype)
 
 
-# Tables by content and stream, the least recently used first. One that a CUDA graph recorded must outlive the graph.
+# Tables by content and stream, the least recently used first.
 _tables: OrderedDict[tuple, Tensor] = OrderedDict()
-_tables_in_graphs: dict[tuple, Tensor] = {}
 
 
 def _table(device: torch.device, entries: tuple[tuple[int, ...], ...]) -> Tensor:
-    on_gpu = device.type == "cuda"
-    key = (device, torch.cuda.current_stream(device).cuda_stream if on_gpu else 0, entries)
-    capturing = on_gpu and torch.cuda.is_current_stream_capturing()
-    table = _tables_in_graphs.get(key)
-    if table is None:
-        table = _tables.pop(key, None)
-    if table is None:
-        table = torch.tensor(entries, dtype=torch.int64, device=device)
-    if capturing or key in _tables_in_graphs:
-        _tables_in_graphs[key] = table
-    else:
-        _tables[key] = table
-        if len(_tables) > TABLES_KEPT:
-            _tables.popitem(last=False)
+    """[K, ENTRY]. A CUDA graph gets a table of its own, in its own memory, written again at every replay."""
+    if device.type != "cuda":
+        return torch.tensor(entries)
+    if torch.cuda.is_current_stream_capturing():
+        return write_table(device, entries)
+    key = (device, torch.cuda.current_stream(device).cuda_stream, entries)
+    table = _tables.pop(key, None)
+    _tables[key] = write_table(device, entries) if table is None else table
+    if len(_tables) > TABLES_KEPT:
+        _tables.popitem(last=False)
+    return _tables[key]
+
+
+def write_table(device: torch.device, entries: tuple[tuple[int, ...], ...]) -> Tensor:
+    """From the arguments of launches, which a graph can record; an upload it cannot."""
+    table = torch.empty(len(entries), ENTRY.value, dtype=torch.int64, device=device)
+    for k, entry in enumerate(entries):
+        write_entry[(1,)](table, k, *entry, num_warps=1)
     return table
+
+
+@triton.jit(do_not_specialize=["k", "address", "outer", "inner", "classes", "dtype", "gradient"])
+def write_entry(
+    table, k, address: tl.int64, outer: tl.int64, inner: tl.int64, classes: tl.int64, dtype: tl.int64,
+    gradient: tl.int64,
+):  # fmt: skip
+    """One variant for all values: nothing is left to compile when a graph is captured after a first call."""
+    entry = table + k * ENTRY
+    tl.store(entry, address)
+    tl.store(entry + 1, outer)
+    tl.store(entry + 2, inner)
+    tl.store(entry + 3, classes)
+    tl.store(entry + 4, dtype)
+    tl.store(entry + 5, gradient)
 
 
 @triton.jit

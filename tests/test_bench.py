@@ -175,11 +175,10 @@ def test_a_run_without_time_says_what_it_dropped():
 @pytest.mark.skipif(not memory.CLEAR_REFS.exists(), reason="peak memory on the CPU is measured through Linux's /proc")
 def test_peak_memory_counts_what_a_loss_allocates():
     shape = Shape(1024, 1000, 1)  # 4.1 MB a tensor
-    pages = 100_000  # the grain of the measure, as memory.py says
     peaks = memory.peak_extra(shape, "cpu", dict.fromkeys(("eager", "cpp")), "uniform")
     assert peaks["eager"] >= 4 * shape.gradient_bytes  # log q, p, the divergence and the gradient at the least
     if "cpp" in peaks:
-        assert peaks["cpp"] >= shape.gradient_bytes - pages
+        assert peaks["cpp"] >= shape.gradient_bytes  # and its scratch, which is more than the grain of the measure
     assert peaks["eager"] < 20 * shape.gradient_bytes
 
 

@@ -263,11 +263,13 @@ def test_trap_33_no_host_synchronisation(backend):
 
 @needs_gpu
 @pytest.mark.gpu
+@pytest.mark.parametrize("times", [1, 3])  # from five teachers on, Triton reads them through a table
 @every_strategy
-def test_trap_33_cuda_graph_capture(backend, n_classes):
+def test_trap_33_cuda_graph_capture(backend, n_classes, times):
     if backend.device != "cuda" or backend.name == "reference":
         pytest.skip("a matter of fused GPU kernels")
     student, teachers, target = draw(backend, n_classes)
+    teachers = [t.clone() for t in teachers * times]
     student.requires_grad_()
 
     def step():

@@ -1,0 +1,103 @@
+// A block of rows: up to one a lane, so that what is done once a row (logarithms, weights, factors of the gradient) is
+// done for all of them in SIMD registers. Included once per instruction set.
+
+// How e^{x} follows from e^{x/τ}: its τ-th power for τ = 1, 2, 4, its own exponential for other τ.
+enum class AtOne { unused, same, square, fourth, own };
+
+template <typename T>
+AtOne at_one(T temperature, bool used) {
+  if (!used) return AtOne::unused;
+  if (temperature == 1) return AtOne::same;
+  if (temperature == 2) return AtOne::square;
+  return temperature == 4 ? AtOne::fourth : AtOne::own;
+}
+
+template <typename T, AtOne kAtOne>
+inline Vec<T> exp_at_one(Vec<T> e, Vec<T> x) {
+  if constexpr (kAtOne == AtOne::same) return e;
+  if constexpr (kAtOne == AtOne::square) return e * e;
+  if constexpr (kAtOne == AtOne::fourth) return (e * e) * (e * e);
+  return exp2_of<T>(x * T(kLog2E));
+}
+
+// What the sweeps over the columns need to know.
+template <typename T>
+struct Sweep {
+  T inv_t;    // 1/τ
+  T to_exp2;  // log2(e)/τ
+  AtOne student_at_one, teacher_at_one;
+  bool entropy;
+
+  Sweep(const KDArgs<T>& args, bool hard, bool teacher_weights, bool entropy)
+      : inv_t(1 / args.temperature),
+        to_exp2(static_cast<T>(kLog2E / args.temperature)),
+        student_at_one(at_one(args.temperature, hard)),
+        teacher_at_one(at_one(args.temperature, teacher_weights)),
+        entropy(entropy) {}
+};
+
+template <typename T>
+struct Lanes {  // a number of every row
+  alignas(MTKD_VEC_BYTES) T of[kLanes<T>];
+
+  T& operator[](int row) { return of[row]; }
+  T operator[](int row) const { return of[row]; }
+  Vec<T> all() const { return load(of); }
+  Vec<T> operator=(Vec<T> x) {
+    store(of, x);
+    return x;
+  }
+};
+
+// What the sweep leaves of one tensor's rows (SoftmaxState of row_stats.h), and a teacher's cross sum.
+template <typename T>
+struct States {
+  Lanes<T> max, sum, sum1, dot1, total, cross;
+  Lanes<T> label;  // the logit at the target, where a cross-entropy is wanted
+};
+
+// What follows from them.
+template <typename T>
+struct TeacherNumbers {
+  Lanes<T> divergence, weight;
+  Lanes<T> signal;  // what a computed weight comes from: cross-entropy or entropy
+  Lanes<T> log_sum;
+  Lanes<T> factor;  // of its softmax numerators in the student's gradient
+};
+
+// The gradient of one row in the student is, for every column c, with e = e^{(s−max)/τ}, e1 = e^{s−max}:
+//   soft·e·(...) + hard·e1 + constant, and −label at the target; (...) is 1 less the teachers' share (forward KL), or
+//   W log q − Σ w_k log p_k − Σ w_k D_k (reverse KL).
+template <typename T>
+struct StudentNumbers {
+  Lanes<T> cross_entropy, log_sum;
+  Lanes<T> soft, hard, constant, label;
+  Lanes<T> used;             // how many teachers have a weight
+  Lanes<T> total_weight;     // W = Σ w_k
+  Lanes<T> mean_divergence;  // Σ w_k D_k, NaN if not finite: reverse KL has no gradient where it is infinite
+};
+
+template <typename T>
+struct Block {
+  int rows = 0;
+  int64_t n[kLanes<T>];                        // which rows
+  int64_t outer[kLanes<T>], inner[kLanes<T>];  // where they are: a division a row, 20 cycles, not one a tensor
+  int64_t target[kLanes<T>];                   // −1: none
+  Lanes<T> scale;                              // row weight / items, times the upstream in the backward
+  bool skips_zero_weights = false;             // a teacher of weight 0 is not read
+
+  States<T> student_state, teacher_state[kMaxTeachers];
+  StudentNumbers<T> student;
+  TeacherNumbers<T> teacher[kMaxTeachers];
+
+  void add(const KDArgs<T>& args, int64_t row) {
+    n[rows] = row;
+    outer[rows] = row / args.inner;
+    inner[rows] = row % args.inner;
+    target[rows] = args.target ? args.target[row] : -1;
+    ++rows;
+  }
+
+  int64_t start(const Logits& x, int row) const { return outer[row] * x.outer_stride + inner[row] * x.inner_stride; }
+  bool reads(int k, int row) const { return !(skips_zero_weights && teacher[k].weight[row] == 0); }
+};

@@ -1,0 +1,189 @@
+// The second sweep over the columns: gradients of one row of a block. It takes the exponentials that the first has
+// kept, or computes them again from rows that are in cache by then. Included once per instruction set.
+
+// x − max, with 0 for a maximum of −inf (nothing but −inf).
+template <typename T>
+inline T finite_or_zero(T max) {
+  return max == -infinity<T>() ? T(0) : max;
+}
+
+// How a tile's exponentials come to be relative to the row's maximum, which was found later.
+template <typename T>
+T catch_up(T max_then, T max, T inv_t) {
+  return max_then == max ? T(1) : exp_of((max_then - max) * inv_t);
+}
+
+// share = Σ_k factor_k·e_k from kept exponentials (forward KL).
+template <typename T>
+void share_of_kept(const KDArgs<T>& args, const Block<T>& block, int row, const Sweep<T>& sweep, int64_t begin,
+                   int count, Scratch<T>& scratch) {
+  const T* exps[kMaxTeachers];
+  T factor[kMaxTeachers];
+  int used = 0;
+  for (int k = 0; k < args.teachers; ++k) {
+    if (block.teacher[k].weight[row] == 0) continue;
+    const T max = finite_or_zero(block.teacher_state[k].max[row]);
+    factor[used] = block.teacher[k].factor[row] * catch_up(scratch.teacher_max_at(k, row, begin), max, sweep.inv_t);
+    exps[used++] = scratch.teacher_exps(k, row, begin);
+  }
+  constexpr int kL = kLanes<T>;
+  for (int i = 0; i < count; i += 4 * kL) {
+    Vec<T> a{}, b{}, c{}, d{};
+    for (int k = 0; k < used; ++k) {
+      const T* e = exps[k] + i;
+      a += factor[k] * load(e);
+      b += factor[k] * load(e + kL);
+      c += factor[k] * load(e + 2 * kL);
+      d += factor[k] * load(e + 3 * kL);
+    }
+    T* share = scratch.share.values + i;
+    store(share, a), store(share + kL, b), store(share + 2 * kL, c), store(share + 3 * kL, d);
+  }
+}
+
+// share += factor·e^{(t−max)/τ} (forward KL), or weight·log p (reverse KL, where −inf counts as 0: see
+// mean_divergence).
+template <typename T>
+void add_share(const Vectors<T>& tile, const KDArgs<T>& args, const Block<T>& block, int row, int k,
+               const Sweep<T>& sweep, T* share) {
+  const TeacherNumbers<T>& teacher = block.teacher[k];
+  const T max = finite_or_zero(block.teacher_state[k].max[row]);
+  if (args.divergence == Divergence::forward_kl) {
+    const T factor = teacher.factor[row];
+    for_each_vector(tile, false, [&](int i, Vec<T> x, auto) {
+      store(share + i, load(share + i) + factor * exp2_of<T>((x - max) * sweep.to_exp2));
+    });
+  } else {
+    const T weight = teacher.weight[row], log_sum = teacher.log_sum[row];
+    for_each_vector(tile, false, [&](int i, Vec<T> x, auto) {
+      const Vec<T> log_p = x == -infinity<T>() ? Vec<T>{} : (x - max) * sweep.inv_t - log_sum;
+      store(share + i, load(share + i) + weight * log_p);
+    });
+  }
+}
+
+// The teachers' share of the student's gradient, in scratch.share.
+template <typename T>
+void share_of_teachers(const KDArgs<T>& args, const Block<T>& block, int row, const Sweep<T>& sweep, int64_t begin,
+                       int count, Scratch<T>& scratch) {
+  if (scratch.keeps_teachers()) return share_of_kept(args, block, row, sweep, begin, count, scratch);
+  T* share = scratch.share.values;
+  for (int i = 0; i < count; i += kLanes<T>) store(share + i, Vec<T>{});
+  for (int k = 0; k < args.teachers; ++k) {
+    if (block.teacher[k].weight[row] == 0) continue;
+    const Logits& teacher = args.teacher[k];
+    const T* t = read_tile(teacher, block.start(teacher, row), begin, count, scratch.widened(0));
+    add_share(Vectors<T>(t, count), args, block, row, k, sweep, share);
+  }
+}
+
+template <typename T, AtOne kAtOne>
+void student_gradient(const KDArgs<T>& args, const Block<T>& block, int row, const Sweep<T>& sweep, int64_t begin,
+                      int count, Scratch<T>& scratch) {
+  const StudentNumbers<T>& g = block.student;
+  const T soft = g.soft[row], hard = g.hard[row], constant = g.constant[row], mean = g.mean_divergence[row],
+          total_weight = g.total_weight[row], log_sum = g.log_sum[row];
+  const T* share = scratch.share.values;
+  T* out = scratch.out.values;
+  auto put = [&](int i, Vec<T> x, Vec<T> e, Vec<T> log_q) {
+    Vec<T> gradient = args.divergence == Divergence::forward_kl
+                          ? soft * e - load(share + i)
+                          : soft * e * (total_weight * log_q - load(share + i) - mean);
+    if constexpr (kAtOne != AtOne::unused) gradient += hard * exp_at_one<T, kAtOne>(e, x) + constant;
+    store(out + i, gradient);
+  };
+  const T max = finite_or_zero(block.student_state.max[row]);
+  const bool needs_logits = args.divergence != Divergence::forward_kl || kAtOne == AtOne::own;
+  if (scratch.keeps_student() && !needs_logits) {
+    const T* exps = scratch.student_exps(row, begin);
+    const T late = catch_up(scratch.student_max_at(row, begin), max, sweep.inv_t);
+    for (int i = 0; i < count; i += kLanes<T>) put(i, Vec<T>{}, load(exps + i) * late, Vec<T>{});
+    return;
+  }
+  const T* s = read_tile(args.student, block.start(args.student, row), begin, count, scratch.widened(0));
+  for_each_vector(Vectors<T>(s, count), false, [&](int i, Vec<T> x_s, auto) {
+    const Vec<T> x = x_s - max;
+    const Vec<T> log_q = x_s == -infinity<T>() ? Vec<T>{} : x * sweep.inv_t - log_sum;
+    put(i, x, exp2_of<T>(x * sweep.to_exp2), log_q);
+  });
+}
+
+template <typename T>
+void student_gradient(const KDArgs<T>& args, const Block<T>& block, int row, const Sweep<T>& sweep, int64_t begin,
+                      int count, Scratch<T>& scratch) {
+  switch (sweep.student_at_one) {
+    case AtOne::unused:
+      return student_gradient<T, AtOne::unused>(args, block, row, sweep, begin, count, scratch);
+    case AtOne::same:
+      return student_gradient<T, AtOne::same>(args, block, row, sweep, begin, count, scratch);
+    case AtOne::square:
+      return student_gradient<T, AtOne::square>(args, block, row, sweep, begin, count, scratch);
+    case AtOne::fourth:
+      return student_gradient<T, AtOne::fourth>(args, block, row, sweep, begin, count, scratch);
+    case AtOne::own:
+      return student_gradient<T, AtOne::own>(args, block, row, sweep, begin, count, scratch);
+  }
+}
+
+template <typename T>
+void zero_row(const Logits& like, void* gradient, int64_t n, int64_t classes) {
+  const T zeros[kTileColumns] = {};
+  for (int64_t begin = 0; begin < classes; begin += kTileColumns)
+    write_tile(gradient, like.dtype, n * classes + begin, tile_count(classes, begin), zeros);
+}
+
+constexpr int64_t kStreamBytes = 4 << 20;  // a gradient larger than this will not be found in cache by its reader
+
+template <typename T>
+void write_student_gradient(const KDArgs<T>& args, const Block<T>& block, int row, const Sweep<T>& sweep,
+                            Scratch<T>& scratch, void* gradient) {
+  const int64_t to = block.n[row] * args.classes;
+  const bool hard = args.ce_weight != 0;
+  const bool streams =
+      args.student.dtype == kNative<T> && args.rows * args.classes * int64_t{sizeof(T)} >= kStreamBytes;
+  if (!hard && block.student.used[row] == 0) return zero_row<T>(args.student, gradient, block.n[row], args.classes);
+  for (int64_t begin = 0; begin < args.classes; begin += kTileColumns) {
+    const int count = tile_count(args.classes, begin);
+    share_of_teachers(args, block, row, sweep, begin, count, scratch);
+    student_gradient(args, block, row, sweep, begin, count, scratch);
+    const int64_t label = block.target[row] - begin;
+    if (hard && label >= 0 && label < count) scratch.out.values[label] -= block.student.label[row];
+    if (streams)
+      stream_tile(static_cast<T*>(gradient) + to + begin, count, scratch.out.values);
+    else
+      write_tile(gradient, args.student.dtype, to + begin, count, scratch.out.values);
+  }
+  if (streams) stream_fence();
+}
+
+// The gradient in teacher k: forward KL p·(log p − log q − D)/τ, reverse KL (p − q)/τ, times the row's factor.
+template <typename T>
+void write_teacher_gradient(const KDBackward<T>& args, const Block<T>& block, int row, int k, const Sweep<T>& sweep,
+                            Scratch<T>& scratch) {
+  const Logits &teacher = args.teacher[k], &student = args.student;
+  const TeacherNumbers<T>& numbers = block.teacher[k];
+  const int64_t n = block.n[row];
+  if (numbers.weight[row] == 0) return zero_row<T>(teacher, args.teacher_gradient[k], n, args.classes);
+
+  const T max_t = finite_or_zero(block.teacher_state[k].max[row]), max_s = finite_or_zero(block.student_state.max[row]);
+  const T to_p = 1 / block.teacher_state[k].sum[row], to_q = 1 / block.student_state.sum[row];
+  const T log_sums = numbers.log_sum[row] - block.student.log_sum[row], d = numbers.divergence[row];
+  const T scale = block.scale[row] * args.kd_scale * numbers.weight[row] * sweep.inv_t;
+  for (int64_t begin = 0; begin < args.classes; begin += kTileColumns) {
+    const int count = tile_count(args.classes, begin);
+    const T* s = read_tile(student, block.start(student, row), begin, count, scratch.widened(0));
+    const Vectors<T> tile_s(s, count);
+    for_each_vector(tile_s, false, [&](int i, Vec<T> x, auto) { store(scratch.share.values + i, x - max_s); });
+    const T* t = read_tile(teacher, block.start(teacher, row), begin, count, scratch.widened(0));
+    for_each_vector(Vectors<T>(t, count), false, [&](int i, Vec<T> x_t, auto) {
+      const Vec<T> dt = x_t - max_t, ds = load(scratch.share.values + i), p = to_p * exp2_of<T>(dt * sweep.to_exp2);
+      Vec<T> gradient;
+      if (args.divergence == Divergence::forward_kl)
+        gradient = x_t == -infinity<T>() ? Vec<T>{} : p * ((dt - ds) * sweep.inv_t - log_sums - d);
+      else
+        gradient = p - to_q * exp2_of<T>(ds * sweep.to_exp2);
+      store(scratch.out.values + i, scale * gradient);
+    });
+    write_tile(args.teacher_gradient[k], teacher.dtype, n * args.classes + begin, count, scratch.out.values);
+  }
+}

@@ -1,0 +1,249 @@
+// The first sweep over the columns: the states of a block of rows. Included once per instruction set.
+//
+// One exponential per element (two where τ is not 1, 2 or 4 and a weight rule or the hard label wants T = 1).
+
+// The columns that this tensor is asked for next, fetched towards L2 while these are worked on: the K + 1 rows are too
+// many short streams for the hardware to foresee.
+struct Ahead {
+  const char* from;
+  int bytes;  // an element
+
+  Ahead of_row(int64_t start) const { return {from + start * bytes, bytes}; }
+  void prefetch(int i) const { __builtin_prefetch(from + static_cast<int64_t>(i) * bytes, 0, 2); }
+};
+
+// Two tiles ahead in the row (one is too short a time for a memory that is busy), then on to the next block's row.
+template <typename T>
+Ahead ahead_of(const KDArgs<T>& args, const Logits& x, int rows, int64_t begin) {
+  constexpr int64_t kDistance = 2;
+  const int64_t tile = begin / kTileColumns + kDistance, tiles = (args.classes + kTileColumns - 1) / kTileColumns;
+  const int64_t rows_on = std::max<int64_t>(rows, tiles == 1 ? kDistance : 1);
+  const int64_t in_next = std::min(tile - tiles, tiles - 1) * kTileColumns + rows_on * x.inner_stride;
+  const int bytes = x.dtype == DType::f64 ? 8 : x.dtype == DType::f32 ? 4 : 2;
+  return {static_cast<const char*>(x.data) + (tile < tiles ? tile * kTileColumns : in_next) * bytes, bytes};
+}
+
+// Calls step(at, vector, careful) for every vector of a tile. A vector needs care if it may hold −inf.
+template <typename T, typename Step>
+inline void for_each_vector(const Vectors<T>& x, bool careful, Step step) {
+  if (careful)
+    for (int i = 0; i < x.whole; i += kLanes<T>) step(i, load(x.values + i), std::true_type());
+  else
+    for (int i = 0; i < x.whole; i += kLanes<T>) step(i, load(x.values + i), std::false_type());
+  if (x.rest) step(x.whole, x.last, std::true_type());
+}
+
+// One tensor's part of a tile: the block's rows, and their extremes. All rows' extremes come before anything that waits
+// for them.
+template <typename T>
+struct TileRows {
+  int64_t start[kLanes<T>];  // where the row begins
+  Vectors<T> row[kLanes<T>];
+  Lanes<T> max, min;  // of whole vectors only; NaN is not seen
+
+  template <typename Reads>
+  TileRows(const Logits& x, const Block<T>& block, int64_t begin, int count, Scratch<T>& scratch, Reads reads) {
+    max = min = splat(-infinity<T>());
+    for (int r = 0; r < block.rows; ++r) {
+      if (!reads(r)) continue;
+      start[r] = block.start(x, r);
+      row[r].fill(read_tile(x, start[r], begin, count, scratch.widened(r)), count);
+    }
+    for (int r = 0; r < block.rows; ++r)
+      if (reads(r)) find_extremes(r);
+  }
+
+ private:
+  void find_extremes(int r) {
+    const Vectors<T>& x = row[r];
+    Vec<T> high = splat(-infinity<T>()), low = splat(infinity<T>());
+    for (int i = 0; i < x.whole; i += kLanes<T>) {
+      const Vec<T> v = load(x.values + i);
+      high = v > high ? v : high;
+      low = v < low ? v : low;
+    }
+    if (x.rest) high = x.last > high ? x.last : high;
+    max[r] = max_of<T>(high);
+    min[r] = -max_of<T>(-low);
+  }
+};
+
+// The rows' states, ready for a tile: raised to its maximum. Only rows of several tiles come here more than once, and
+// those are alone in their block.
+template <typename T>
+Raise<T> prepare(States<T>& states, const Lanes<T>& tile_max, int64_t begin, T inv_t) {
+  if (begin == 0) {
+    states = {};
+    states.max = tile_max.all();
+  }
+  if (begin == 0 || !(tile_max[0] > states.max[0])) return {};
+  const Raise<T> by(states.max[0], tile_max[0], inv_t);
+  SoftmaxState<T> state{states.max[0],  states.sum[0],   states.sum1[0],
+                        states.dot1[0], states.total[0], static_cast<T>(begin)};
+  raise(state, tile_max[0], by);
+  states.max[0] = state.max;
+  states.sum[0] = state.sum;
+  states.sum1[0] = state.sum1;
+  states.dot1[0] = state.dot1;
+  states.total[0] = state.total;
+  return by;
+}
+
+// What is subtracted from a row's logits: the maximum, or 0 where that is −inf.
+template <typename T>
+Lanes<T> offsets(const States<T>& states) {
+  Lanes<T> x;
+  x = states.max.all() == -infinity<T>() ? Vec<T>{} : states.max.all();
+  return x;
+}
+
+template <typename T, AtOne kAtOne>
+void absorb_student(const KDArgs<T>& args, Block<T>& block, const Sweep<T>& sweep, int64_t begin, int count,
+                    Scratch<T>& scratch) {
+  const TileRows<T> tile(args.student, block, begin, count, scratch, [](int) { return true; });
+  States<T>& states = block.student_state;
+  scratch.student_sum_before = begin == 0 ? T(0) : states.sum[0];
+  scratch.student_raise = prepare(states, tile.max, begin, sweep.inv_t);
+  const Lanes<T> offset = offsets(states);
+  scratch.student_lowest = tile.min.all() - offset.all();
+  const Ahead next = ahead_of(args, args.student, block.rows, begin);
+
+  for (int row = 0; row < block.rows; ++row) {
+    const Vectors<T>& s = tile.row[row];
+    const Ahead ahead = next.of_row(tile.start[row]);
+    const T max = offset[row];
+    T* shifted = scratch.shifted(row);
+    T* exps = scratch.student_exps(row, begin);
+    scratch.student_max_at(row, begin) = max;
+    Vec<T> sum{}, sum1{}, total{};
+    for_each_vector(s, false, [&](int i, Vec<T> x, auto) {
+      ahead.prefetch(i);
+      x -= max;
+      const Vec<T> e = exp2_of<T>(x * sweep.to_exp2);
+      store(shifted + i, x);
+      store(exps + i, e);
+      sum += e;
+      if constexpr (kAtOne != AtOne::unused) {
+        sum1 += exp_at_one<T, kAtOne>(e, x);
+        if (i < s.whole) total += x;
+      }
+    });
+    states.sum[row] += sum_of<T>(sum);
+    if constexpr (kAtOne != AtOne::unused) {
+      states.sum1[row] += sum_of<T>(sum1);
+      T rest = 0;
+      for (int i = s.whole; i < count; ++i) rest += s.values[i] - max;  // not the padding
+      states.total[row] += sum_of<T>(total) + rest;
+      const int64_t label = block.target[row] - begin;
+      if (label >= 0 && label < count) states.label[row] = s.values[label];
+    }
+  }
+}
+
+// e·ratio, and +inf for a ratio of +inf even if e underflowed to 0.
+template <typename T>
+inline Vec<T> infinite_or_product(Vec<T> e, Vec<T> ratio) {
+  return ratio == infinity<T>() ? ratio : e * ratio;
+}
+
+// A tile of teacher k, and the cross sum with the student's.
+template <typename T, Divergence kDivergence, AtOne kAtOne, bool kEntropy>
+void absorb_teacher(const KDArgs<T>& args, Block<T>& block, int k, const Sweep<T>& sweep, int64_t begin, int count,
+                    Scratch<T>& scratch) {
+  constexpr bool kForward = kDivergence == Divergence::forward_kl;
+  const TileRows<T> tile(args.teacher[k], block, begin, count, scratch, [&](int row) { return block.reads(k, row); });
+  States<T>& states = block.teacher_state[k];
+  const T sum_before = states.sum[0];
+  const Raise<T> raise = prepare(states, tile.max, begin, sweep.inv_t);
+  if (begin > 0)
+    states.cross[0] = kForward ? raise_cross(states.cross[0], sum_before, raise, scratch.student_raise)
+                               : raise_cross(states.cross[0], scratch.student_sum_before, scratch.student_raise, raise);
+  const Lanes<T> offset = offsets(states);
+  const Vec<T> lowest = tile.min.all() - offset.all(), lowest_s = scratch.student_lowest.all();
+  Lanes<T> lower;  // of both
+  lower = lowest < lowest_s ? lowest : lowest_s;
+  const Ahead next = ahead_of(args, args.teacher[k], block.rows, begin);
+
+  for (int row = 0; row < block.rows; ++row) {
+    if (!block.reads(k, row)) continue;
+    const Vectors<T>& t = tile.row[row];
+    const Ahead ahead = next.of_row(tile.start[row]);
+    const T max = offset[row];
+    const T* student_shifted = scratch.shifted(row);
+    const T* student_exps = scratch.student_exps(row, begin);
+    T* exps = scratch.teacher_exps(k, row, begin);
+    scratch.teacher_max_at(k, row, begin) = max;
+    Vec<T> sum{}, sum1{}, dot1{}, crossed{};
+    for_each_vector(t, lower[row] == -infinity<T>(), [&](int i, Vec<T> dt, auto careful) {
+      ahead.prefetch(i);
+      dt -= max;
+      const Vec<T> ds = load(student_shifted + i);
+      const Vec<T> e = exp2_of<T>(dt * sweep.to_exp2);
+      store(exps + i, e);
+      sum += e;
+      // cross_term of row_stats.h, a vector at a time
+      const Vec<T> e_x = kForward ? e : load(student_exps + i), ratio = kForward ? dt - ds : ds - dt;
+      if constexpr (careful)
+        crossed += (kForward ? dt : ds) == -infinity<T>() ? Vec<T>{} : infinite_or_product<T>(e_x, ratio);
+      else
+        crossed += e_x * ratio;
+      if constexpr (kAtOne != AtOne::unused) {
+        const Vec<T> e1 = exp_at_one<T, kAtOne>(e, dt);
+        sum1 += e1;
+        if constexpr (kEntropy) dot1 += dt == -infinity<T>() ? Vec<T>{} : e1 * dt;
+      }
+    });
+    states.sum[row] += sum_of<T>(sum);
+    states.cross[row] += sum_of<T>(crossed);
+    if constexpr (kAtOne != AtOne::unused) {
+      states.sum1[row] += sum_of<T>(sum1);
+      const int64_t label = block.target[row] - begin;
+      if (label >= 0 && label < count) states.label[row] = t.values[label];
+    }
+    if constexpr (kEntropy) states.dot1[row] += sum_of<T>(dot1);
+  }
+}
+
+template <typename T>
+using AbsorbStudent = void (*)(const KDArgs<T>&, Block<T>&, const Sweep<T>&, int64_t, int, Scratch<T>&);
+template <typename T>
+using AbsorbTeacher = void (*)(const KDArgs<T>&, Block<T>&, int, const Sweep<T>&, int64_t, int, Scratch<T>&);
+
+template <typename T>
+AbsorbStudent<T> student_absorber(AtOne at_one) {
+  constexpr AbsorbStudent<T> kTable[] = {absorb_student<T, AtOne::unused>, absorb_student<T, AtOne::same>,
+                                         absorb_student<T, AtOne::square>, absorb_student<T, AtOne::fourth>,
+                                         absorb_student<T, AtOne::own>};
+  return kTable[static_cast<int>(at_one)];
+}
+
+template <typename T, Divergence kDivergence, bool kEntropy>
+AbsorbTeacher<T> teacher_absorber(AtOne at_one) {
+  constexpr AbsorbTeacher<T> kTable[] = {
+      absorb_teacher<T, kDivergence, AtOne::unused, kEntropy>, absorb_teacher<T, kDivergence, AtOne::same, kEntropy>,
+      absorb_teacher<T, kDivergence, AtOne::square, kEntropy>, absorb_teacher<T, kDivergence, AtOne::fourth, kEntropy>,
+      absorb_teacher<T, kDivergence, AtOne::own, kEntropy>};
+  return kTable[static_cast<int>(at_one)];
+}
+
+template <typename T>
+AbsorbTeacher<T> teacher_absorber(Divergence divergence, AtOne at_one, bool entropy) {
+  if (divergence == Divergence::forward_kl)
+    return entropy ? teacher_absorber<T, Divergence::forward_kl, true>(at_one)
+                   : teacher_absorber<T, Divergence::forward_kl, false>(at_one);
+  return entropy ? teacher_absorber<T, Divergence::reverse_kl, true>(at_one)
+                 : teacher_absorber<T, Divergence::reverse_kl, false>(at_one);
+}
+
+// Every state of the block's rows: the student's tile stays in cache while the K teachers pass by.
+template <typename T>
+void sweep_block(const KDForward<T>& args, Block<T>& block, const Sweep<T>& sweep, Scratch<T>& scratch) {
+  const AbsorbStudent<T> absorb_s = student_absorber<T>(sweep.student_at_one);
+  const AbsorbTeacher<T> absorb_t = teacher_absorber<T>(args.divergence, sweep.teacher_at_one, sweep.entropy);
+  for (int64_t begin = 0; begin < args.classes; begin += kTileColumns) {
+    const int count = tile_count(args.classes, begin);
+    absorb_s(args, block, sweep, begin, count, scratch);
+    for (int k = 0; k < args.teachers; ++k)
+      if (args.kd_scale != 0) absorb_t(args, block, k, sweep, begin, count, scratch);
+  }
+}
