@@ -3,7 +3,7 @@
 On a GPU: torch's own peak. On the CPU: the growth of the process's peak resident set (Linux's VmHWM) over one call, in
 a fresh process whose malloc gives freed memory back at once, so that C++ scratch counts like tensors do. The call is
 the first on its shape, after one on a few small rows, so that scratch which a thread keeps for the next call counts;
-compiled code, whose first call compiles, is measured at its second. Pages are the grain: below 0.1 MB it says little.
+compiled code, whose first call compiles, is measured at its second. Linux counts pages in batches: see ``grain``.
 
     python -m mtkd_fast.bench.memory 4096 1000 3 float32 confidence      prints {contender: bytes} as JSON
 """
@@ -11,6 +11,7 @@ compiled code, whose first call compiles, is measured at its second. Pages are t
 import ctypes
 import gc
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,15 @@ MMAP_BYTES = 32 << 10
 CLEAR_REFS = Path("/proc/self/clear_refs")
 WARM_ROWS = 8
 TIMEOUT_SECONDS = 300
+
+
+def grain() -> int:
+    """Bytes that a reading on the CPU may be off: what the processors have counted and not yet told each other.
+
+    A per-CPU counter of the kernel tells from ``max(32, 2·CPUs)`` pages on (lib/percpu_counter.c).
+    """
+    cpus = os.cpu_count() or 1
+    return max(32, 2 * cpus) * cpus * os.sysconf("SC_PAGE_SIZE")
 
 
 def peak_extra(shape: Shape, device: str, losses: dict[str, Loss], objective: str) -> dict[str, int]:

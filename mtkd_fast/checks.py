@@ -8,6 +8,7 @@ from torch import Tensor
 
 MAX_TEACHERS = 64
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # as the kernels hold numbers
 REDUCTIONS = ("none", "sum", "mean")
 WEIGHT_RULES = ("uniform", "confidence", "entropy")
 
@@ -33,6 +34,22 @@ def number(
         raise ValueError(f"{name} must be a finite number{bounds}, got {value!r}")
 
 
+def temperature(value: object) -> None:
+    number("temperature", value, above=0)
+    if not SMALLEST <= value <= LARGEST:
+        raise ValueError(f"temperature must be in [{SMALLEST:.2g}, {LARGEST:.2g}], got {value!r}")
+
+
+def flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
+
+
+def integer(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+
+
 def logits_dtype(name: str, value: Tensor) -> None:
     if value.dtype not in LOGIT_DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
@@ -46,22 +63,22 @@ def student_logits(value: object) -> Tensor:
     return student
 
 
-def teacher_sequence(value: object) -> list[Tensor]:
+def teacher_sequence(value: object, argument: str = "teacher_logits") -> list[Tensor]:
     """A sequence of K tensors, or one [K, ..., C] tensor, as a list; each a tensor of logits."""
     if isinstance(value, Tensor):
         if value.dim() < 2:
-            raise ValueError(f"teacher_logits, as one tensor, must have shape [K, ..., C], got {tuple(value.shape)}")
+            raise ValueError(f"{argument}, as one tensor, must have shape [K, ..., C], got {tuple(value.shape)}")
         teachers = list(value.unbind(0))
     elif isinstance(value, Sequence) and not isinstance(value, str):
         teachers = list(value)
     else:
         raise TypeError(
-            f"teacher_logits must be a sequence of K tensors or one [K, ..., C] tensor, got {type(value).__name__}"
+            f"{argument} must be a sequence of K tensors or one [K, ..., C] tensor, got {type(value).__name__}"
         )
     if not 1 <= len(teachers) <= MAX_TEACHERS:
-        raise ValueError(f"teacher_logits must hold 1 to {MAX_TEACHERS} teachers, got {len(teachers)}")
+        raise ValueError(f"{argument} must hold 1 to {MAX_TEACHERS} teachers, got {len(teachers)}")
     for k, teacher in enumerate(teachers):
-        name = f"teacher_logits[{k}]"
+        name = f"{argument}[{k}]"
         logits_dtype(name, tensor(name, teacher))
     return teachers
 
@@ -69,18 +86,19 @@ def teacher_sequence(value: object) -> list[Tensor]:
 def teacher_logits(value: object, student: Tensor) -> list[Tensor]:
     teachers = teacher_sequence(value)
     for k, teacher in enumerate(teachers):
-        if teacher.shape != student.shape:
-            raise ValueError(
-                f"teacher_logits[{k}] must have shape {tuple(student.shape)} like student_logits, "
-                f"got {tuple(teacher.shape)}"
-            )
-        same_device(f"teacher_logits[{k}]", teacher, student)
+        logits_like(f"teacher_logits[{k}]", teacher, student, "student_logits")
     return teachers
 
 
-def same_device(name: str, value: Tensor, student: Tensor) -> None:
-    if value.device != student.device:
-        raise ValueError(f"{name} must be on {student.device} like student_logits, got {value.device}")
+def logits_like(name: str, value: Tensor, other: Tensor, of: str) -> None:
+    if value.shape != other.shape:
+        raise ValueError(f"{name} must have shape {tuple(other.shape)} like {of}, got {tuple(value.shape)}")
+    same_device(name, value, other, of)
+
+
+def same_device(name: str, value: Tensor, other: Tensor, of: str = "student_logits") -> None:
+    if value.device != other.device:
+        raise ValueError(f"{name} must be on {other.device} like {of}, got {value.device}")
 
 
 def row_shape(name: str, value: Tensor, rows: torch.Size) -> None:
@@ -152,6 +170,8 @@ def num_items(value: object, student: Tensor, reduction: str) -> float | Tensor 
     if not isinstance(value, Tensor):
         number("num_items", value, above=0)
         return float(value)
+    if value.dtype == torch.bool or value.is_complex():
+        raise TypeError(f"num_items must hold an integer or a floating point number, got {value.dtype}")
     if value.numel() != 1:
         raise ValueError(f"num_items must be a number or a tensor of one element, got shape {tuple(value.shape)}")
     same_device("num_items", value, student)
@@ -164,20 +184,20 @@ def no_gradient(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} must not require grad, since it gets none here, got a tensor that does: detach() it")
 
 
-def feature_pairs(student: object, teacher: object) -> tuple[list[Tensor], list[Tensor]]:
+def feature_pairs(
+    student: object, teacher: object, argument: str = "student_features"
+) -> tuple[list[Tensor], list[Tensor]]:
     """K pairs of features of the same shape [N, ...], pairwise; N is common to all pairs."""
-    for name, value in (("student_features", student), ("teacher_features", teacher)):
+    for name, value in ((argument, student), ("teacher_features", teacher)):
         if isinstance(value, Tensor) or not isinstance(value, Sequence):
             raise TypeError(f"{name} must be a sequence of K tensors, got {type(value).__name__}")
     students, teachers = list(student), list(teacher)
     if not 1 <= len(students) <= MAX_TEACHERS:
-        raise ValueError(f"student_features must hold 1 to {MAX_TEACHERS} tensors, got {len(students)}")
+        raise ValueError(f"{argument} must hold 1 to {MAX_TEACHERS} tensors, got {len(students)}")
     if len(students) != len(teachers):
-        raise ValueError(
-            f"teacher_features must hold {len(students)} tensors like student_features, got {len(teachers)}"
-        )
+        raise ValueError(f"teacher_features must hold {len(students)} tensors like {argument}, got {len(teachers)}")
     for k, (f, g) in enumerate(zip(students, teachers, strict=True)):
-        for name, feature in ((f"student_features[{k}]", f), (f"teacher_features[{k}]", g)):
+        for name, feature in ((f"{argument}[{k}]", f), (f"teacher_features[{k}]", g)):
             logits_dtype(name, tensor(name, feature))
             if feature.dim() == 0 or feature.shape[1:].numel() == 0:
                 raise ValueError(
@@ -187,13 +207,11 @@ def feature_pairs(student: object, teacher: object) -> tuple[list[Tensor], list[
                 raise ValueError(f"{name} must be on {students[0].device} like the others, got {feature.device}")
         if f.shape != g.shape:
             raise ValueError(
-                f"teacher_features[{k}] must have shape {tuple(f.shape)} like student_features[{k}], "
-                f"got {tuple(g.shape)}"
+                f"teacher_features[{k}] must have shape {tuple(f.shape)} like {argument}[{k}], got {tuple(g.shape)}"
             )
         if f.shape[0] != students[0].shape[0]:
             raise ValueError(
-                f"student_features[{k}] must hold {students[0].shape[0]} samples like student_features[0], "
-                f"got {f.shape[0]}"
+                f"{argument}[{k}] must hold {students[0].shape[0]} samples like {argument}[0], got {f.shape[0]}"
             )
     return students, teachers
 

@@ -78,11 +78,13 @@ def multi_teacher_kd_loss(
     teachers = checks.teacher_logits(teacher_logits, student)
     labels = checks.target(target, student)
     rule, given = checks.weights(weights, student, len(teachers), labels)
-    checks.number("temperature", temperature, above=0)
+    checks.temperature(temperature)
+    checks.flag("temperature_squared", temperature_squared)
     checks.one_of("divergence", divergence, tuple(DIVERGENCES))
     checks.number("kd_weight", kd_weight)
     checks.number("ce_weight", ce_weight)
     checks.number("label_smoothing", label_smoothing, low=0, high=1)
+    checks.integer("ignore_index", ignore_index)
     checks.one_of("reduction", reduction, checks.REDUCTIONS)
     row_weights = checks.row_weights(row_weights, student)
     items = checks.num_items(num_items, student, reduction)
@@ -120,7 +122,7 @@ def multi_teacher_divergence(
     student = checks.student_logits(student_logits)
     teachers = checks.teacher_logits(teacher_logits, student)
     checks.one_of("divergence", divergence, tuple(DIVERGENCES))
-    checks.number("temperature", temperature, above=0)
+    checks.temperature(temperature)
     chosen = dispatch.choose(implementation, student, *teachers, divergence=divergence)
     if chosen == "reference":
         return reference.divergences(student, teachers, divergence=divergence, temperature=temperature)
@@ -148,7 +150,11 @@ def teacher_weights(
     True
     """
     teachers = [t.detach() for t in checks.teacher_sequence(teacher_logits)]
+    for k, teacher in enumerate(teachers):
+        checks.logits_like(f"teacher_logits[{k}]", teacher, teachers[0], "teacher_logits[0]")
     checks.one_of("rule", rule, checks.WEIGHT_RULES)
+    if rule == "confidence" and target is None:
+        raise ValueError('rule="confidence" must come with target (it needs the label of each row), got None')
     _, stats = multi_teacher_kd_loss(
         teachers[0],  # any logits do for a student; these are read anyway
         teachers,

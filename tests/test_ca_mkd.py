@@ -101,6 +101,38 @@ def test_a_part_of_the_hint_term_is_refused(inputs):
         CAMKDLoss()(student, teachers, target, adapted, features)
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda i: i[3].pop(), ValueError, "teacher_features must hold 2 tensors like adapted_features, got 3"),
+        (lambda i: i[5].pop(), ValueError, "must hold 3 tensors like teacher_logits, got 3, 3 and 2"),
+        (lambda i: i[3].__setitem__(1, None), TypeError, r"adapted_features\[1\] must be a tensor, got NoneType"),
+        (lambda i: i[4].__setitem__(2, i[4][0]), ValueError, r"teacher_features\[2\] must have shape \(6, 7\) like"),
+        (lambda i: i[5].__setitem__(0, i[5][0][:, 1:]), ValueError, r"head_logits\[0\] must have shape \(6, 10\)"),
+    ],
+    ids=["a feature less", "a head less", "a feature that is none", "another shape", "a head of other classes"],
+)
+def test_bad_lists_are_named(inputs, change, error, message):
+    change(inputs)
+    with pytest.raises(error, match=message):
+        CAMKDLoss()(*inputs)
+
+
+@pytest.mark.parametrize(
+    ("option", "error"),
+    [
+        (dict(temperature=0.0), ValueError),
+        (dict(hint_weight="50"), TypeError),
+        (dict(ce_weight=float("nan")), ValueError),
+        (dict(official_code=1), TypeError),
+    ],
+    ids=str,
+)
+def test_bad_options_are_refused_when_it_is_made(option, error):
+    with pytest.raises(error, match=next(iter(option))):
+        CAMKDLoss(**option)
+
+
 @pytest.mark.parametrize(("student_size", "teacher_size"), [(8, 4), (4, 8), (4, 4)])
 def test_adapter_brings_maps_to_the_teachers_size(student_size, teacher_size):
     adapter = HintAdapter(3, 5)
@@ -123,10 +155,11 @@ def test_adapter_survives_its_state_dict():
     assert torch.equal(a(x, teacher), b(x, teacher))
 
 
-def test_ignored_rows_count_in_neither_term(inputs):
+@pytest.mark.parametrize("official", [False, True])
+def test_ignored_rows_count_in_neither_term(inputs, official):
     student, teachers, target, adapted, features, heads = inputs
     target = target.clone()
     target[2:] = -100
-    some = CAMKDLoss()(student, teachers, target, adapted, features, heads)
+    some = CAMKDLoss(official_code=official)(student, teachers, target, adapted, features, heads)
     kept = [[x[:2] for x in xs] if isinstance(xs, list) else xs[:2] for xs in inputs]
-    torch.testing.assert_close(some, CAMKDLoss()(*kept), rtol=1e-12, atol=0)
+    torch.testing.assert_close(some, CAMKDLoss(official_code=official)(*kept), rtol=1e-12, atol=0)

@@ -68,6 +68,10 @@ REFUSED = [
     ("temperature a tensor", dict(temperature=torch.tensor(2.0)), TypeError,
      "temperature must be a number, got Tensor"),
     ("temperature True", dict(temperature=True), TypeError, "temperature must be a number, got bool"),
+    ("temperature too small for float32", dict(temperature=1e-50), ValueError, "temperature must be in .* got 1e-50"),
+    ("temperature too large for float32", dict(temperature=1e39), ValueError, r"temperature must be in .* got 1e\+39"),
+    ("temperature_squared a number", dict(temperature_squared=1), TypeError,
+     "temperature_squared must be True or False, got int"),
     ("unknown divergence", dict(divergence="kl"), ValueError, "divergence must be one of 'forward_kl', .* got 'kl'"),
     ("kd_weight nan", dict(kd_weight=float("nan")), ValueError, "kd_weight must be a finite number, got nan"),
     ("kd_weight a string", dict(kd_weight="1"), TypeError, "kd_weight must be a number, got str"),
@@ -89,6 +93,9 @@ REFUSED = [
     ("num_items zero", dict(num_items=0), ValueError, "num_items must be a finite number > 0, got 0"),
     ("num_items of several", dict(num_items=torch.ones(2)), ValueError,
      r"num_items must be a number or a tensor of one element, got shape \(2,\)"),
+    ("num_items True", dict(num_items=True), TypeError, "num_items must be a number, got bool"),
+    ("num_items a mask", dict(num_items=torch.tensor(True)), TypeError, r"num_items must hold .* got torch\.bool"),
+    ("ignore_index None", dict(ignore_index=None), TypeError, "ignore_index must be an integer, got NoneType"),
     ("unknown implementation", dict(implementation="cuda"), ValueError,
      "implementation must be one of 'cpp', 'triton', 'reference' or None, got 'cuda'"),
     ("label out of range", dict(target=torch.tensor([0, 1, C, 2])), ValueError,
@@ -359,8 +366,10 @@ def test_teacher_weights_are_constants(logits, implementation):
 
 def test_teacher_weights_refuse_in_the_same_words(logits):
     _, teachers, target = logits
-    with pytest.raises(ValueError, match="must come with target"):
+    with pytest.raises(ValueError, match='rule="confidence" must come with target'):
         teacher_weights(teachers, rule="confidence")
+    with pytest.raises(TypeError, match=r"teacher_logits\[0\] must be float32"):
+        teacher_weights([t.long() for t in teachers], target, rule="confidence")
     with pytest.raises(ValueError, match="rule must be one of 'uniform', 'confidence', 'entropy', got 'given'"):
         teacher_weights(teachers, target, rule="given")
     with pytest.raises(ValueError, match=r"teacher_logits\[1\] must have shape"):

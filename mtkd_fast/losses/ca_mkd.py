@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mtkd_fast import checks
 from mtkd_fast.hint import hint_loss
 from mtkd_fast.kd import multi_teacher_kd_loss, teacher_weights
 from mtkd_fast.reference.kd import compute_dtype
@@ -35,7 +36,8 @@ class CAMKDLoss(nn.Module):
     Gradient: to the student's logits and the adapted features; with ``official_code`` also to the head logits.
 
     Raises:
-        ValueError: if only some of the three lists of the hint term are given.
+        TypeError, ValueError: naming the argument, what was expected and what came; also if only some of the three
+            lists of the hint term are given.
 
     Source: arXiv 2201.00007, section 2 (the formulas as restated in its code: github.com/Rorozhl/CA-MKD,
     distiller_zoo/CAMKD.py and helper/loops.py). The code leaves the hint term out of the first epoch: pass no features.
@@ -56,6 +58,10 @@ class CAMKDLoss(nn.Module):
         implementation: str | None = None,
     ) -> None:
         super().__init__()
+        checks.temperature(temperature)
+        for name, value in (("ce_weight", ce_weight), ("kd_weight", kd_weight), ("hint_weight", hint_weight)):
+            checks.number(name, value)
+        checks.flag("official_code", official_code)
         self.temperature = temperature
         self.ce_weight = ce_weight
         self.kd_weight = kd_weight
@@ -76,10 +82,11 @@ class CAMKDLoss(nn.Module):
         teacher_features: Sequence[Tensor] | None = None,
         head_logits: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        share = 1 / len(teacher_logits) if self.official_code else 1
+        teachers = checks.teacher_sequence(teacher_logits)
+        share = 1 / len(teachers) if self.official_code else 1
         loss = multi_teacher_kd_loss(
             student_logits,
-            teacher_logits,
+            teachers,
             target,
             weights="confidence",
             temperature=self.temperature,
@@ -97,16 +104,24 @@ class CAMKDLoss(nn.Module):
             return loss
         if missing:
             raise ValueError(f"the hint term needs {', '.join(hints)} together, got None for {', '.join(missing)}")
-        weights = self._feature_weights(head_logits, target)
-        hint = hint_loss(
-            adapted_features, teacher_features, weights=weights, reduction="sum", implementation=self.implementation
-        )
+        adapted, wanted = checks.feature_pairs(adapted_features, teacher_features, "adapted_features")
+        heads = checks.teacher_sequence(head_logits, "head_logits")
+        if not len(adapted) == len(heads) == len(teachers):
+            raise ValueError(
+                f"adapted_features, teacher_features and head_logits must hold {len(teachers)} tensors like "
+                f"teacher_logits, got {len(adapted)}, {len(wanted)} and {len(heads)}"
+            )
+        for k, head in enumerate(heads):
+            checks.logits_like(f"head_logits[{k}]", head, student_logits, "student_logits")
+        weights = self._feature_weights(heads, target)
+        hint = hint_loss(adapted, wanted, weights=weights, reduction="sum", implementation=self.implementation)
         counted = (target != -100).sum().clamp(min=1)  # as the terms on logits
         return loss + self.hint_weight * share * hint / counted
 
-    def _feature_weights(self, head_logits: Sequence[Tensor], target: Tensor) -> Tensor:
+    def _feature_weights(self, head_logits: list[Tensor], target: Tensor) -> Tensor:
         """v [K, N]."""
         if not self.official_code:
             return teacher_weights(head_logits, target, rule="confidence", implementation=self.implementation)
         ce = torch.stack([F.cross_entropy(u.to(compute_dtype(u)), target, reduction="none") for u in head_logits])
-        return (1 - ce.softmax(0)) / (len(head_logits) - 1) if len(head_logits) > 1 else torch.ones_like(ce)
+        v = (1 - ce.softmax(0)) / (len(head_logits) - 1) if len(head_logits) > 1 else torch.ones_like(ce)
+        return v.masked_fill(target == -100, 0)
