@@ -67,6 +67,9 @@ def check_compiler() -> None:
         command = [compiler, "-fopenmp", str(source), "-o", str(Path(folder, "openmp"))]
         if subprocess.run(command, capture_output=True).returncode != 0:
             stop(f"{compiler} cannot compile with OpenMP (-fopenmp); install its OpenMP runtime (libgomp)")
+    macros = subprocess.run([compiler, "-dM", "-E", "-x", "c++", "/dev/null"], capture_output=True, text=True).stdout
+    if "__clang__" in macros:
+        stop(f"{compiler} is clang; the C++ kernels are written in GCC's vector types: set CXX=g++")
 
 
 def pybind11_headers() -> list[str]:

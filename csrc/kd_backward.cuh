@@ -101,15 +101,15 @@ struct BackwardRow {
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
       const float dx = shifted(x[i], t.max);
-      const bool possible = dx != -infinity<float>();
-      const float log_p = dx * terms.inv_t - t.log_sum;
+      const float scaled = dx * terms.inv_t;
+      const float log_p = scaled == -infinity<float>() ? 0.0f : scaled - t.log_sum;
       const float p = device::exp2(dx * terms.log2e_t) * t.inv_sum;
-      mean[i] += kind == Divergence::forward_kl ? t.weight * p : possible ? t.weight * log_p : 0.0f;
+      mean[i] += kind == Divergence::forward_kl ? t.weight * p : t.weight * log_p;
       if (!wanted) continue;
       const float ds = shifted(s[i], g.max);
       if (kind == Divergence::forward_kl) {
         const float log_q = ds * terms.inv_t - g.log_sum;
-        gradient[i] = possible ? factor * (p * (log_p - log_q - t.divergence)) : 0.0f * factor;
+        gradient[i] = factor * (p == 0 ? 0.0f : p * (log_p - log_q - t.divergence));
       } else {
         gradient[i] = factor * (p - device::exp2(ds * terms.log2e_t) * g.inv_sum);
       }

@@ -77,6 +77,14 @@ struct StudentNumbers {
   Lanes<T> mean_divergence;  // Σ w_k D_k, NaN if not finite: reverse KL has no gradient where it is infinite
 };
 
+// What the teachers of a tile need to know of the student in it.
+template <typename T>
+struct StudentTile {
+  Raise<T> raise;   // since the last tile
+  T sum_before;     // of the last tile
+  Lanes<T> lowest;  // s − max; −inf asks for care
+};
+
 template <typename T>
 struct Block {
   int rows = 0;
@@ -87,6 +95,7 @@ struct Block {
   bool skips_zero_weights = false;             // a teacher of weight 0 is not read
 
   States<T> student_state, teacher_state[kMaxTeachers];
+  StudentTile<T> student_tile;
   StudentNumbers<T> student;
   TeacherNumbers<T> teacher[kMaxTeachers];
 

@@ -225,7 +225,7 @@ MTKD_DEVICE void gradient_of_chunk(const StudentGradient& g, const Terms& terms,
         out[i] = g.kd * (g.weight * q - mean[i]);
       } else {
         const float log_q = ds[i] * terms.inv_t - g.log_sum;
-        out[i] = ds[i] == -infinity<float>() ? 0.0f : g.kd * q * (g.weight * log_q - mean[i] - g.loss);
+        out[i] = e[i] == 0 ? 0.0f : g.kd * q * (g.weight * log_q - mean[i] - g.loss);
       }
     }
   }

@@ -8,6 +8,8 @@ namespace MTKD_ISA {
 
 #include "vec.h"
 //
+#include "vec_math.h"
+//
 #include "row_formulas.h"
 //
 #include "tile.h"
@@ -95,7 +97,7 @@ void forward_rows(const KDForward<T>& args, int64_t begin, int64_t end) {
   const bool soft = args.kd_scale != 0;
   const bool teacher_weights = soft && (args.rule == WeightRule::confidence || args.rule == WeightRule::entropy);
   const Sweep<T> sweep(args, args.ce_weight != 0, teacher_weights, soft && args.rule == WeightRule::entropy);
-  Scratch<T> scratch(args, args.gradient != nullptr);
+  Scratch<T> scratch(args, end - begin, args.gradient != nullptr);
   Block<T> block;
   for (int64_t n = begin; n < end; ++n) {
     if (row_counts(args, n))
@@ -107,6 +109,7 @@ void forward_rows(const KDForward<T>& args, int64_t begin, int64_t end) {
       block.rows = 0;
     }
   }
+  stream_fence();
 }
 
 template <typename T>
@@ -148,7 +151,7 @@ void zero_gradients(const KDBackward<T>& args, int64_t n) {
 template <typename T>
 void backward_rows(const KDBackward<T>& args, int64_t begin, int64_t end) {
   const Sweep<T> sweep(args, args.ce_weight != 0, false, false);
-  Scratch<T> scratch(args, /*gradient=*/false);
+  Scratch<T> scratch(args, end - begin, /*gradient=*/false);
   Block<T> block;
   const T* scales = args.row_stats + RowStats{args.teachers}.scale() * args.rows;
   for (int64_t n = begin; n < end; ++n) {
@@ -163,6 +166,7 @@ void backward_rows(const KDBackward<T>& args, int64_t begin, int64_t end) {
       block.rows = 0;
     }
   }
+  stream_fence();
 }
 
 // gradient·upstream, rows of scale 0 stay 0.

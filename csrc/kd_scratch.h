@@ -3,30 +3,32 @@
 
 constexpr int64_t kBlockBytes = 128 << 10;  // of a block of short rows
 constexpr int64_t kKeptBytes = 4 << 20;     // of a long row; past it, the exponentials are computed again
+constexpr int64_t kKeptShare = 8;           // and so they are if they took more than this part of the gradient's memory
 
 template <typename T>
 class Scratch {
  public:
   Tile<T> share, out;
-  Raise<T> student_raise;   // since the last tile
-  T student_sum_before;     // of the last tile
-  Lanes<T> student_lowest;  // s − max in this tile; −inf asks for care
 
-  Scratch(const KDArgs<T>& args, bool gradient) : tiles_((args.classes + kTileColumns - 1) / kTileColumns) {
+  // For a thread that has `rows` rows to do.
+  Scratch(const KDArgs<T>& args, int64_t rows, bool gradient)
+      : tiles_((args.classes + kTileColumns - 1) / kTileColumns) {
+    const int64_t pitch = pitch_of(args.classes), number = sizeof(T);
+    const int64_t row_bytes = pitch * (args.teachers + 2) * number;
     const bool one_tile = tiles_ == 1;
-    const int64_t pitch = pitch_of(args.classes);
-    const int64_t row_bytes = pitch * (args.teachers + 2) * static_cast<int64_t>(sizeof(T));
-    rows_ = one_tile ? std::clamp<int64_t>(kBlockBytes / row_bytes, 1, kLanes<T>) : 1;
-    keeps_student_ = gradient && (one_tile || row_bytes <= kKeptBytes);
-    keeps_teachers_ = keeps_student_ && args.divergence == Divergence::forward_kl;
+    rows_ = one_tile ? std::clamp<int64_t>(kBlockBytes / row_bytes, 1, std::min<int64_t>(kLanes<T>, rows)) : 1;
+    const int64_t gradient_bytes = rows * args.classes * element_bytes(args.student.dtype);
+    const bool affordable = row_bytes <= std::min(kKeptBytes, gradient_bytes / kKeptShare);
+    // Reverse KL weighs logarithms, which come from the logits.
+    keeps_ = gradient && args.divergence == Divergence::forward_kl && (one_tile || affordable);
     tile_pitch_ = one_tile ? pitch : pitch_of(kTileColumns);
-    student_pitch_ = keeps_student_ ? pitch : tile_pitch_;
-    teacher_pitch_ = keeps_teachers_ ? pitch : 0;
+    student_pitch_ = keeps_ ? pitch : tile_pitch_;
+    teacher_pitch_ = keeps_ ? pitch : 0;
 
     const int64_t per_tile = rows_ * tile_pitch_, student = rows_ * student_pitch_;
-    const int64_t teachers = keeps_teachers_ ? args.teachers * rows_ * pitch : tile_pitch_;
+    const int64_t teachers = keeps_ ? args.teachers * rows_ * pitch : tile_pitch_;
     const int64_t maxima = (args.teachers + 1) * rows_ * tiles_;
-    const size_t bytes = (2 * per_tile + student + teachers + maxima) * sizeof(T);
+    const size_t bytes = (2 * per_tile + student + teachers + maxima) * number;
     memory_.reset(static_cast<T*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
     if (!memory_) throw std::bad_alloc();
     shifted_ = memory_.get() + per_tile;
@@ -36,8 +38,7 @@ class Scratch {
   }
 
   int rows() const { return rows_; }
-  bool keeps_student() const { return keeps_student_; }
-  bool keeps_teachers() const { return keeps_teachers_; }
+  bool keeps() const { return keeps_; }
 
   // Of the current tile:
   T* widened(int row) { return memory_.get() + row * tile_pitch_; }
@@ -45,14 +46,12 @@ class Scratch {
 
   // e^{(x−max)/τ} of the tile at `begin`, kept or of the current tile only; those of the teachers overwrite each other
   // if they are not kept.
-  T* student_exps(int row, int64_t begin) {
-    return student_exps_ + row * student_pitch_ + (keeps_student_ ? begin : 0);
-  }
+  T* student_exps(int row, int64_t begin) { return student_exps_ + row * student_pitch_ + (keeps_ ? begin : 0); }
   T* teacher_exps(int k, int row, int64_t begin) {
-    return teacher_exps_ + (k * rows_ + row) * teacher_pitch_ + (keeps_teachers_ ? begin : 0);
+    return teacher_exps_ + (k * rows_ + row) * teacher_pitch_ + (keeps_ ? begin : 0);
   }
 
-  // The maximum that they are relative to: the largest logit when the tile passed by, not yet that of the row.
+  // The largest logit when the tile passed by, which they are relative to; not yet that of the row.
   T& student_max_at(int row, int64_t begin) { return max_at_[row * tiles_ + begin / kTileColumns]; }
   T& teacher_max_at(int k, int row, int64_t begin) {
     return max_at_[((k + 1) * rows_ + row) * tiles_ + begin / kTileColumns];
@@ -70,7 +69,7 @@ class Scratch {
     void operator()(T* p) const { std::free(p); }
   };
   int64_t tiles_, rows_, tile_pitch_, student_pitch_, teacher_pitch_;
-  bool keeps_student_, keeps_teachers_;
+  bool keeps_;
   std::unique_ptr<T, Free> memory_;
   T *shifted_, *student_exps_, *teacher_exps_, *max_at_;
 };

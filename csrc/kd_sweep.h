@@ -5,11 +5,13 @@
 // The columns that this tensor is asked for next, fetched towards L2 while these are worked on: the K + 1 rows are too
 // many short streams for the hardware to foresee.
 struct Ahead {
-  const char* from;
-  int bytes;  // an element
+  uintptr_t from;  // an address, maybe past the tensor: fetching from there does no harm
+  int bytes;       // an element
 
   Ahead of_row(int64_t start) const { return {from + start * bytes, bytes}; }
-  void prefetch(int i) const { __builtin_prefetch(from + static_cast<int64_t>(i) * bytes, 0, 2); }
+  void prefetch(int i) const {
+    __builtin_prefetch(reinterpret_cast<const void*>(from + static_cast<int64_t>(i) * bytes), 0, 2);
+  }
 };
 
 // Two tiles ahead in the row (one is too short a time for a memory that is busy), then on to the next block's row.
@@ -19,8 +21,8 @@ Ahead ahead_of(const KDArgs<T>& args, const Logits& x, int rows, int64_t begin) 
   const int64_t tile = begin / kTileColumns + kDistance, tiles = (args.classes + kTileColumns - 1) / kTileColumns;
   const int64_t rows_on = std::max<int64_t>(rows, tiles == 1 ? kDistance : 1);
   const int64_t in_next = std::min(tile - tiles, tiles - 1) * kTileColumns + rows_on * x.inner_stride;
-  const int bytes = x.dtype == DType::f64 ? 8 : x.dtype == DType::f32 ? 4 : 2;
-  return {static_cast<const char*>(x.data) + (tile < tiles ? tile * kTileColumns : in_next) * bytes, bytes};
+  const int bytes = x.class_stride == 1 ? element_bytes(x.dtype) : 0;
+  return {reinterpret_cast<uintptr_t>(x.data) + (tile < tiles ? tile * kTileColumns : in_next) * bytes, bytes};
 }
 
 // Calls step(at, vector, careful) for every vector of a tile. A vector needs care if it may hold −inf.
@@ -89,23 +91,16 @@ Raise<T> prepare(States<T>& states, const Lanes<T>& tile_max, int64_t begin, T i
   return by;
 }
 
-// What is subtracted from a row's logits: the maximum, or 0 where that is −inf.
-template <typename T>
-Lanes<T> offsets(const States<T>& states) {
-  Lanes<T> x;
-  x = states.max.all() == -infinity<T>() ? Vec<T>{} : states.max.all();
-  return x;
-}
-
 template <typename T, AtOne kAtOne>
 void absorb_student(const KDArgs<T>& args, Block<T>& block, const Sweep<T>& sweep, int64_t begin, int count,
                     Scratch<T>& scratch) {
   const TileRows<T> tile(args.student, block, begin, count, scratch, [](int) { return true; });
   States<T>& states = block.student_state;
-  scratch.student_sum_before = begin == 0 ? T(0) : states.sum[0];
-  scratch.student_raise = prepare(states, tile.max, begin, sweep.inv_t);
-  const Lanes<T> offset = offsets(states);
-  scratch.student_lowest = tile.min.all() - offset.all();
+  block.student_tile.sum_before = begin == 0 ? T(0) : states.sum[0];
+  block.student_tile.raise = prepare(states, tile.max, begin, sweep.inv_t);
+  Lanes<T> offset;
+  offset = offset_of(states.max.all());
+  block.student_tile.lowest = tile.min.all() - offset.all();
   const Ahead next = ahead_of(args, args.student, block.rows, begin);
 
   for (int row = 0; row < block.rows; ++row) {
@@ -114,7 +109,7 @@ void absorb_student(const KDArgs<T>& args, Block<T>& block, const Sweep<T>& swee
     const T max = offset[row];
     T* shifted = scratch.shifted(row);
     T* exps = scratch.student_exps(row, begin);
-    scratch.student_max_at(row, begin) = max;
+    scratch.student_max_at(row, begin) = states.max[row];
     Vec<T> sum{}, sum1{}, total{};
     for_each_vector(s, false, [&](int i, Vec<T> x, auto) {
       ahead.prefetch(i);
@@ -153,13 +148,15 @@ void absorb_teacher(const KDArgs<T>& args, Block<T>& block, int k, const Sweep<T
   constexpr bool kForward = kDivergence == Divergence::forward_kl;
   const TileRows<T> tile(args.teacher[k], block, begin, count, scratch, [&](int row) { return block.reads(k, row); });
   States<T>& states = block.teacher_state[k];
+  const StudentTile<T>& student = block.student_tile;
   const T sum_before = states.sum[0];
   const Raise<T> raise = prepare(states, tile.max, begin, sweep.inv_t);
   if (begin > 0)
-    states.cross[0] = kForward ? raise_cross(states.cross[0], sum_before, raise, scratch.student_raise)
-                               : raise_cross(states.cross[0], scratch.student_sum_before, scratch.student_raise, raise);
-  const Lanes<T> offset = offsets(states);
-  const Vec<T> lowest = tile.min.all() - offset.all(), lowest_s = scratch.student_lowest.all();
+    states.cross[0] = kForward ? raise_cross(states.cross[0], sum_before, raise, student.raise)
+                               : raise_cross(states.cross[0], student.sum_before, student.raise, raise);
+  Lanes<T> offset;
+  offset = offset_of(states.max.all());
+  const Vec<T> lowest = tile.min.all() - offset.all(), lowest_s = student.lowest.all();
   Lanes<T> lower;  // of both
   lower = lowest < lowest_s ? lowest : lowest_s;
   const Ahead next = ahead_of(args, args.teacher[k], block.rows, begin);
@@ -172,7 +169,7 @@ void absorb_teacher(const KDArgs<T>& args, Block<T>& block, int k, const Sweep<T
     const T* student_shifted = scratch.shifted(row);
     const T* student_exps = scratch.student_exps(row, begin);
     T* exps = scratch.teacher_exps(k, row, begin);
-    scratch.teacher_max_at(k, row, begin) = max;
+    scratch.teacher_max_at(k, row, begin) = states.max[row];
     Vec<T> sum{}, sum1{}, dot1{}, crossed{};
     for_each_vector(t, lower[row] == -infinity<T>(), [&](int i, Vec<T> dt, auto careful) {
       ahead.prefetch(i);
@@ -240,6 +237,7 @@ template <typename T>
 void sweep_block(const KDForward<T>& args, Block<T>& block, const Sweep<T>& sweep, Scratch<T>& scratch) {
   const AbsorbStudent<T> absorb_s = student_absorber<T>(sweep.student_at_one);
   const AbsorbTeacher<T> absorb_t = teacher_absorber<T>(args.divergence, sweep.teacher_at_one, sweep.entropy);
+  assert(block.rows == 1 || args.classes <= kTileColumns);  // see prepare
   for (int64_t begin = 0; begin < args.classes; begin += kTileColumns) {
     const int count = tile_count(args.classes, begin);
     absorb_s(args, block, sweep, begin, count, scratch);

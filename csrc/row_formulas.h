@@ -2,6 +2,12 @@
 // lane: T{} is zero and ?: selects. So there is no include guard: it is included in the namespace of every instruction
 // set, and once by CUDA.
 
+// What is subtracted from a row's logits: the maximum, or 0 where that is −inf (nothing but −inf so far).
+template <typename T>
+MTKD_HD T offset_of(T max) {
+  return max == number<T>(-INFINITY) ? T{} : max;
+}
+
 // D = cross/(τ·sum_x) − log sum_x + log sum_y, x the side under whose softmax the expectation is taken.
 // sum_x, sum_y: Σ e^{(·−max)/τ}; cross: Σ e^{(x−m_x)/τ}((x−m_x) − (y−m_y)). A row without a finite logit has sum 0:
 // NaN.

@@ -2,7 +2,7 @@
 // SIMD lanes, threads, warps, CTAs and column shards. Host and device; kernels/row_stats.py is its Triton twin.
 //
 // All sums are relative to running maxima, so a common offset of a row costs no digits. Logits are in natural units;
-// `inv_t` is 1/τ. The rules for −inf and NaN live here and nowhere else:
+// `inv_t` is 1/τ. The rules for −inf and NaN:
 //   * probability 0 means that the logit is −inf, never an exponential that underflowed;
 //   * an empty side (nothing but −inf so far) contributes 0 to a merge;
 //   * a cross sum of +inf is absorbing; 0·inf is never formed; NaN is never masked.

@@ -2,12 +2,14 @@
 //
 // Dtypes, strides and remainders are dealt with here and nowhere else.
 
-constexpr int kTileColumns = 1024;  // three tiles of floats, 12 KB, stay in L1 beside the rows streaming through
+constexpr int kTileColumns = 1024;  // 4 KB of floats: a few tiles share L1 with the rows streaming through
 
 template <typename T>
 struct Tile {
   alignas(64) T values[kTileColumns];
 };
+
+constexpr int element_bytes(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 template <typename T>
 constexpr DType kNative = sizeof(T) == sizeof(float) ? DType::f32 : DType::f64;
@@ -112,7 +114,7 @@ struct Vectors {
     whole = count / kLanes<T> * kLanes<T>;
     rest = count - whole;
     if (rest == 0) return;
-    Bits<T> lane{};
+    Integers<T> lane{};
     for (int i = 0; i < kLanes<T>; ++i) lane[i] = i;
     if (whole > 0) {  // a load that ends with the tile, moved down: nothing is read past the row, nothing is copied
       const Vec<T> end = __builtin_shuffle(load(tile + count - kLanes<T>), lane + (kLanes<T> - rest));

@@ -44,10 +44,11 @@ def teacher_terms(
     d = load_of_teacher(row_stats, DIVERGENCE_AT, k, rows, used, n_teachers, n_rows)
     dt = shifted(t, max[:, None])
     p = exp_at(dt, inv_t) * (1.0 / sum)[:, None]
-    log_p = tl.where(t == -INF, 0.0, dt * inv_t - tl.log(sum)[:, None])
+    scaled = dt * inv_t
+    log_p = tl.where(scaled == -INF, 0.0, scaled - tl.log(sum)[:, None])
     if DIVERGENCE == FORWARD_KL:
         to_student = -p
-        to_teacher = p * (tl.where(t == -INF, 0.0, log_p - log_q) - d[:, None])
+        to_teacher = p * (tl.where(p == 0, 0.0, log_p - log_q) - d[:, None])
     else:
         to_student = q * (tl.where(q == 0, 0.0, log_q) - log_p - nan_if_infinite(d)[:, None])
         to_teacher = p - q

@@ -64,7 +64,7 @@ def absorb_teacher(
 
 @triton.jit
 def kd_gradient(
-    factor, s, ds, es, sum_s, w, used, kd, sum_t, values, lanes, plain, valued, n_teachers, inv_t,
+    factor, ds, es, sum_s, w, used, kd, sum_t, values, lanes, plain, valued, n_teachers, inv_t,
     DIVERGENCE: tl.constexpr, RULE: tl.constexpr, PAIR: tl.constexpr,
 ):  # fmt: skip
     """factor·∂(Σ w_k D_k)/∂s [R, C], 0 in a row without a used teacher; `kd` [R] is Σ w_k D_k."""
@@ -82,9 +82,10 @@ def kd_gradient(
     else:
         log_sums = tl.sum(tl.where(used, w * tl.log(sum_t), 0.0), 1)
         row = tl.where(some, nan_if_infinite(total_w * tl.log(sum_s) - log_sums + kd), 0.0)
-        log_ratio = tl.where(s == -INF, 0.0, ds) * (inv_t * total_w)[:, None] - plain * (inv_t * a)[:, None]
+        log_ratio = ds * (inv_t * total_w)[:, None] - plain * (inv_t * a)[:, None]
         if PAIR:
             log_ratio += valued * (inv_t * b)[:, None]
+        log_ratio = tl.where(es == 0, 0.0, log_ratio)  # where it may be infinite
         return es * per_e[:, None] * (log_ratio - row[:, None])
 
 
@@ -164,7 +165,7 @@ def kd_on_chip(
     g = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     if HAS_KD:
         g = kd_gradient(
-            scale * kd_scale, s, ds, es, sum_s, w, used, kd, sum_t, values, lanes, plain, valued, n_teachers, inv_t,
+            scale * kd_scale, ds, es, sum_s, w, used, kd, sum_t, values, lanes, plain, valued, n_teachers, inv_t,
             DIVERGENCE, RULE, PAIR,
         )  # fmt: skip
     if HAS_CE:

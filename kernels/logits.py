@@ -123,26 +123,39 @@ def _table(device: torch.device, entries: tuple[tuple[int, ...], ...]) -> Tensor
 
 
 def write_table(device: torch.device, entries: tuple[tuple[int, ...], ...]) -> Tensor:
-    """From the arguments of launches, which a graph can record; an upload it cannot."""
-    table = torch.empty(len(entries), ENTRY.value, dtype=torch.int64, device=device)
-    for k, entry in enumerate(entries):
-        write_entry[(1,)](table, k, *entry, num_warps=1)
-    return table
+    """From the arguments of launches, four entries each, which a graph can record; an upload it cannot."""
+    padded = entries + ((0,) * ENTRY.value,) * (-len(entries) % 4)
+    table = torch.empty(len(padded), ENTRY.value, dtype=torch.int64, device=device)
+    for first in range(0, len(padded), 4):
+        numbers = sum(padded[first : first + 4], ())
+        write_entries[(1,)](table, first, *numbers, num_warps=1)
+    return table[: len(entries)]
 
 
-@triton.jit(do_not_specialize=["k", "address", "outer", "inner", "classes", "dtype", "gradient"])
-def write_entry(
-    table, k, address: tl.int64, outer: tl.int64, inner: tl.int64, classes: tl.int64, dtype: tl.int64,
-    gradient: tl.int64,
-):  # fmt: skip
-    """One variant for all values: nothing is left to compile when a graph is captured after a first call."""
-    entry = table + k * ENTRY
+@triton.jit
+def write_entry(entry, address, outer, inner, classes, dtype, gradient):
     tl.store(entry, address)
     tl.store(entry + 1, outer)
     tl.store(entry + 2, inner)
     tl.store(entry + 3, classes)
     tl.store(entry + 4, dtype)
     tl.store(entry + 5, gradient)
+
+
+@triton.jit(do_not_specialize=range(1, 2 + 4 * 6))
+def write_entries(
+    table, first,
+    a0: tl.int64, o0: tl.int64, i0: tl.int64, c0: tl.int64, d0: tl.int64, g0: tl.int64,
+    a1: tl.int64, o1: tl.int64, i1: tl.int64, c1: tl.int64, d1: tl.int64, g1: tl.int64,
+    a2: tl.int64, o2: tl.int64, i2: tl.int64, c2: tl.int64, d2: tl.int64, g2: tl.int64,
+    a3: tl.int64, o3: tl.int64, i3: tl.int64, c3: tl.int64, d3: tl.int64, g3: tl.int64,
+):  # fmt: skip
+    """One variant for all values: nothing is left to compile when a graph is captured after a first call."""
+    entry = table + first * ENTRY
+    write_entry(entry, a0, o0, i0, c0, d0, g0)
+    write_entry(entry + ENTRY, a1, o1, i1, c1, d1, g1)
+    write_entry(entry + 2 * ENTRY, a2, o2, i2, c2, d2, g2)
+    write_entry(entry + 3 * ENTRY, a3, o3, i3, c3, d3, g3)
 
 
 @triton.jit

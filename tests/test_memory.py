@@ -74,6 +74,18 @@ def test_the_measure_sees_a_tensor_and_what_pytorch_did_not_allocate():
     assert peak_extra(lambda: torch.ones(N, C).sum()) > 63 * MIB, "also what is gone at the end"
 
 
+def test_cpp_keeps_no_rows_of_its_own_where_many_threads_share_few():
+    """What a thread keeps in cache (3.7 MB for five teachers of 131072 classes) is not to outgrow the gradient."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        student, *teachers = (torch.randn(16, 131072).bfloat16() for _ in range(6))
+        extra = peak_extra(loss_and_gradient(student, teachers, weights="confidence"))
+    finally:
+        torch.set_num_threads(threads)
+    assert extra <= 9 / 8 * gradient_bytes(student) + NOISE
+
+
 @pytest.mark.parametrize("weights", ["uniform", "confidence", "entropy"])
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_cpp_needs_one_gradient(weights, scale):

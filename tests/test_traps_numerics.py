@@ -113,6 +113,29 @@ def test_trap_02_tiles_without_a_finite_logit(backend, divergence, finite, n_cla
     assert masked_gradient.isfinite().all()
 
 
+@every_divergence
+@pytest.mark.parametrize("temperature", [0.05, 1.0])
+@pytest.mark.parametrize("offset", [-1000.0, 1000.0])
+def test_trap_02_a_masked_tile_and_logits_far_from_zero(backend, divergence, temperature, offset):
+    student, *teachers = (x + offset for x in draw(backend, 3, 2500, n=3))
+    for x in (student, *teachers):
+        x[:, :1100] = -INF
+    got = check(backend, student, teachers, divergence=divergence, temperature=temperature)
+    assert got.gradients["student"].isfinite().all()
+
+
+@every_divergence
+def test_trap_02_finite_masks_below_temperature_one(backend, divergence):
+    """finfo.min/τ is −inf: the class is as impossible as one of −inf, and no NaN."""
+    student, *teachers = draw(backend, 3, 50)
+    for x in (student, *teachers):
+        x[:, 7] = torch.finfo(F32).min
+    for wants in (("student",), ("student", "teachers")):
+        got = check(backend, student, teachers, divergence=divergence, temperature=0.5, wants=wants)
+        assert got.loss.isfinite()
+        assert all(gradient.isfinite().all() for gradient in got.gradients.values())
+
+
 @pytest.mark.parametrize("masked", ["student", "teacher"])
 def test_trap_02_a_leading_tile_masked_on_one_side_only(backend, masked):
     student, teacher = draw(backend, 2, 5000)

@@ -89,12 +89,12 @@ def launch_of(kernel: Kernel):
     )  # fmt: skip
 
 
-def entry_launch(number: int):
+def entries_launch(number: int):
     from mtkd_fast.kernels import logits
 
-    names = ("k", "address", "outer", "inner", "classes", "dtype", "gradient")
-    numbers = dict.fromkeys(names, number) | {"k": min(number, 63)}
-    return SimpleNamespace(kernel=logits.write_entry, arguments={"table": torch.empty(8, dtype=torch.int64)} | numbers)
+    names = [p.name for p in logits.write_entries.params[2:]]
+    table = {"table": torch.empty(8, dtype=torch.int64), "first": min(number, 60)}
+    return SimpleNamespace(kernel=logits.write_entries, arguments=table | dict.fromkeys(names, number))
 
 
 # In the other process.
@@ -153,7 +153,7 @@ def main() -> None:
     for varied in ("n_rows", "temperature"):
         kernels = [KERNELS["A, C=1000"]._replace(**{varied: value}) for value in (77, 4096, 3)]
         found[varied] = len({str(bound(launch_of(kernel), 90)[2][1]) for kernel in kernels})
-    found["table entry"] = len({str(bound(entry_launch(i), 90)[2][1]) for i in (0, 1, 16, 2**40, 2**40 + 1)})
+    found["table entry"] = len({str(bound(entries_launch(i), 90)[2][1]) for i in (0, 1, 16, 2**40, 2**40 + 1)})
     print(json.dumps(found))
 
 
