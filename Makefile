@@ -13,7 +13,7 @@ install: $(VENV)/installed
 $(VENV)/packages: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "torch==2.13.0" "triton==3.6.0" "numpy<2.4" \
-	    "setuptools>=77" wheel "pybind11>=2.13,<4" "ninja>=1.11" "pytest>=8,<10" "pytest-xdist>=3.5,<4" \
+	    "setuptools>=77" wheel "pybind11>=2.13,<4" "ninja>=1.11" "pytest>=8,<10" "pytest-xdist>=3.5,<4" "scipy>=1.11,<2" \
 	    "scikit-learn>=1.5,<2" "matplotlib>=3.8,<4" "tqdm>=4.66,<5"
 	touch $@
 

@@ -17,9 +17,11 @@ SOURCES = [
     "cpu_capability.cpp",
     "kd_cpu.cpp",
     "hint_cpu.cpp",
+    "relation_cpu.cpp",
     "kd_ops.cpp",
     "kd_autograd.cpp",
     "hint_ops.cpp",
+    "relation_ops.cpp",
 ]
 CUDA_SOURCES = ["kd_cuda.cu", "hint_cuda.cu"]
 

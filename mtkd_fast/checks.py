@@ -228,3 +228,19 @@ def hint_weights(value: object, students: list[Tensor]) -> Tensor | None:
     if weight.device != students[0].device:
         raise ValueError(f"weights must be on {students[0].device} like the features, got {weight.device}")
     return weight
+
+
+def embeddings(student: object, teacher: object) -> tuple[Tensor, Tensor]:
+    """[B, ...] each, one B -> [B, D]."""
+    pair = tensor("student", student), tensor("teacher", teacher)
+    for name, x in zip(("student", "teacher"), pair, strict=True):
+        logits_dtype(name, x)
+        if x.dim() < 2:
+            raise ValueError(f"{name} must have shape [B, ...], embeddings of B samples, got {tuple(x.shape)}")
+    if len(pair[0]) != len(pair[1]) or len(pair[0]) == 0:
+        raise ValueError(
+            f"teacher must hold as many samples as student, one or more, got {len(pair[1])} and {len(pair[0])}"
+        )
+    same_device("teacher", pair[1], pair[0], "student")
+    no_gradient("teacher", pair[1])
+    return pair[0].flatten(1), pair[1].flatten(1)

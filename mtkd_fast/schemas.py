@@ -1,11 +1,11 @@
 """The ops of torch.ops.mtkd_fast: their schemas and what they return, without a kernel.
 
 Declared here and nowhere else, so that a build without C++ has the same ops, and torch.compile sees one graph either
-way. C++ adds the implementations of ``kd*`` and ``hint*`` (csrc/*_ops.cpp, *_autograd.cpp), Triton those of
-``*_triton*`` (triton_ops.py).
+way. C++ adds the implementations of ``kd*``, ``hint*`` and ``relation*`` (csrc/*_ops.cpp, *_autograd.cpp), Triton
+those of ``*_triton*`` (triton_ops.py), so far not of the relations.
 
-    kd, kd_divergence, hint         with autograd; what the public functions call
-    *_forward, *_backward, ...      the passes over memory, without autograd
+    kd, kd_divergence, hint, relation    with autograd; what the public functions call
+    *_forward, *_backward, ...           the passes over memory, without autograd
 
 ``row_stats`` is one [6K + 5, N] buffer, N the flattened rows: see ``RowStats`` in csrc/kd.h. Without ``stats`` or
 ``keep_stats`` only its last row, the scale, is defined.
@@ -33,6 +33,7 @@ FUSED = (
     f"kd({_LOSS}, bool stats) -> (Tensor loss, Tensor row_stats)",
     "kd_divergence(Tensor student, Tensor[] teachers, str divergence, float temperature) -> Tensor",
     "hint(Tensor[] student, Tensor[] teacher, Tensor? weights, str reduction) -> Tensor",
+    "relation(Tensor student, Tensor teacher, str relation) -> Tensor",
 )
 PASSES = (
     f"kd_forward({_LOSS}, bool skip_zero_weights, bool keep_stats, bool write_gradient) -> "
@@ -42,6 +43,10 @@ PASSES = (
     "kd_rescale_(Tensor(a!) gradient, Tensor upstream, Tensor scale) -> ()",
     "hint_forward(Tensor[] student, Tensor[] teacher, Tensor? weights) -> Tensor",
     "hint_backward(Tensor[] student, Tensor[] teacher, Tensor weights, bool[] needs) -> Tensor[]",
+)
+CPP_PASSES = (  # without a Triton twin, so far
+    "relation_forward(Tensor student, Tensor teacher, str relation, bool write_gradient) -> "
+    "(Tensor loss, Tensor gradient)",
 )
 
 
@@ -101,6 +106,13 @@ def fake_hint_backward(
     return [gradient(f, g) if need else f.new_empty((0,)) for f, g, need in pairs]
 
 
+def fake_relation_forward(
+    student: Tensor, teacher: Tensor, relation: str, write_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    loss = student.new_empty((), dtype=compute_dtype(student, teacher))
+    return loss, student.new_empty(student.shape if write_gradient else (0,))
+
+
 FAKES = {
     "kd_forward": fake_kd_forward,
     "kd_backward": fake_kd_backward,
@@ -109,9 +121,12 @@ FAKES = {
     "hint_forward": fake_hint_forward,
     "hint_backward": fake_hint_backward,
 }
+CPP_FAKES = {"relation_forward": fake_relation_forward}
 
-for schema in (*FUSED, *PASSES, *map(triton_name, PASSES)):
+for schema in (*FUSED, *PASSES, *map(triton_name, PASSES), *CPP_PASSES):
     LIBRARY.define(schema)
 for name, fake in FAKES.items():
     for op in (name, triton_name(name)):
         torch.library.register_fake(f"mtkd_fast::{op}", fake, lib=LIBRARY)
+for name, fake in CPP_FAKES.items():
+    torch.library.register_fake(f"mtkd_fast::{name}", fake, lib=LIBRARY)

@@ -170,11 +170,13 @@ def values(requires_grad: bool) -> dict:
         student=features, teacher=[f.detach() + 1 for f in features], weights=torch.rand(2, N), reduction="mean",
         needs=[True, True],
     )  # fmt: skip
-    return {"kd": options, "hint": hints}
+    student, teacher = torch.randn(N, 4, requires_grad=requires_grad), torch.randn(N, 3)
+    relations = dict(student=student, teacher=teacher, relation="angle", write_gradient=True)
+    return {"kd": options, "hint": hints, "relation": relations}
 
 
 def registered() -> list[str]:
-    names = [schema.split("(")[0] for schema in (*schemas.FUSED, *schemas.PASSES)]
+    names = [schema.split("(")[0] for schema in (*schemas.FUSED, *schemas.PASSES, *schemas.CPP_PASSES)]
     return [*names, *(schemas.triton_name(schema).split("(")[0] for schema in schemas.PASSES)]
 
 
@@ -187,7 +189,7 @@ def test_trap_32_opcheck(name):
         import mtkd_fast.triton_ops  # noqa: F401
     op = getattr(torch.ops.mtkd_fast, name).default
     differentiable = name in {schema.split("(")[0] for schema in schemas.FUSED}
-    given = values(differentiable)["hint" if name.startswith("hint") else "kd"]
+    given = values(differentiable)[name.split("_")[0]]
     if name == "kd":
         given["reduction"] = "none"
     arguments = tuple(given[argument.name] for argument in op._schema.arguments)

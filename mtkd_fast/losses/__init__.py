@@ -1,6 +1,21 @@
 """Published methods, one file each, as modules with the paper's defaults."""
 
 from mtkd_fast.losses.adapter import HintAdapter
+from mtkd_fast.losses.aekd import AEKDLoss
+from mtkd_fast.losses.average import AverageKDLoss
 from mtkd_fast.losses.ca_mkd import CAMKDLoss
+from mtkd_fast.losses.dgkd import DGKDLoss, GuideSampler, dense_chain
+from mtkd_fast.losses.entropy import EntropyKDLoss
+from mtkd_fast.losses.fitnet import FitNetKDLoss
 
-__all__ = ["CAMKDLoss", "HintAdapter"]
+__all__ = [
+    "AEKDLoss",
+    "AverageKDLoss",
+    "CAMKDLoss",
+    "DGKDLoss",
+    "EntropyKDLoss",
+    "FitNetKDLoss",
+    "GuideSampler",
+    "HintAdapter",
+    "dense_chain",
+]

@@ -4,15 +4,16 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mtkd_fast import checks
 from mtkd_fast.hint import hint_loss
 from mtkd_fast.kd import multi_teacher_kd_loss, teacher_weights
+from mtkd_fast.losses.module import DistillationLoss
 from mtkd_fast.reference.kd import compute_dtype
 
 
-class CAMKDLoss(nn.Module):
+class CAMKDLoss(DistillationLoss):
     """ce_weight · CE + kd_weight · τ² · mean Σ_k w_k KL(p_k‖q) + hint_weight · mean Σ_k v_k mse(f_k, g_k).
 
     w_k weighs teacher k by its own cross-entropy on the label, v_k by that of its head on the student's adapted
@@ -57,21 +58,12 @@ class CAMKDLoss(nn.Module):
         *,
         implementation: str | None = None,
     ) -> None:
-        super().__init__()
-        checks.temperature(temperature)
-        for name, value in (("ce_weight", ce_weight), ("kd_weight", kd_weight), ("hint_weight", hint_weight)):
-            checks.number(name, value)
-        checks.flag("official_code", official_code)
-        self.temperature = temperature
-        self.ce_weight = ce_weight
-        self.kd_weight = kd_weight
-        self.hint_weight = hint_weight
-        self.official_code = official_code
-        self.implementation = implementation
-
-    def extra_repr(self) -> str:
-        names = ("temperature", "ce_weight", "kd_weight", "hint_weight", "official_code")
-        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+        super().__init__(
+            temperature=temperature,
+            implementation=implementation,
+            numbers=dict(ce_weight=ce_weight, kd_weight=kd_weight, hint_weight=hint_weight),
+            switches=dict(official_code=official_code),
+        )
 
     def forward(
         self,

@@ -1,0 +1,27 @@
+// The op `relation` on the CPU: relation_rows.h, compiled per instruction set.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+#include "cpu_capability.h"
+#include "relation.h"
+#include "row_stats.h"
+
+#define MTKD_ROWS "relation_rows.h"
+#include "instruction_sets.h"
+
+namespace mtkd_fast {
+
+void relation_distances_cpu(const Points& points, int64_t begin, int64_t end) {
+  MTKD_IN_INSTRUCTION_SET(distances, points, begin, end);
+}
+void relation_angle_cpu(const RelationAngle& args, int64_t begin, int64_t end) {
+  MTKD_IN_INSTRUCTION_SET(angle, args, begin, end);
+}
+
+}  // namespace mtkd_fast

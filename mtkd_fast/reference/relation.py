@@ -1,0 +1,39 @@
+"""The op ``relation``: RKD's distance and angle losses, as published, from explicit differences.
+
+Differences are [B, B, D] and angles [B, B, B]: a specification, not something to train with.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def distances(x: Tensor) -> Tensor:
+    """[B, D] -> [B, B]; a pair closer than 1e-6 counts as 1e-6 away, without a gradient; the diagonal is 0."""
+    squared = (x[:, None] - x[None]).square().sum(-1).clamp_min(1e-12)
+    apart = ~torch.eye(len(x), dtype=torch.bool, device=x.device)
+    return torch.where(apart, squared, 1.0).sqrt() * apart
+
+
+def angles(x: Tensor) -> Tensor:
+    """[B, D] -> [B, B, B], cos of the angle at i between j and k; 0, without a gradient, where two of them coincide."""
+    difference = x[None] - x[:, None]
+    squared = difference.square().sum(-1, keepdim=True)
+    unit = torch.where(squared > 0, difference, 0.0) / torch.where(squared > 0, squared, 1.0).sqrt()
+    return unit @ unit.mT
+
+
+def over_mean(d: Tensor) -> Tensor:
+    positive = d > 0
+    return d / (d.sum() / positive.sum().clamp(min=1))
+
+
+def relation(student: Tensor, teacher: Tensor, name: str) -> Tensor:
+    """[B, D_s] and [B, D_t] -> scalar. Huber's loss with threshold 1, its mean over B² pairs or B³ triples."""
+    dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+    s, t = student.to(dtype), teacher.to(dtype)
+    if name == "angle":
+        return F.smooth_l1_loss(angles(s), angles(t))
+    if len(s) < 2:
+        return 0.0 * (s.sum() + t.sum())
+    return F.smooth_l1_loss(over_mean(distances(s)), over_mean(distances(t)))

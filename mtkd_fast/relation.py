@@ -1,0 +1,52 @@
+"""The public functions on relations between the samples of a batch."""
+
+import torch
+from torch import Tensor
+
+from mtkd_fast import checks, dispatch
+from mtkd_fast.reference import relation as reference
+
+
+def rkd_distance_loss(student: Tensor, teacher: Tensor, *, implementation: str | None = None) -> Tensor:
+    """RKD's distance loss: (1/B²) Σ_ij Huber(d^S_ij/μ_S − d^T_ij/μ_T), μ the mean distance of distinct samples.
+
+    Args:
+        student: [B, ...] embeddings, flattened to [B, D].
+        teacher: [B, ...] embeddings of the same samples; its D may be another.
+        implementation: None (the best available), "cpp" (on the CPU) or "reference".
+
+    Returns: a scalar, float32 (float64 when either is). 0 for B < 2. Samples closer than 1e-6 count as 1e-6 apart.
+
+    Gradient: to the student. A teacher that requires grad is refused: detach it.
+
+    Raises: TypeError, ValueError, naming the argument, what was expected and what came.
+
+    Source: Park et al., CVPR 2019 (arXiv 1904.05068; code: github.com/lenscloth/RKD). Computed in float64.
+
+    >>> student = torch.randn(16, 64, requires_grad=True)
+    >>> rkd_distance_loss(student, torch.randn(16, 128)).backward()
+    """
+    return _relation(student, teacher, "distance", implementation)
+
+
+def rkd_angle_loss(student: Tensor, teacher: Tensor, *, implementation: str | None = None) -> Tensor:
+    """RKD's angle loss: (1/B³) Σ_ijk Huber(c^S_ijk − c^T_ijk), c the cosine at sample i between j and k.
+
+    Arguments, gradient and errors as in :func:`rkd_distance_loss`. Where two of three samples coincide the cosine is 0
+    and has no gradient. Needs O(B²) memory and O(B² D + B³) time: neither the B×B×D differences nor the B×B×B angles of
+    the published form exist. Through a centred Gram matrix in float64, so that tight clusters lose no digits.
+
+    Source: Park et al., CVPR 2019 (arXiv 1904.05068; code: github.com/lenscloth/RKD).
+
+    >>> student = torch.randn(16, 64, requires_grad=True)
+    >>> rkd_angle_loss(student, torch.randn(16, 128)).backward()
+    """
+    return _relation(student, teacher, "angle", implementation)
+
+
+def _relation(student: Tensor, teacher: Tensor, name: str, implementation: str | None) -> Tensor:
+    student, teacher = checks.embeddings(student, teacher)
+    chosen = dispatch.choose(implementation, student, teacher, cpu_op="relation")
+    if chosen == "reference":
+        return reference.relation(student, teacher, name)
+    return torch.ops.mtkd_fast.relation(student, teacher, name)
