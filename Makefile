@@ -17,7 +17,7 @@ $(VENV)/packages: pyproject.toml
 	    "scikit-learn>=1.5,<2" "matplotlib>=3.8,<4" "tqdm>=4.66,<5"
 	touch $@
 
-$(VENV)/installed: $(VENV)/packages setup.py mtkd_fast/schemas.py $(wildcard csrc/*)
+$(VENV)/installed: $(VENV)/packages setup.py $(wildcard mtkd_fast/schemas/*.py) $(wildcard csrc/*)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 

@@ -133,7 +133,9 @@ setup(
     version=version(),
     packages=[
         "mtkd_fast",
+        "mtkd_fast.schemas",
         "mtkd_fast.reference",
+        "mtkd_fast.triton_ops",
         "mtkd_fast.losses",
         "mtkd_fast.kernels",
         "mtkd_fast.bench",

@@ -48,7 +48,7 @@ def hint_loss(
     if chosen == "reference":
         return reference.hint(students, teachers, weights, distance=distance, reduction=reduction)
     if chosen == "triton":
-        from mtkd_fast import triton_ops
+        from mtkd_fast.triton_ops import hint as triton_hint
 
-        return triton_ops.hint(students, teachers, weights, reduction)
+        return triton_hint.hint(students, teachers, weights, reduction)
     return torch.ops.mtkd_fast.hint(students, teachers, weights, reduction)

@@ -127,9 +127,9 @@ def multi_teacher_divergence(
     if chosen == "reference":
         return reference.divergences(student, teachers, divergence=divergence, temperature=temperature)
     if chosen == "triton":
-        from mtkd_fast import triton_ops
+        from mtkd_fast.triton_ops import kd as triton_kd
 
-        return triton_ops.divergence(student, teachers, divergence, temperature)
+        return triton_kd.divergence(student, teachers, divergence, temperature)
     return torch.ops.mtkd_fast.kd_divergence(student, teachers, divergence, temperature)
 
 
@@ -190,9 +190,9 @@ def _triton_kd(arguments: tuple, options: tuple, _: bool):
     ignore_index = options[6]
     if labels is not None and labels.device.type == "cpu" and not torch.compiler.is_compiling():
         checks.target_range(labels, student.shape[-1], ignore_index)
-    from mtkd_fast import triton_ops
+    from mtkd_fast.triton_ops import kd as triton_kd
 
-    loss, row_stats = triton_ops.kd(*arguments, *options)
+    loss, row_stats = triton_kd.kd(*arguments, *options)
     return loss, lambda: _stats(row_stats, arguments, options)
 
 

@@ -73,13 +73,14 @@ class EmulatedCuda(Backend):
         import emulator
         from emulator import hint
 
-        from mtkd_fast import triton_ops
+        from mtkd_fast.triton_ops import hint as triton_hint
+        from mtkd_fast.triton_ops import kd as triton_kd
 
         def dense(features):  # as csrc/hint_ops.cpp hands them over
             return [x.contiguous() for x in features]
 
         class Ops:
-            kd_triton_forward = staticmethod(triton_ops.kd_forward)
+            kd_triton_forward = staticmethod(triton_kd.kd_forward)
             kd_triton_backward = staticmethod(emulator.backward)
             kd_triton_rescale = staticmethod(emulator.rescale)
             kd_triton_rescale_ = staticmethod(emulator.rescale_)
@@ -93,8 +94,9 @@ class EmulatedCuda(Backend):
                 return hint.backward(dense(student), dense(teacher), weights, needs)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(triton_ops, "ops", Ops)
-            patch.setattr(triton_ops, "kd_kernels", emulator)
+            patch.setattr(triton_kd, "kd_kernels", emulator)
+            for op in (triton_kd, triton_hint):
+                patch.setattr(op, "ops", Ops)
             yield
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import BF16, F16, F32, F64, check
+from cases.kd import BF16, F16, F32, F64, check
 from ddp_rank import train_one_rank
 
 from mtkd_fast import hint_loss, multi_teacher_divergence, multi_teacher_kd_loss

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import BF16, CASES, F32, F64, Case, assert_matches, build, evaluate, oracle
+from cases.kd import BF16, CASES, F32, F64, Case, assert_matches, build, evaluate, oracle
 from tolerance import assert_numbers_close, assert_rows_close, ulp
 
 from mtkd_fast import multi_teacher_kd_loss

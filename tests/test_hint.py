@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import BF16, F16, F32, F64, NAN
+from cases.kd import BF16, F16, F32, F64, NAN
 from tolerance import assert_numbers_close, assert_rows_close
 
 from mtkd_fast import hint_loss

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CASES, FLOAT64_CASES, assert_matches, build, evaluate, oracle
+from cases.kd import CASES, FLOAT64_CASES, assert_matches, build, evaluate, oracle
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import BF16, F16, F32, LAYOUTS
+from cases.kd import BF16, F16, F32, LAYOUTS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtkd_fast import multi_teacher_divergence, multi_teacher_kd_loss

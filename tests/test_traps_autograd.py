@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import BF16, F16, F32, check
+from cases.kd import BF16, F16, F32, check
 from torch.utils.checkpoint import checkpoint
 
 from mtkd_fast.reference.divergences import DIVERGENCES

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import check
+from cases.kd import check
 
 N, C = 6, 10
 

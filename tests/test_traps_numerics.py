@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import BF16, F16, F32, INF, NAN, check
+from cases.kd import BF16, F16, F32, INF, NAN, check
 
 from mtkd_fast.reference.divergences import DIVERGENCES
 

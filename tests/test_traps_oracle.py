@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, F64, build, check, oracle
+from cases.kd import CASES, F64, build, check, oracle
 from conftest import BACKENDS
 
 import mtkd_fast

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from cases import BF16, F32, check
+from cases.kd import BF16, F32, check
 
 FORKED = """
 import multiprocessing, pytest, torch

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import BF16, F32, INF, LAYOUTS, check
+from cases.kd import BF16, F32, INF, LAYOUTS, check
 
 from mtkd_fast.reference.divergences import DIVERGENCES
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import INF, check
+from cases.kd import INF, check
 
 from mtkd_fast.checks import WEIGHT_RULES
 from mtkd_fast.reference.divergences import DIVERGENCES

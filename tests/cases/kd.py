@@ -17,11 +17,10 @@ from tolerance import assert_numbers_close, assert_rows_close
 from torch import Tensor
 
 import mtkd_fast
+from cases import BF16, F16, F32, F64, INF, NAN
+from cases.layouts import LAYOUTS
 from mtkd_fast.checks import WEIGHT_RULES
 from mtkd_fast.reference.divergences import DIVERGENCES
-
-INF, NAN = float("inf"), float("nan")
-F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 
 @dataclass(frozen=True)
@@ -223,60 +222,6 @@ VALUES = {
     "inf in teacher": poisoned("teacher", INF),
     "empty student row": empty_row("student"),
     "empty teacher row": empty_row("teacher"),
-}
-
-
-# How logits lie in memory: (values [..., C], device) -> the same values. What lies between the rows is NaN.
-
-
-def nan_buffer(shape, like, device):
-    return torch.full(tuple(shape), NAN, dtype=like.dtype, device=device)
-
-
-def contiguous(x, device):
-    return x.clone().to(device)
-
-
-def row_stride(x, device):
-    return nan_buffer((*x.shape[:-1], x.shape[-1] + 3), x, device)[..., : x.shape[-1]].copy_(x)
-
-
-def misaligned(x, device):
-    return nan_buffer((x.numel() + 1,), x, device)[1:].view(x.shape).copy_(x)
-
-
-def transposed(x, device):
-    return nan_buffer((x.shape[-1], *x.shape[:-1]), x, device).movedim(0, -1).copy_(x)
-
-
-def repeated(x, device):
-    """The first row in every row, with stride 0."""
-    return x.reshape(-1, x.shape[-1])[0].clone().to(device).expand(x.shape) if x.numel() else contiguous(x, device)
-
-
-def all_but_last(x, device):
-    """logits[:, :-1] of a language model."""
-    if x.dim() == 1:
-        return contiguous(x, device)
-    *batch, length, classes = x.shape
-    return nan_buffer((*batch, length + 1, classes), x, device)[..., :-1, :].copy_(x)
-
-
-def every_other_row(x, device):
-    if x.dim() == 1:
-        return contiguous(x, device)
-    *batch, length, classes = x.shape
-    return nan_buffer((*batch, 2 * length, classes), x, device)[..., ::2, :].copy_(x)
-
-
-LAYOUTS = {
-    "contiguous": contiguous,
-    "row stride": row_stride,
-    "misaligned": misaligned,
-    "transposed": transposed,
-    "repeated": repeated,
-    "all but last": all_but_last,
-    "every other row": every_other_row,
 }
 
 
