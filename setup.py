@@ -140,6 +140,7 @@ setup(
         "mtkd_fast.kernels",
         "mtkd_fast.bench",
         "mtkd_fast.bench.demo",
+        "mtkd_fast.bench.demo.methods",
     ],
     package_dir={"mtkd_fast.kernels": "kernels", "mtkd_fast.bench": "bench"},
     package_data={"mtkd_fast": ["py.typed"]},

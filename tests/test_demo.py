@@ -8,8 +8,10 @@ import torch
 pytest.importorskip("sklearn", reason="the demo needs scikit-learn")
 pytest.importorskip("matplotlib", reason="the demo needs matplotlib")
 
+from mtkd_fast.bench.correctness import WrongResult
 from mtkd_fast.bench.demo import __main__ as demo
 from mtkd_fast.bench.demo import digits, exactness, experiment, models, training
+from mtkd_fast.bench.demo.methods import costs, eager, learners, study
 
 from mtkd_fast import implementations
 
@@ -23,10 +25,29 @@ def quick(tmp_path_factory):
     return status, json.loads((folder / "demo.json").read_text()), folder
 
 
-def test_quick_demo_succeeds_and_writes_both_files(quick):
+def test_quick_demo_succeeds_and_writes_both_pages(quick):
     status, found, folder = quick
     assert status == 0, found["failures"]
-    assert (folder / "demo.png").stat().st_size > 20_000
+    for picture in ("demo.png", "methods.png"):
+        assert (folder / picture).stat().st_size > 20_000
+
+
+def test_quick_demo_trains_and_times_every_method(quick):
+    found = json.loads((quick[2] / "methods.json").read_text())
+    assert [m["method"] for m in found["methods"]] == list(learners.METHODS)
+    for m in found["methods"]:
+        assert len(m["accuracies"]) == 2
+        assert all(0 <= a <= 100 for a in m["accuracies"])
+        assert min(m["ms"].values()) > 0
+        assert 0 < m["operations"]["fused"] <= m["operations"]["eager"]
+
+
+def test_a_method_that_differs_from_its_eager_form_is_not_timed(monkeypatch):
+    data = digits.load("cpu")
+    school, lessons = study.prepared(data, data.split(0), 0, study.Budget(1, 1, 1), "cpu")
+    monkeypatch.setitem(eager.LOSSES, "AVER", lambda *arguments: 1.001 * eager.average(*arguments))
+    with pytest.raises(WrongResult, match="AVER"):
+        costs.measure(school, lessons.images[:8], lessons.batch(torch.arange(8)), quick=True)
 
 
 def test_quick_demo_compares_the_four_students(quick):

@@ -1,0 +1,101 @@
+"""The methods in eager PyTorch, as their published code writes them: the loop over teachers, one loss each."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .learners import Batch, Learner
+from .networks import Outputs
+
+TAU = 4.0
+
+
+def divergence(student: Tensor, teacher: Tensor, tau: float = TAU) -> Tensor:
+    """τ² KL(p‖q) [B]"""
+    log_q, p = F.log_softmax(student / tau, 1), F.softmax(teacher / tau, 1)
+    return tau**2 * F.kl_div(log_q, p, reduction="none").sum(1)
+
+
+def divergences(student: Outputs, batch: Batch) -> Tensor:
+    """[K, B]"""
+    return torch.stack([divergence(student.logits, t.logits) for t in batch.teachers])
+
+
+def hard_labels(learner: Learner, student: Outputs, batch: Batch) -> Tensor:
+    return F.cross_entropy(student.logits, batch.labels)
+
+
+def average(learner: Learner, student: Outputs, batch: Batch) -> Tensor:
+    return hard_labels(learner, student, batch) + divergences(student, batch).mean(0).mean()
+
+
+def confidence(logits: list[Tensor], labels: Tensor) -> Tensor:
+    """[K, B]"""
+    ce = torch.stack([F.cross_entropy(t, labels, reduction="none") for t in logits])
+    return (1 - F.softmax(ce, 0)) / (len(logits) - 1)
+
+
+def entropy(learner: Learner, student: Outputs, batch: Batch) -> Tensor:
+    entropies = []
+    for t in batch.teachers:
+        log_p = F.log_softmax(t.logits, 1)
+        entropies.append(-(log_p.exp() * log_p).sum(1))
+    h = torch.stack(entropies)
+    weights = (1 - h / h.sum(0)) / (len(h) - 1)
+    return hard_labels(learner, student, batch) + (weights * divergences(student, batch)).sum(0).mean()
+
+
+def adaptive_ensemble(learner: Learner, student: Outputs, batch: Batch) -> Tensor:
+    """A backward pass a teacher, here to the logits only, and a quadratic program on the host."""
+    from sklearn.svm import OneClassSVM
+
+    logits = student.logits.detach().requires_grad_()
+    losses = [divergence(logits, t.logits).mean() for t in batch.teachers]
+    v = torch.stack([torch.autograd.grad(loss, logits)[0].mean(0) for loss in losses])
+    gram = (v @ v.T).cpu().double().numpy()
+    most, n = 0.6, len(losses)
+    solver = OneClassSVM(kernel="precomputed", nu=1 / (most * n), tol=1e-10).fit(gram / gram.max())
+    weights = torch.zeros(n)
+    weights[solver.support_] = torch.tensor(solver.dual_coef_[0] * most, dtype=torch.float32)
+    weights = weights.to(student.logits.device)
+    return hard_labels(learner, student, batch) + weights @ divergences(student, batch).mean(1)
+
+
+def fitnet(learner: Learner, student: Outputs, batch: Batch) -> Tensor:
+    loss = average(learner, student, batch)
+    for adapt, teacher in zip(learner.adapters, batch.teachers, strict=True):
+        loss = loss + 100 * F.mse_loss(adapt(student.maps[0], teacher.maps[0]), teacher.maps[0]) / len(batch.teachers)
+    return loss
+
+
+def ca_mkd(learner: Learner, student: Outputs, batch: Batch) -> Tensor:
+    weights = confidence([t.logits for t in batch.teachers], batch.labels)
+    loss = hard_labels(learner, student, batch) + (weights * divergences(student, batch)).sum(0).mean()
+    adapted, heads = [], []
+    for adapt, head, teacher in zip(learner.adapters, learner.heads, batch.teachers, strict=True):
+        adapted.append(adapt(student.maps[1], teacher.maps[1]))
+        heads.append(head(adapted[-1]))
+    weights = confidence([u.detach() for u in heads], batch.labels)
+    distances = [
+        F.mse_loss(f, t.maps[1], reduction="none").mean((1, 2, 3)) for f, t in zip(adapted, batch.teachers, strict=True)
+    ]
+    return loss + 50 * (weights * torch.stack(distances)).sum(0).mean()
+
+
+def dgkd(learner: Learner, student: Outputs, batch: Batch) -> Tensor:
+    share = 0.7
+    loss = len(batch.guides) * (1 - share) * hard_labels(learner, student, batch)
+    for guide in batch.guides:
+        loss = loss + share * divergence(student.logits, guide, tau=5.0).mean()
+    return loss
+
+
+LOSSES = {
+    "hard labels": hard_labels,
+    "AVER": average,
+    "EBKD": entropy,
+    "AE-KD": adaptive_ensemble,
+    "FitNet-MKD": fitnet,
+    "CA-MKD": ca_mkd,
+    "DGKD": dgkd,
+}

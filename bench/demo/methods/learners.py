@@ -1,0 +1,119 @@
+"""The methods as learners: a student, what its method trains beside it, and the loss of a batch.
+
+Every loss runs with the defaults of its class, which are those of its paper or its code.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtkd_fast import AEKDLoss, AverageKDLoss, CAMKDLoss, DGKDLoss, EntropyKDLoss, FitNetKDLoss, HintAdapter
+
+from .networks import STUDENT, TEACHER, ConvNet, Outputs
+
+
+class Batch(NamedTuple):
+    labels: Tensor
+    teachers: list[Outputs]  # three of one size
+    guides: list[Tensor]  # logits of DGKD's chain: the first teacher and its assistants
+
+
+class School(NamedTuple):
+    """What a split has before its student learns."""
+
+    teachers: list[ConvNet]
+    seed: int
+    device: str
+
+
+class Learner(nn.Module):
+    def __init__(self, school: School, implementation: str | None = None) -> None:
+        super().__init__()
+        self.student = ConvNet(STUDENT, school.seed, school.device)
+        self.prepare(school, implementation)
+        self.to(school.device)
+
+    def prepare(self, school: School, implementation: str | None) -> None:
+        """Makes the loss and what it trains."""
+
+    def outputs(self, images: Tensor) -> Outputs:
+        return self.student(images)
+
+    def loss(self, student: Outputs, batch: Batch) -> Tensor:
+        raise NotImplementedError
+
+    def trained(self) -> list[nn.Parameter]:
+        return [p for p in self.parameters() if p.requires_grad]
+
+
+class HardLabels(Learner):
+    def loss(self, student: Outputs, batch: Batch) -> Tensor:
+        return F.cross_entropy(student.logits, batch.labels)
+
+
+def on_logits(criterion: type[nn.Module]) -> type[Learner]:
+    """The methods that see logits alone."""
+
+    class OnLogits(Learner):
+        def prepare(self, school: School, implementation: str | None) -> None:
+            self.criterion = criterion(implementation=implementation)
+
+        def loss(self, student: Outputs, batch: Batch) -> Tensor:
+            return self.criterion(student.logits, [t.logits for t in batch.teachers], batch.labels)
+
+    return OnLogits
+
+
+class FitNet(Learner):
+    def prepare(self, school: School, implementation: str | None) -> None:
+        self.criterion = FitNetKDLoss(implementation=implementation)
+        self.adapters = adapters(school, stage=0)
+
+    def loss(self, student: Outputs, batch: Batch) -> Tensor:
+        wanted = [t.maps[0] for t in batch.teachers]
+        adapted = [adapt(student.maps[0], g) for adapt, g in zip(self.adapters, wanted, strict=True)]
+        return self.criterion(student.logits, [t.logits for t in batch.teachers], batch.labels, adapted, wanted)
+
+
+class CAMKD(Learner):
+    def prepare(self, school: School, implementation: str | None) -> None:
+        self.criterion = CAMKDLoss(implementation=implementation)
+        self.adapters = adapters(school, stage=1)
+        self.heads = [teacher.head for teacher in school.teachers]
+
+    def loss(self, student: Outputs, batch: Batch) -> Tensor:
+        wanted = [t.maps[1] for t in batch.teachers]
+        adapted = [adapt(student.maps[1], g) for adapt, g in zip(self.adapters, wanted, strict=True)]
+        heads = [head(f) for head, f in zip(self.heads, adapted, strict=True)]
+        return self.criterion(student.logits, [t.logits for t in batch.teachers], batch.labels, adapted, wanted, heads)
+
+
+class DGKD(Learner):
+    """λ = 0.7 rather than the script's 1, which leaves the labels out."""
+
+    def prepare(self, school: School, implementation: str | None) -> None:
+        self.criterion = DGKDLoss(kd_weight=0.7, implementation=implementation)
+
+    def loss(self, student: Outputs, batch: Batch) -> Tensor:
+        return self.criterion(student.logits, batch.guides, batch.labels)
+
+
+def adapters(school: School, stage: int) -> nn.ModuleList:
+    """One a teacher; every method's are drawn from the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(school.seed)
+        return nn.ModuleList([HintAdapter(STUDENT[stage], TEACHER[stage]) for _ in school.teachers])
+
+
+METHODS: dict[str, Callable[..., Learner]] = {
+    "hard labels": HardLabels,
+    "AVER": on_logits(AverageKDLoss),
+    "EBKD": on_logits(EntropyKDLoss),
+    "AE-KD": on_logits(AEKDLoss),
+    "FitNet-MKD": FitNet,
+    "CA-MKD": CAMKD,
+    "DGKD": DGKD,
+}

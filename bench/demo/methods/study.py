@@ -1,0 +1,116 @@
+"""Paired splits: within a split all methods share the data, the teachers, the student's first weights and batches."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mtkd_fast import DGKDLoss, dense_chain
+
+from ..digits import Digits, Split
+from ..training import BATCH, hard_labels, one_thread
+from .learners import METHODS, Batch, Learner, School
+from .networks import ASSISTANTS, TEACHER, ConvNet, Outputs
+
+N_TEACHERS = 3
+LEARNING_RATE = 5e-3
+
+
+class Budget(NamedTuple):
+    splits: int
+    student_steps: int = 400
+    teacher_steps: int = 400
+
+
+class Lessons(NamedTuple):
+    """What a student of one split learns from: 200 images and what its teachers say of them."""
+
+    images: Tensor
+    labels: Tensor
+    teachers: list[Outputs]
+    guides: list[Tensor]
+
+    def batch(self, index: Tensor) -> Batch:
+        said = [t.apply(lambda x: x[index]) for t in self.teachers]
+        return Batch(self.labels[index], said, [g[index] for g in self.guides])
+
+
+def run_split(data: Digits, seed: int, budget: Budget, device: str) -> dict[str, float]:
+    """Method -> test accuracy in percent."""
+    split = data.split(seed)
+    school, lessons = prepared(data, split, seed, budget, device)
+    test = data.images[split.test], data.labels[split.test]
+    found = {}
+    for name, make in METHODS.items():
+        learner = make(school)
+        learn(learner, lessons, budget.student_steps, seed)
+        found[name] = accuracy(learner.student, *test)
+    return found
+
+
+def prepared(data: Digits, split: Split, seed: int, budget: Budget, device: str) -> tuple[School, Lessons]:
+    """Three teachers, each of a bootstrap of the training images, and two assistants by dense guidance."""
+    teachers = [taught(data, split, 100 * seed + k, budget, device) for k in range(N_TEACHERS)]
+    images, labels = data.images[split.student], data.labels[split.student]
+    assistants = [ConvNet(channels, seed, device) for channels in ASSISTANTS]
+
+    def train_assistant(model: nn.Module, guides) -> None:
+        said = [logits_of(guide, images) for guide in guides]
+        loss = DGKDLoss(kd_weight=0.7)
+        train(
+            model, lambda i: loss(model(images[i]).logits, [g[i] for g in said], labels[i]), len(labels),
+            budget.student_steps, seed,
+        )  # fmt: skip
+
+    chain = [teachers[0], *assistants]
+    dense_chain(chain, train_assistant)
+    for model in (*teachers, *assistants):
+        model.eval().requires_grad_(False)
+    guides = [logits_of(model, images) for model in chain]
+    return School(teachers, seed, device), Lessons(images, labels, [t(images) for t in teachers], guides)
+
+
+def taught(data: Digits, split: Split, seed: int, budget: Budget, device: str) -> ConvNet:
+    g = torch.Generator().manual_seed(seed)
+    chosen = split.train[torch.randint(len(split.train), (len(split.train),), generator=g).to(split.train.device)]
+    images, labels = data.images[chosen], data.labels[chosen]
+    teacher = ConvNet(TEACHER, seed, device)
+
+    def loss(i: Tensor) -> Tensor:
+        return hard_labels(teacher(images[i]).logits, [], labels[i])
+
+    train(teacher, loss, len(labels), budget.teacher_steps, seed)
+    return teacher
+
+
+def learn(learner: Learner, lessons: Lessons, steps: int, seed: int) -> None:
+    def loss(i: Tensor) -> Tensor:
+        return learner.loss(learner.outputs(lessons.images[i]), lessons.batch(i))
+
+    train(learner, loss, len(lessons.labels), steps, seed)
+
+
+def train(model: nn.Module, loss_of, n_images: int, steps: int, seed: int) -> None:
+    """Adam on random batches; the same seed draws the same ones."""
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=LEARNING_RATE, fused=True)
+    g = torch.Generator().manual_seed(seed)
+    device = trained[0].device
+    with one_thread():
+        for _ in range(steps):
+            index = torch.randint(n_images, (BATCH,), generator=g).to(device)
+            optimizer.zero_grad()
+            loss_of(index).backward()
+            optimizer.step()
+    model.eval()
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, images: Tensor) -> Tensor:
+    return model(images).logits
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    return 100 * (model(images).logits.argmax(1) == labels).float().mean().item()
