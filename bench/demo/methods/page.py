@@ -16,10 +16,10 @@ from .study import Budget
 FULL = Budget(splits=10)
 QUICK = Budget(splits=2, student_steps=60, teacher_steps=60)
 NOTE = (
-    "Mean ± sd over {} paired splits; the student has 200 images, their labels and its teachers. Every method runs with "
-    "its published defaults, which were chosen for other data. The loss, with its adapters, is timed from the student's "
-    "outputs to their gradients, in one thread; ops: kernels launched on a GPU, operators called on a CPU, where a fused "
-    "pass is one."
+    "Mean ± sd over {} paired splits; the student has 200 images, their labels and its teachers. Every method runs "
+    "with its published defaults, which were chosen for other data. The loss, with its adapters, is timed from the "
+    "student's outputs to their gradients, in one thread; ops: kernels launched on a GPU, operators called on a CPU, "
+    "where a fused pass is one."
 )
 
 
