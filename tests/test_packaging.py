@@ -141,3 +141,13 @@ def test_the_readme_is_finished():
     assert not re.findall(r"@[A-Z]+@", readme)
     for image in re.findall(r"!\[.*?\]\((.+?)\)", readme):
         assert (ROOT / image).exists(), image
+
+
+def test_the_method_in_contributing_runs():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    code = text[text.index("## Adding a method") :].split("```python\n")[1].split("```")[0]
+    found = {}
+    exec(code, found)
+    student = torch.randn(8, 10, requires_grad=True)
+    found["SharpKDLoss"]()(student, torch.randn(3, 8, 10), torch.randint(10, (8,))).backward()
+    assert student.grad.abs().sum() > 0
