@@ -55,12 +55,21 @@ def logits_dtype(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
 
 
-def student_logits(value: object) -> Tensor:
+def student_logits(value: object, class_dim: int = -1) -> Tensor:
+    """As a view with the classes last."""
     student = tensor("student_logits", value)
     logits_dtype("student_logits", student)
-    if student.dim() == 0 or student.shape[-1] == 0:
-        raise ValueError(f"student_logits must have shape [..., C] with C >= 1, got {tuple(student.shape)}")
-    return student
+    integer("class_dim", class_dim)
+    if student.dim() and not -student.dim() <= class_dim < student.dim():
+        raise ValueError(f"class_dim must be a dimension of student_logits {tuple(student.shape)}, got {class_dim}")
+    if student.dim() == 0 or student.shape[class_dim] == 0:
+        expected = "[..., C]" if class_dim == -1 else f"[..., C, ...], C in dimension {class_dim},"
+        raise ValueError(f"student_logits must have shape {expected} with C >= 1, got {tuple(student.shape)}")
+    return classes_last(student, class_dim)
+
+
+def classes_last(logits: Tensor, class_dim: int) -> Tensor:
+    return logits if class_dim == -1 else logits.movedim(class_dim, -1)
 
 
 def teacher_sequence(value: object, argument: str = "teacher_logits") -> list[Tensor]:
@@ -83,11 +92,13 @@ def teacher_sequence(value: object, argument: str = "teacher_logits") -> list[Te
     return teachers
 
 
-def teacher_logits(value: object, student: Tensor) -> list[Tensor]:
+def teacher_logits(value: object, student: Tensor, class_dim: int = -1) -> list[Tensor]:
+    """Of the shape of ``student``, whose classes are last already, and like it views with the classes last."""
     teachers = teacher_sequence(value)
+    as_given = student if class_dim == -1 else student.movedim(-1, class_dim)
     for k, teacher in enumerate(teachers):
-        logits_like(f"teacher_logits[{k}]", teacher, student, "student_logits")
-    return teachers
+        logits_like(f"teacher_logits[{k}]", teacher, as_given, "student_logits")
+    return [classes_last(teacher, class_dim) for teacher in teachers]
 
 
 def logits_like(name: str, value: Tensor, other: Tensor, of: str) -> None:

@@ -27,6 +27,7 @@ def multi_teacher_kd_loss(
     row_weights: Tensor | None = None,
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
+    class_dim: int = -1,
     return_stats: bool = False,
     implementation: str | None = None,
 ) -> Tensor | tuple[Tensor, KDStats]:
@@ -51,6 +52,8 @@ def multi_teacher_kd_loss(
         row_weights: [...] bool or float. A row of weight 0 is neither read nor counted.
         reduction: "none" ([...]), "sum", or "mean" over the rows that count (not over C, nor the sum of weights).
         num_items: replaces the denominator of "mean"; a number or a one-element tensor on the same device.
+        class_dim: where the classes are. 1 for dense prediction, [B, C, H, W]: the rows are the pixels, read in place,
+            and every [...] here, of target, weights, row_weights and the statistics, is [B, H, W].
         return_stats: also return the per-row numbers that the pass has anyway, detached.
         implementation: None (the best available), "cpp", "triton" or "reference".
 
@@ -74,8 +77,8 @@ def multi_teacher_kd_loss(
     >>> student.grad.shape
     torch.Size([8, 10])
     """
-    student = checks.student_logits(student_logits)
-    teachers = checks.teacher_logits(teacher_logits, student)
+    student = checks.student_logits(student_logits, class_dim)
+    teachers = checks.teacher_logits(teacher_logits, student, class_dim)
     labels = checks.target(target, student)
     rule, given = checks.weights(weights, student, len(teachers), labels)
     checks.temperature(temperature)
@@ -107,6 +110,7 @@ def multi_teacher_divergence(
     *,
     divergence: str = "forward_kl",
     temperature: float = 1.0,
+    class_dim: int = -1,
     implementation: str | None = None,
 ) -> Tensor:
     """The divergence of every teacher from the student, per row: [K, ...], without τ² and without weights.
@@ -119,8 +123,8 @@ def multi_teacher_divergence(
     >>> multi_teacher_divergence(student, teachers, temperature=2.0).shape
     torch.Size([3, 8])
     """
-    student = checks.student_logits(student_logits)
-    teachers = checks.teacher_logits(teacher_logits, student)
+    student = checks.student_logits(student_logits, class_dim)
+    teachers = checks.teacher_logits(teacher_logits, student, class_dim)
     checks.one_of("divergence", divergence, tuple(DIVERGENCES))
     checks.temperature(temperature)
     chosen = dispatch.choose(implementation, student, *teachers, divergence=divergence)
@@ -139,6 +143,7 @@ def teacher_weights(
     *,
     rule: str,
     ignore_index: int = -100,
+    class_dim: int = -1,
     implementation: str | None = None,
 ) -> Tensor:
     """The weights [K, ...] that ``multi_teacher_kd_loss(weights=rule)`` gives the teachers; they sum to one over K.
@@ -161,6 +166,7 @@ def teacher_weights(
         target,
         weights=rule,
         ignore_index=ignore_index,
+        class_dim=class_dim,
         reduction="sum",
         return_stats=True,
         implementation=implementation,

@@ -1,0 +1,95 @@
+"""Dense prediction: classes in another dimension than the last, rows that are pixels."""
+
+import pytest
+import torch
+
+from mtkd_fast import multi_teacher_kd_loss
+
+B, C, H, W, K = 2, 5, 3, 4, 3
+
+
+@pytest.fixture(params=[(B, C, H, W), (B, C, 7), (C, 6), (B, C, 2, 3, 2)], ids=str)
+def maps(request, backend):
+    """Student and teachers with the classes in dimension 1 (0 of two), a map of labels, and that dimension."""
+    shape, device = request.param, backend.device
+    class_dim = 1 if len(shape) > 2 else 0
+    rows = shape[:class_dim] + shape[class_dim + 1 :]
+    student = torch.randn(shape, device=device, requires_grad=True)
+    teachers = [torch.randn(shape, device=device) for _ in range(K)]
+    target = torch.randint(C, rows, device=device)
+    target.view(-1)[::5] = 255
+    return student, teachers, target, class_dim
+
+
+def both(backend, maps, **options):
+    """(loss, gradient, stats) with class_dim, and of the same rows with the classes last."""
+    student, teachers, target, class_dim = maps
+    found = []
+    for given, dim in ((lambda x: x, class_dim), (lambda x: x.movedim(class_dim, -1).contiguous(), -1)):
+        leaf = given(student.detach()).requires_grad_()
+        loss, stats = backend.loss(
+            leaf, [given(t) for t in teachers], target, temperature=2.0, ce_weight=0.5, ignore_index=255,
+            class_dim=dim, return_stats=True, **options,
+        )  # fmt: skip
+        upstream = torch.linspace(0.5, 2.0, loss.numel(), device=loss.device).view(loss.shape)
+        (gradient,) = torch.autograd.grad(loss, leaf, upstream)
+        found.append((loss, gradient if dim != -1 else gradient.movedim(-1, class_dim), stats))
+    return found
+
+
+@pytest.mark.parametrize("weights", ["uniform", "confidence", "entropy"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_pixels_are_rows(backend, maps, weights, reduction):
+    (loss, gradient, stats), (right, wanted, same) = both(backend, maps, weights=weights, reduction=reduction)
+    torch.testing.assert_close(loss, right)
+    torch.testing.assert_close(gradient, wanted)
+    for ours, theirs in zip(stats, same, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_weights_of_teachers_and_of_pixels_are_maps(backend, maps):
+    target = maps[2]
+    given = torch.rand(K, *target.shape, device=target.device)
+    of_pixels = torch.rand(target.shape, device=target.device)
+    (loss, gradient, _), (right, wanted, _) = both(backend, maps, weights=given, row_weights=of_pixels)
+    torch.testing.assert_close(loss, right)
+    torch.testing.assert_close(gradient, wanted)
+
+
+def test_divergences_and_weights_take_it_too(backend, maps):
+    student, teachers, target, class_dim = maps
+    divergence = backend.divergence(student, teachers, class_dim=class_dim)
+    weights = backend.weights(teachers, target, rule="confidence", ignore_index=255, class_dim=class_dim)
+    assert divergence.shape == weights.shape == (K, *target.shape)
+    last = [t.movedim(class_dim, -1) for t in teachers]
+    torch.testing.assert_close(divergence, backend.divergence(student.movedim(class_dim, -1), last))
+    torch.testing.assert_close(weights, backend.weights(last, target, rule="confidence", ignore_index=255))
+
+
+def test_one_tensor_of_all_teachers():
+    student, teachers = torch.randn(B, C, H, W), torch.randn(K, B, C, H, W)
+    loss = multi_teacher_kd_loss(student, teachers, class_dim=1)
+    torch.testing.assert_close(loss, multi_teacher_kd_loss(student, list(teachers), class_dim=-3))
+
+
+@pytest.mark.parametrize(
+    ("class_dim", "error", "message"),
+    [
+        (4, ValueError, r"class_dim must be a dimension of student_logits \(2, 5, 3, 4\), got 4"),
+        (-5, ValueError, "class_dim must be a dimension"),
+        (1.0, TypeError, "class_dim must be an integer, got float"),
+        (True, TypeError, "class_dim must be an integer, got bool"),
+    ],
+)
+def test_a_wrong_dimension_is_named(class_dim, error, message):
+    with pytest.raises(error, match=message):
+        multi_teacher_kd_loss(torch.zeros(B, C, H, W), torch.zeros(K, B, C, H, W), class_dim=class_dim)
+
+
+def test_shapes_are_named_as_they_were_given():
+    with pytest.raises(ValueError, match=r"teacher_logits\[0\] must have shape \(2, 5, 3, 4\) .* got \(2, 5, 3, 3\)"):
+        multi_teacher_kd_loss(torch.zeros(B, C, H, W), [torch.zeros(B, C, H, 3)], class_dim=1)
+    with pytest.raises(ValueError, match=r"\[..., C, ...\], C in dimension 1, with C >= 1, got \(2, 0, 3\)"):
+        multi_teacher_kd_loss(torch.zeros(2, 0, 3), [torch.zeros(2, 0, 3)], class_dim=1)
