@@ -141,6 +141,7 @@ setup(
         "mtkd_fast.bench",
         "mtkd_fast.bench.demo",
         "mtkd_fast.bench.demo.methods",
+        "mtkd_fast.bench.demo.segmentation",
     ],
     package_dir={"mtkd_fast.kernels": "kernels", "mtkd_fast.bench": "bench"},
     package_data={"mtkd_fast": ["py.typed"]},

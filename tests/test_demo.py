@@ -12,6 +12,7 @@ from mtkd_fast.bench.correctness import WrongResult
 from mtkd_fast.bench.demo import __main__ as demo
 from mtkd_fast.bench.demo import digits, exactness, experiment, models, training
 from mtkd_fast.bench.demo.methods import costs, eager, learners, study
+from mtkd_fast.bench.demo.segmentation import canvases
 
 from mtkd_fast import implementations
 
@@ -40,6 +41,22 @@ def test_quick_demo_trains_and_times_every_method(quick):
         assert all(0 <= a <= 100 for a in m["accuracies"])
         assert min(m["ms"].values()) > 0
         assert 0 < m["operations"]["fused"] <= m["operations"]["eager"]
+
+
+def test_quick_demo_segments_digits(quick):
+    found = json.loads((quick[2] / "segmentation.json").read_text())
+    assert list(found["arms"]) == ["hard labels", "uniform average", "confidence weights"]
+    assert all(0 <= a <= 100 for accuracies in found["arms"].values() for a in accuracies)
+    assert min(found["cost"]["ms"].values()) > 0
+
+
+def test_the_label_of_an_inked_pixel_is_its_digit():
+    data = digits.load("cpu")
+    found = canvases.scatter(data, torch.arange(len(data.labels)), 3, seed=1)
+    inked = found.labels != canvases.IGNORED
+    assert inked.equal(found.images[:, 0] > canvases.INK)
+    assert all(len(found.labels[n][inked[n]].unique()) <= canvases.PER_SIDE**2 for n in range(3))
+    assert found.labels[inked].max() < 10
 
 
 def test_a_method_that_differs_from_its_eager_form_is_not_timed(monkeypatch):

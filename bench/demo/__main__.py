@@ -1,6 +1,6 @@
-"""Small students learn scikit-learn's digits, on two pages: eight teachers of mixed quality, and every method there is.
+"""Small students learn scikit-learn's digits: from eight teachers of mixed quality, by every method, by the pixel.
 
-python -m mtkd_fast.bench.demo [--quick] [--out FOLDER]    writes FOLDER/demo.{json,png} and FOLDER/methods.{json,png}
+python -m mtkd_fast.bench.demo [--quick] [--out FOLDER]    writes FOLDER/{demo,methods,segmentation}.json and two .png
 """
 
 import argparse
@@ -11,7 +11,9 @@ from pathlib import Path
 
 from . import page
 from .methods import page as methods_page
+from .segmentation import page as segmentation_page
 
+PAGES = (page, methods_page, segmentation_page)
 NEEDED = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}
 
 
@@ -23,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
         sys.exit(f"the demo needs {', '.join(missing)}: pip install --no-build-isolation 'mtkd_fast[demo]'")
-    failures = [failure for each in (page, methods_page) for failure in shown(each, options.quick, options.out)]
+    failures = [failure for each in PAGES for failure in shown(each, options.quick, options.out)]
     for failure in failures:
         print("FAILED:", failure, file=sys.stderr)
     return 1 if failures else 0
