@@ -32,17 +32,17 @@ def measure(school: School, images: Tensor, batch: Batch, quick: bool) -> list[d
 
 def measured(name: str, learner: Learner, images: Tensor, batch: Batch, quick: bool) -> dict:
     with torch.no_grad():
-        student = learner.outputs(images).apply(lambda x: x.requires_grad_())
+        students = [said.apply(lambda x: x.requires_grad_()) for said in learner.outputs(images)]
 
     def fused() -> Tensor:
-        return learner.loss(student, batch)
+        return learner.loss(batch, *students)
 
     def eager() -> Tensor:
-        return LOSSES[name](learner, student, batch)
+        return LOSSES[name](learner, batch, *students)
 
     agree(name, fused().item(), eager().item())
     device = images.device.type
-    calls = {"fused": step(fused, student), "eager": step(eager, student)}
+    calls = {"fused": step(fused, learner, students), "eager": step(eager, learner, students)}
     return {
         "method": name,
         "operations": {of: count(call, device) for of, call in calls.items()},
@@ -55,7 +55,7 @@ def agree(name: str, ours: float, theirs: float) -> None:
         raise WrongResult(f"{name}: {ours} where its eager form gives {theirs}")
 
 
-def step(loss: Callable[[], Tensor], student: Outputs) -> Call:
+def step(loss: Callable[[], Tensor], learner: Learner, students: list[Outputs]) -> Call:
     """One forward and backward."""
 
     def forget(leaf: Tensor) -> Tensor:
@@ -63,7 +63,9 @@ def step(loss: Callable[[], Tensor], student: Outputs) -> Call:
         return leaf
 
     def call(_: int) -> None:
-        student.apply(forget)
+        learner.zero_grad()
+        for said in students:
+            said.apply(forget)
         loss().backward()
 
     return call

@@ -16,17 +16,17 @@ def divergence(student: Tensor, teacher: Tensor, tau: float = TAU) -> Tensor:
     return tau**2 * F.kl_div(log_q, p, reduction="none").sum(1)
 
 
-def divergences(student: Outputs, batch: Batch) -> Tensor:
+def divergences(batch: Batch, student: Outputs) -> Tensor:
     """[K, B]"""
     return torch.stack([divergence(student.logits, t.logits) for t in batch.teachers])
 
 
-def hard_labels(learner: Learner, student: Outputs, batch: Batch) -> Tensor:
+def hard_labels(learner: Learner, batch: Batch, student: Outputs) -> Tensor:
     return F.cross_entropy(student.logits, batch.labels)
 
 
-def average(learner: Learner, student: Outputs, batch: Batch) -> Tensor:
-    return hard_labels(learner, student, batch) + divergences(student, batch).mean(0).mean()
+def average(learner: Learner, batch: Batch, student: Outputs) -> Tensor:
+    return hard_labels(learner, batch, student) + divergences(batch, student).mean(0).mean()
 
 
 def confidence(logits: list[Tensor], labels: Tensor) -> Tensor:
@@ -35,17 +35,17 @@ def confidence(logits: list[Tensor], labels: Tensor) -> Tensor:
     return (1 - F.softmax(ce, 0)) / (len(logits) - 1)
 
 
-def entropy(learner: Learner, student: Outputs, batch: Batch) -> Tensor:
+def entropy(learner: Learner, batch: Batch, student: Outputs) -> Tensor:
     entropies = []
     for t in batch.teachers:
         log_p = F.log_softmax(t.logits, 1)
         entropies.append(-(log_p.exp() * log_p).sum(1))
     h = torch.stack(entropies)
     weights = (1 - h / h.sum(0)) / (len(h) - 1)
-    return hard_labels(learner, student, batch) + (weights * divergences(student, batch)).sum(0).mean()
+    return hard_labels(learner, batch, student) + (weights * divergences(batch, student)).sum(0).mean()
 
 
-def adaptive_ensemble(learner: Learner, student: Outputs, batch: Batch) -> Tensor:
+def adaptive_ensemble(learner: Learner, batch: Batch, student: Outputs) -> Tensor:
     """A backward pass a teacher, here to the logits only, and a quadratic program on the host."""
     from sklearn.svm import OneClassSVM
 
@@ -58,19 +58,19 @@ def adaptive_ensemble(learner: Learner, student: Outputs, batch: Batch) -> Tenso
     weights = torch.zeros(n)
     weights[solver.support_] = torch.tensor(solver.dual_coef_[0] * most, dtype=torch.float32)
     weights = weights.to(student.logits.device)
-    return hard_labels(learner, student, batch) + weights @ divergences(student, batch).mean(1)
+    return hard_labels(learner, batch, student) + weights @ divergences(batch, student).mean(1)
 
 
-def fitnet(learner: Learner, student: Outputs, batch: Batch) -> Tensor:
-    loss = average(learner, student, batch)
+def fitnet(learner: Learner, batch: Batch, student: Outputs) -> Tensor:
+    loss = average(learner, batch, student)
     for adapt, teacher in zip(learner.adapters, batch.teachers, strict=True):
         loss = loss + 100 * F.mse_loss(adapt(student.maps[0], teacher.maps[0]), teacher.maps[0]) / len(batch.teachers)
     return loss
 
 
-def ca_mkd(learner: Learner, student: Outputs, batch: Batch) -> Tensor:
+def ca_mkd(learner: Learner, batch: Batch, student: Outputs) -> Tensor:
     weights = confidence([t.logits for t in batch.teachers], batch.labels)
-    loss = hard_labels(learner, student, batch) + (weights * divergences(student, batch)).sum(0).mean()
+    loss = hard_labels(learner, batch, student) + (weights * divergences(batch, student)).sum(0).mean()
     adapted, heads = [], []
     for adapt, head, teacher in zip(learner.adapters, learner.heads, batch.teachers, strict=True):
         adapted.append(adapt(student.maps[1], teacher.maps[1]))
@@ -82,9 +82,9 @@ def ca_mkd(learner: Learner, student: Outputs, batch: Batch) -> Tensor:
     return loss + 50 * (weights * torch.stack(distances)).sum(0).mean()
 
 
-def dgkd(learner: Learner, student: Outputs, batch: Batch) -> Tensor:
+def dgkd(learner: Learner, batch: Batch, student: Outputs) -> Tensor:
     share = 0.7
-    loss = len(batch.guides) * (1 - share) * hard_labels(learner, student, batch)
+    loss = len(batch.guides) * (1 - share) * hard_labels(learner, batch, student)
     for guide in batch.guides:
         loss = loss + share * divergence(student.logits, guide, tau=5.0).mean()
     return loss

@@ -39,18 +39,16 @@ class Learner(nn.Module):
     def prepare(self, school: School, implementation: str | None) -> None:
         """Makes the loss and what it trains."""
 
-    def outputs(self, images: Tensor) -> Outputs:
-        return self.student(images)
+    def outputs(self, images: Tensor) -> tuple[Outputs, ...]:
+        """Of the student, and of those who learn beside it."""
+        return (self.student(images),)
 
-    def loss(self, student: Outputs, batch: Batch) -> Tensor:
+    def loss(self, batch: Batch, *students: Outputs) -> Tensor:
         raise NotImplementedError
-
-    def trained(self) -> list[nn.Parameter]:
-        return [p for p in self.parameters() if p.requires_grad]
 
 
 class HardLabels(Learner):
-    def loss(self, student: Outputs, batch: Batch) -> Tensor:
+    def loss(self, batch: Batch, student: Outputs) -> Tensor:
         return F.cross_entropy(student.logits, batch.labels)
 
 
@@ -61,7 +59,7 @@ def on_logits(criterion: type[nn.Module]) -> type[Learner]:
         def prepare(self, school: School, implementation: str | None) -> None:
             self.criterion = criterion(implementation=implementation)
 
-        def loss(self, student: Outputs, batch: Batch) -> Tensor:
+        def loss(self, batch: Batch, student: Outputs) -> Tensor:
             return self.criterion(student.logits, [t.logits for t in batch.teachers], batch.labels)
 
     return OnLogits
@@ -72,7 +70,7 @@ class FitNet(Learner):
         self.criterion = FitNetKDLoss(implementation=implementation)
         self.adapters = adapters(school, stage=0)
 
-    def loss(self, student: Outputs, batch: Batch) -> Tensor:
+    def loss(self, batch: Batch, student: Outputs) -> Tensor:
         wanted = [t.maps[0] for t in batch.teachers]
         adapted = [adapt(student.maps[0], g) for adapt, g in zip(self.adapters, wanted, strict=True)]
         return self.criterion(student.logits, [t.logits for t in batch.teachers], batch.labels, adapted, wanted)
@@ -84,7 +82,7 @@ class CAMKD(Learner):
         self.adapters = adapters(school, stage=1)
         self.heads = [teacher.head for teacher in school.teachers]
 
-    def loss(self, student: Outputs, batch: Batch) -> Tensor:
+    def loss(self, batch: Batch, student: Outputs) -> Tensor:
         wanted = [t.maps[1] for t in batch.teachers]
         adapted = [adapt(student.maps[1], g) for adapt, g in zip(self.adapters, wanted, strict=True)]
         heads = [head(f) for head, f in zip(self.heads, adapted, strict=True)]
@@ -97,7 +95,7 @@ class DGKD(Learner):
     def prepare(self, school: School, implementation: str | None) -> None:
         self.criterion = DGKDLoss(kd_weight=0.7, implementation=implementation)
 
-    def loss(self, student: Outputs, batch: Batch) -> Tensor:
+    def loss(self, batch: Batch, student: Outputs) -> Tensor:
         return self.criterion(student.logits, batch.guides, batch.labels)
 
 

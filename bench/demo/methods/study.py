@@ -85,7 +85,7 @@ def taught(data: Digits, split: Split, seed: int, budget: Budget, device: str) -
 
 def learn(learner: Learner, lessons: Lessons, steps: int, seed: int) -> None:
     def loss(i: Tensor) -> Tensor:
-        return learner.loss(learner.outputs(lessons.images[i]), lessons.batch(i))
+        return learner.loss(lessons.batch(i), *learner.outputs(lessons.images[i]))
 
     train(learner, loss, len(lessons.labels), steps, seed)
 
