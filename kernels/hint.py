@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .distances import COSINE, DISTANCES, cosine_from_sums, inverse_norm, kept_numbers, rho, scale_for, slope
+from .kd import Launch
 from .logits import MAX_TUPLE, check_dtypes, in_units
 from .rows import SPECIALIZED, per_teacher_strides
 
@@ -21,11 +22,11 @@ ELEMENTS_PER_WARP = 512  # of one sample
 
 
 @triton.jit
-def weight_of(weights, strides, k, sample):
+def weight_of(weights, pair_stride, sample_stride, k, sample):
     if weights is None:
         return tl.full((), 1.0, tl.float32)
     else:
-        return tl.load(weights + k * strides[0] + sample * strides[1])
+        return tl.load(weights + pair_stride.to(tl.int64) * k + sample * sample_stride)
 
 
 @triton.jit
@@ -56,7 +57,7 @@ def sums_of(student, teacher, sample, n, end, scale_f, scale_g, DISTANCE: tl.con
 
 @triton.jit(**SPECIALIZED)
 def hint_forward(
-    students, teachers, elements, weights, weights_strides, kept, kept_stride, n_rows,
+    students, teachers, elements, weights, weights_pair_stride, weights_sample_stride, kept, kept_stride, n_rows,
     DISTANCE: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What is kept of a sample, `kept_stride` apart; 0, and nothing read, where the weight is 0."""
@@ -64,7 +65,7 @@ def hint_forward(
     for k in tl.static_range(len(students)):
         if tl.program_id(1) == k:
             n = in_units(elements[k], UNIT)
-            used = weight_of(weights, weights_strides, k, sample) != 0
+            used = weight_of(weights, weights_pair_stride, weights_sample_stride, k, sample) != 0
             end = tl.where(used, n, 0)
             to = kept + sample + n_rows.to(tl.int64) * k
             first, gg, fg = sums_of(students[k], teachers[k], sample, n, end, 1.0, 1.0, DISTANCE, BLOCK)
@@ -84,8 +85,8 @@ def hint_forward(
 
 @triton.jit(**SPECIALIZED)
 def hint_backward(
-    students, teachers, gradients, elements, weights, weights_strides, kept, kept_stride, n_rows,
-    DISTANCE: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+    students, teachers, gradients, elements, weights, weights_pair_stride, weights_sample_stride,
+    kept, kept_stride, n_rows, DISTANCE: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """weight·∂distance/∂f of a sample; 0, and nothing read, where the weight is 0."""
     sample = tl.program_id(0).to(tl.int64)
@@ -93,7 +94,7 @@ def hint_backward(
         if gradients[k] is not None:  # noqa: SIM102  (for the compiler, which drops the branch)
             if tl.program_id(1) == k:
                 n = in_units(elements[k], UNIT)
-                weight = weight_of(weights, weights_strides, k, sample)
+                weight = weight_of(weights, weights_pair_stride, weights_sample_stride, k, sample)
                 if DISTANCE == COSINE:  # (c·f/‖f‖ − g/‖g‖)/‖f‖
                     of_sample = kept + sample + n_rows.to(tl.int64) * k
                     inverse = inverse_norm(tl.load(of_sample + kept_stride.to(tl.int64)))
@@ -121,7 +122,7 @@ def forward(student: Sequence[Tensor], teacher: Sequence[Tensor], weights: Tenso
     kept = student[0].new_empty((kept_numbers(distance), len(student), n_samples), dtype=torch.float32)
     if n_samples > 0:
         for pairs, arguments in chunks(student, teacher, weights, distance):
-            launch(hint_forward, n_samples, **arguments, kept=kept[:, pairs])
+            launch(hint_forward, n_samples, **arguments, kept=kept[:, pairs]).run()
     return kept
 
 
@@ -141,7 +142,7 @@ def backward(
         students = arguments["students"]
         wanted = [torch.empty_like(f) if need else None for f, need in zip(students, needs[pairs], strict=True)]
         if n_samples > 0 and any(needs[pairs]):
-            launch(hint_backward, n_samples, **arguments, kept=kept[:, pairs], gradients=tuple(wanted))
+            launch(hint_backward, n_samples, **arguments, kept=kept[:, pairs], gradients=tuple(wanted)).run()
         gradients += [f.new_empty(0) if g is None else g for f, g in zip(student[pairs], wanted, strict=True)]
     return gradients
 
@@ -152,7 +153,7 @@ def chunks(student: Sequence[Tensor], teacher: Sequence[Tensor], weights: Tensor
     for first in range(0, len(student), MAX_TUPLE):
         pairs = slice(first, first + MAX_TUPLE)
         both = [laid_out_alike(f, g) for f, g in zip(student[pairs], teacher[pairs], strict=True)]
-        given, strides = (None, None) if weights is None else per_teacher_strides(weights[pairs])
+        given, strides = (None, (0, 0)) if weights is None else per_teacher_strides(weights[pairs])
         yield (
             pairs,
             dict(
@@ -160,7 +161,8 @@ def chunks(student: Sequence[Tensor], teacher: Sequence[Tensor], weights: Tensor
                 teachers=tuple(g for _, g in both),
                 elements=tuple(f.shape[1:].numel() for f, _ in both),
                 weights=given,
-                weights_strides=strides,
+                weights_pair_stride=strides[0],
+                weights_sample_stride=strides[1],
                 DISTANCE=DISTANCES[distance],
             ),
         )
@@ -173,18 +175,16 @@ def laid_out_alike(f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     return (f, g) if dense and sample_major else (f.contiguous(), g.contiguous())
 
 
-def launch(kernel, n_samples: int, *, kept: Tensor, **arguments) -> None:
+def launch(kernel, n_samples: int, *, kept: Tensor, **arguments) -> Launch:
     elements = arguments["elements"]
     tensors = [x for name in ("students", "teachers", "gradients") for x in arguments.get(name, ()) if x is not None]
     aligned = all(x.data_ptr() % 16 == 0 for x in tensors)
     warps = min(8, max(1, triton.next_power_of_2(max(elements)) // ELEMENTS_PER_WARP))
-    with torch.cuda.device_of(tensors[0]):
-        kernel[(n_samples, len(elements))](
-            **arguments,
-            kept=kept,
-            kept_stride=kept.stride(0),
-            n_rows=n_samples,
-            UNIT=math.gcd(16, *elements) if aligned else 1,
-            BLOCK=warps * ELEMENTS_PER_WARP,
-            num_warps=warps,
-        )
+    arguments |= dict(
+        kept=kept,
+        kept_stride=kept.stride(0),
+        n_rows=n_samples,
+        UNIT=math.gcd(16, *elements) if aligned else 1,
+        BLOCK=warps * ELEMENTS_PER_WARP,
+    )
+    return Launch(kernel, (n_samples, len(elements)), arguments, warps)
