@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mtkd_fast import hint_loss, multi_teacher_divergence, multi_teacher_kd_loss
+from mtkd_fast.dispatch import FUSED_DISTANCES
 
 SHAPES = ((3, 10, 1), (33, 100, 3), (5, 1000, 8), (2, 1023, 2), (3, 4096, 3), (2, 32001, 3), (1, 131073, 2))
 HALVES = (torch.bfloat16, torch.float16)
@@ -81,12 +82,13 @@ def value_only(x: Rows, rule: str) -> None:
         finite(rule, multi_teacher_kd_loss(x.student, x.teachers, x.target, weights=weights, implementation="cpp"))
 
 
-def hints(x: Rows) -> None:
+def hints(x: Rows, distance: str) -> None:
     student = [t.detach().requires_grad_() for t in x.teachers]
     weights = x.weights.detach().requires_grad_()
-    hint_loss(student, [x.student] * len(student), weights=weights, implementation="cpp").backward()
-    finite("hint", student[0].grad)
-    finite("hint weights", weights.grad)
+    teacher = [x.student] * len(student)
+    hint_loss(student, teacher, weights=weights, distance=distance, implementation="cpp").backward()
+    finite(f"hint {distance}", student[0].grad)
+    finite(f"hint {distance} weights", weights.grad)
 
 
 def inputs(shapes=SHAPES) -> list[tuple[tuple[int, int, int], torch.dtype]]:
@@ -107,7 +109,8 @@ def launches(device: str, shapes=SHAPES) -> Iterator[str]:
             divergences(x, divergence)
         for rule in RULES:
             value_only(x, rule)
-        hints(x)
+        for distance in FUSED_DISTANCES:
+            hints(x, distance)
         yield f"{dtype} {shape}"
 
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "distances.h"
 #include "kd.h"
 
 namespace mtkd_fast {
@@ -25,11 +26,12 @@ struct HintArgs {
   FeaturePair pair[kMaxTeachers];
   const acc_t* weights;
   int64_t weights_pair_stride, weights_sample_stride;
-  acc_t* distance;  // [pairs, samples]: mean over a sample's elements of (f − g)². Forward only.
+  Distance distance;
+  acc_t* kept;  // [kept_numbers(distance), pairs, samples]: see Kept. Forward writes it, backward reads it.
 };
 
-// Forward: distance; a pair of weight 0 is not read, its distance is 0.
-// Backward: gradient = weight·2·(f − g)/elements, 0 where the weight is 0 (and the pair is not read).
+// Forward: kept; a pair of weight 0 is not read, its numbers are 0.
+// Backward: gradient = weight·∂distance/∂student, 0 where the weight is 0 (and the pair is not read).
 void hint_forward_cpu(const HintArgs<float>&, int64_t begin, int64_t end);  // over pairs·samples, pair-major
 void hint_forward_cpu(const HintArgs<double>&, int64_t begin, int64_t end);
 void hint_backward_cpu(const HintArgs<float>&, int64_t begin, int64_t end);

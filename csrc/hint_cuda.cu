@@ -1,11 +1,14 @@
 // The op `hint` on CUDA devices. Forward: a warp, or a block where samples are large, takes one sample of one pair: 2
-// reads. Backward: a block takes a stretch of one: 2 reads and a write. A pair of weight 0 is not read.
+// reads, and the same again for the cosine of a sample of extreme norm. Backward: a block takes a stretch of one: 2
+// reads and a write. A pair of weight 0 is not read.
 #include "chunk.cuh"
 #include "group.cuh"
 #include "hint.h"
 
 namespace mtkd_fast {
 namespace {
+
+#include "distance_sums.h"
 
 constexpr int kThreads = 256;
 constexpr int kChunksAtOnce = 2;
@@ -25,30 +28,43 @@ MTKD_DEVICE InputRow feature_row(const void* data, int64_t stride, DType dtype, 
   return input_row(Logits{data, stride, 0, 1, dtype}, {sample, 0});
 }
 
-struct SquaredSum {
-  float sum = 0;
+struct SumOfLanes {
+  int width;
+  MTKD_DEVICE float operator()(float x) const { return sum_lanes(x, width); }
 };
 
 struct AddLanes {
-  MTKD_DEVICE void operator()(SquaredSum& x, int width) const { x.sum = sum_lanes(x.sum, width); }
+  template <typename Sums>
+  MTKD_DEVICE void operator()(Sums& x, int width) const {
+    Sums total;
+    total.absorb(x, SumOfLanes{width});
+    x = total;
+  }
 };
 
-// f − g of one chunk; 0 beyond the last element, where both are −inf.
-MTKD_DEVICE void difference(const RawChunk& student, DType student_dtype, const RawChunk& teacher, DType teacher_dtype,
-                            int64_t left, float (&d)[kChunk]) {
+// One chunk of both sides; 0 beyond the last element, which adds 0 to every sum.
+struct PairChunk {
   float f[kChunk], g[kChunk];
-  decode(student, student_dtype, f);
-  decode(teacher, teacher_dtype, g);
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i) d[i] = i < left ? f[i] - g[i] : 0.0f;
-}
 
-template <typename Group>
-MTKD_DEVICE float mean_squared_difference(Group& group, const FeaturePair& pair, int64_t sample) {
+  MTKD_DEVICE PairChunk(const RawChunk& student, DType student_dtype, const RawChunk& teacher, DType teacher_dtype,
+                        int64_t left) {
+    decode(student, student_dtype, f);
+    decode(teacher, teacher_dtype, g);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      f[i] = i < left ? f[i] : 0.0f;
+      g[i] = i < left ? g[i] : 0.0f;
+    }
+  }
+};
+
+template <Distance kDistance, typename Group>
+MTKD_DEVICE DistanceSums<kDistance, float> distance_sums(Group& group, const FeaturePair& pair, int64_t sample,
+                                                         FeatureScales<float> scales) {
   const InputRow student = feature_row(pair.student, pair.student_stride, pair.student_dtype, sample);
   const InputRow teacher = feature_row(pair.teacher, pair.teacher_stride, pair.teacher_dtype, sample);
   const int64_t chunks = (pair.elements + kChunk - 1) / kChunk;
-  SquaredSum total;
+  DistanceSums<kDistance, float> total;
   for (int64_t c = group.rank(); c < chunks; c += kChunksAtOnce * group.size()) {
     RawChunk f[kChunksAtOnce], g[kChunksAtOnce];
 #pragma unroll
@@ -59,19 +75,32 @@ MTKD_DEVICE float mean_squared_difference(Group& group, const FeaturePair& pair,
     }
 #pragma unroll
     for (int u = 0; u < kChunksAtOnce; ++u) {
-      float d[kChunk], sum = 0;
-      difference(f[u], student.dtype, g[u], teacher.dtype, pair.elements - (c + u * group.size()) * kChunk, d);
+      const PairChunk x(f[u], student.dtype, g[u], teacher.dtype, pair.elements - (c + u * group.size()) * kChunk);
+      DistanceSums<kDistance, float> sums;
 #pragma unroll
-      for (int i = 0; i < kChunk; ++i) sum += d[i] * d[i];
-      total.sum += sum;
+      for (int i = 0; i < kChunk; ++i) sums.add(x.f[i], x.g[i], scales);
+      total.absorb(sums, [](float sum) { return sum; });
     }
   }
   group.merge(total, AddLanes{});
-  return total.sum / pair.elements;
+  return total;
+}
+
+// Every lane of a warp takes every step, but for the second sweep, which all threads of a group take or leave together.
+template <Distance kDistance, typename Group>
+MTKD_DEVICE Kept<float> sample_distance(Group& group, const FeaturePair& pair, int64_t sample) {
+  FeatureScales<float> scales;
+  DistanceSums<kDistance, float> sums = distance_sums<kDistance>(group, pair, sample, scales);
+  if (other_scales(sums, scales)) sums = distance_sums<kDistance>(group, pair, sample, scales);
+  return finish(sums, scales, pair.elements);
+}
+
+MTKD_DEVICE float* kept_number(const HintArgs<float>& args, int number, int64_t i) {
+  return args.kept + number * args.pairs * args.samples + i;
 }
 
 // Shared memory: the group's scratch.
-template <typename Group>
+template <Distance kDistance, typename Group>
 MTKD_KERNEL(kThreads, 2)
 hint_forward(MTKD_PARAM(HintKernelArgs) args) {
   Group group(kWarp, device::shared_memory());
@@ -81,40 +110,61 @@ hint_forward(MTKD_PARAM(HintKernelArgs) args) {
        i += device::grid_blocks() * groups_in_block) {
     const int pair = static_cast<int>(i / args.samples);
     const int64_t sample = i % args.samples;
-    const bool reads = weight_of(args, pair, sample) != 0;
-    const float distance = reads ? mean_squared_difference(group, args.pair[pair], sample) : 0.0f;
-    if (group.rank() == 0) device::store(args.distance + i, distance);
+    Kept<float> kept{};
+    if (weight_of(args, pair, sample) != 0) kept = sample_distance<kDistance>(group, args.pair[pair], sample);
+    if (group.rank() == 0) {
+      device::store(kept_number(args, 0, i), kept.distance);
+      if constexpr (kept_numbers(kDistance) > 1) {
+        device::store(kept_number(args, 1, i), kept.f_norm);
+        device::store(kept_number(args, 2, i), kept.g_norm);
+      }
+    }
   }
 }
 
+template <Distance kDistance>
+MTKD_DEVICE DistanceGradient<kDistance, float> gradient_of(const HintKernelArgs& args, int k, int64_t sample,
+                                                           float weight) {
+  const int64_t i = k * args.samples + sample;
+  Kept<float> kept{};
+  if constexpr (kept_numbers(kDistance) > 1) {
+    kept = {device::load(kept_number(args, 0, i)), device::load(kept_number(args, 1, i)),
+            device::load(kept_number(args, 2, i))};
+  }
+  return {weight, kept, args.pair[k].elements};
+}
+
+template <Distance kDistance>
 MTKD_DEVICE void backward_stretch(const HintKernelArgs& args, const FeaturePair& pair, int k, int64_t sample,
                                   int64_t stretch) {
   const float weight = weight_of(args, k, sample);
-  const float factor = 2 * weight / pair.elements;
+  const DistanceGradient<kDistance, float> gradient = gradient_of<kDistance>(args, k, sample, weight);
   const InputRow student = feature_row(pair.student, pair.student_stride, pair.student_dtype, sample);
   const InputRow teacher = feature_row(pair.teacher, pair.teacher_stride, pair.teacher_dtype, sample);
   const OutputRow out = output_row(pair.gradient, sample, pair.elements, pair.student_dtype);
   const int64_t chunks = (pair.elements + kChunk - 1) / kChunk;
   const int64_t end = (stretch + 1) * (kStretch / kChunk);
   for (int64_t c = stretch * (kStretch / kChunk) + device::thread_index(); c < end && c < chunks; c += kThreads) {
-    float d[kChunk] = {};
+    float out_chunk[kChunk] = {};
     if (weight != 0) {
       const RawChunk f = load_chunk(student, c, pair.elements), g = load_chunk(teacher, c, pair.elements);
-      difference(f, student.dtype, g, teacher.dtype, pair.elements - c * kChunk, d);
+      const PairChunk x(f, student.dtype, g, teacher.dtype, pair.elements - c * kChunk);
 #pragma unroll
-      for (int i = 0; i < kChunk; ++i) d[i] *= factor;
+      for (int i = 0; i < kChunk; ++i) out_chunk[i] = gradient(x.f[i], x.g[i]);
     }
-    store_chunk(out, c, pair.elements, d);
+    store_chunk(out, c, pair.elements, out_chunk);
   }
 }
 
-MTKD_KERNEL(kThreads, 2) hint_backward(MTKD_PARAM(HintKernelArgs) args) {
+template <Distance kDistance>
+MTKD_KERNEL(kThreads, 2)
+hint_backward(MTKD_PARAM(HintKernelArgs) args) {
   const int64_t all = args.pairs * args.samples * args.stretches;
   for (int64_t i = device::block_index(); i < all; i += device::grid_blocks()) {
     const int64_t stretch = i % args.stretches, at = i / args.stretches;
     const int k = static_cast<int>(at / args.samples);
     if (args.pair[k].gradient == nullptr) continue;
-    backward_stretch(args, args.pair[k], k, at % args.samples, stretch);
+    backward_stretch<kDistance>(args, args.pair[k], k, at % args.samples, stretch);
   }
 }
 
@@ -144,13 +194,16 @@ const char* hint_forward_cuda(const HintArgs<float>& args, int, void* stream) {
   const int64_t all = args.pairs * args.samples;
   if (all == 0) return nullptr;
   const HintKernelArgs kernel_args{args, 0};
-  if (largest_sample(args) <= kElementsOfWarp) {
-    constexpr int kWarps = kThreads / kWarp;
-    return device::launch(hint_forward<LaneGroup>, {grid_for((all + kWarps - 1) / kWarps), kThreads, 0}, stream,
-                          kernel_args);
-  }
-  return device::launch(hint_forward<BlockGroup>, {grid_for(all), kThreads, BlockGroup::scratch_bytes()}, stream,
-                        kernel_args);
+  return with_distance(args.distance, [&](auto distance) {
+    constexpr Distance kDistance = decltype(distance)::value;
+    if (largest_sample(args) <= kElementsOfWarp) {
+      constexpr int kWarps = kThreads / kWarp;
+      return device::launch(hint_forward<kDistance, LaneGroup>, {grid_for((all + kWarps - 1) / kWarps), kThreads, 0},
+                            stream, kernel_args);
+    }
+    return device::launch(hint_forward<kDistance, BlockGroup>, {grid_for(all), kThreads, BlockGroup::scratch_bytes()},
+                          stream, kernel_args);
+  });
 }
 
 const char* hint_backward_cuda(const HintArgs<float>& args, int, void* stream) {
@@ -158,7 +211,9 @@ const char* hint_backward_cuda(const HintArgs<float>& args, int, void* stream) {
   const HintKernelArgs kernel_args{args, (largest_sample(args) + kStretch - 1) / kStretch};
   const int64_t all = args.pairs * args.samples * kernel_args.stretches;
   if (all == 0) return nullptr;
-  return device::launch(hint_backward, {grid_for(all), kThreads, 0}, stream, kernel_args);
+  return with_distance(args.distance, [&](auto distance) {
+    return device::launch(hint_backward<decltype(distance)::value>, {grid_for(all), kThreads, 0}, stream, kernel_args);
+  });
 }
 
 }  // namespace mtkd_fast

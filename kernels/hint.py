@@ -1,7 +1,8 @@
-"""The op hint: K pairs of features, the mean squared difference of each sample, and its gradient (csrc/hint.h).
+"""The op hint: K pairs of features, the distance of each sample, and its gradient (csrc/hint.h).
 
-A program per sample and pair: two reads forward, two reads and one write backward. A sample's elements are read in the
-order in which they lie, which must be one dense order on both sides of a pair; other pairs are copied to one first.
+A program per sample and pair: two reads forward, two reads and one write backward; the cosine reads samples of extreme
+norm twice forward. A sample's elements are read in the order in which they lie, which must be one dense order on both
+sides of a pair; other pairs are copied to one first.
 """
 
 import math
@@ -12,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .distances import COSINE, DISTANCES, cosine_from_sums, inverse_norm, kept_numbers, rho, scale_for, slope
+from .kd import Launch
 from .logits import MAX_TUPLE, check_dtypes, in_units
 from .rows import SPECIALIZED, per_teacher_strides
 
@@ -19,11 +22,11 @@ ELEMENTS_PER_WARP = 512  # of one sample
 
 
 @triton.jit
-def weight_of(weights, strides, k, sample):
+def weight_of(weights, pair_stride, sample_stride, k, sample):
     if weights is None:
         return tl.full((), 1.0, tl.float32)
     else:
-        return tl.load(weights + k * strides[0] + sample * strides[1])
+        return tl.load(weights + pair_stride.to(tl.int64) * k + sample * sample_stride)
 
 
 @triton.jit
@@ -31,78 +34,126 @@ def load_tile(features, sample, elements, i, mask):
     return tl.load(features + sample * elements + i, mask=mask, other=0.0).to(tl.float32)
 
 
+@triton.jit
+def sums_of(student, teacher, sample, n, end, scale_f, scale_g, DISTANCE: tl.constexpr, BLOCK: tl.constexpr):
+    """Over the elements before `end`: Σ ρ(f − g) and two zeros, or, of the scaled features, Σ f², Σ g² and Σ f·g."""
+    first = tl.zeros((BLOCK,), tl.float32)
+    if DISTANCE == COSINE:
+        gg, fg = first, first
+    for start in range(0, end, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        f = load_tile(student, sample, n, i, i < n)
+        g = load_tile(teacher, sample, n, i, i < n)
+        if DISTANCE == COSINE:
+            f, g = f * scale_f, g * scale_g
+            first, gg, fg = first + f * f, gg + g * g, fg + f * g
+        else:
+            first += rho(f - g, DISTANCE)
+    if DISTANCE == COSINE:
+        return tl.sum(first, 0), tl.sum(gg, 0), tl.sum(fg, 0)
+    else:
+        return tl.sum(first, 0), 0.0, 0.0
+
+
 @triton.jit(**SPECIALIZED)
 def hint_forward(
-    students, teachers, elements, weights, weights_strides, distances, n_rows, UNIT: tl.constexpr, BLOCK: tl.constexpr
-):
-    """mean (f − g)² of a sample; 0, and nothing read, where the weight is 0."""
+    students, teachers, elements, weights, weights_pair_stride, weights_sample_stride, kept, kept_stride, n_rows,
+    DISTANCE: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What is kept of a sample, `kept_stride` apart; 0, and nothing read, where the weight is 0."""
     sample = tl.program_id(0).to(tl.int64)
     for k in tl.static_range(len(students)):
         if tl.program_id(1) == k:
             n = in_units(elements[k], UNIT)
-            used = weight_of(weights, weights_strides, k, sample) != 0
-            total = tl.zeros((BLOCK,), tl.float32)
-            for start in range(0, tl.where(used, n, 0), BLOCK):
-                i = start + tl.arange(0, BLOCK)
-                f = load_tile(students[k], sample, n, i, i < n)
-                g = load_tile(teachers[k], sample, n, i, i < n)
-                total += (f - g) * (f - g)
-            tl.store(distances + sample + n_rows.to(tl.int64) * k, tl.sum(total, 0) / n)
+            used = weight_of(weights, weights_pair_stride, weights_sample_stride, k, sample) != 0
+            end = tl.where(used, n, 0)
+            to = kept + sample + n_rows.to(tl.int64) * k
+            first, gg, fg = sums_of(students[k], teachers[k], sample, n, end, 1.0, 1.0, DISTANCE, BLOCK)
+            if DISTANCE == COSINE:
+                scale_f, scale_g = scale_for(first), scale_for(gg)
+                again = (scale_f != 1.0) | (scale_g != 1.0)
+                end = tl.where(again, end, 0)
+                sums = sums_of(students[k], teachers[k], sample, n, end, scale_f, scale_g, DISTANCE, BLOCK)
+                ff, gg = tl.where(again, sums[0], first), tl.where(again, sums[1], gg)
+                cosine, norm_f, norm_g = cosine_from_sums(ff, gg, tl.where(again, sums[2], fg), scale_f, scale_g)
+                tl.store(to, tl.where(used, 1.0 - cosine, 0.0))
+                tl.store(to + kept_stride.to(tl.int64), norm_f)
+                tl.store(to + kept_stride.to(tl.int64) * 2, norm_g)
+            else:
+                tl.store(to, first / n)
 
 
 @triton.jit(**SPECIALIZED)
 def hint_backward(
-    students, teachers, gradients, elements, weights, weights_strides, UNIT: tl.constexpr, BLOCK: tl.constexpr
-):
-    """weight·2·(f − g)/n of a sample; 0, and nothing read, where the weight is 0."""
+    students, teachers, gradients, elements, weights, weights_pair_stride, weights_sample_stride,
+    kept, kept_stride, n_rows, DISTANCE: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """weight·∂distance/∂f of a sample; 0, and nothing read, where the weight is 0."""
     sample = tl.program_id(0).to(tl.int64)
     for k in tl.static_range(len(students)):
         if gradients[k] is not None:  # noqa: SIM102  (for the compiler, which drops the branch)
             if tl.program_id(1) == k:
                 n = in_units(elements[k], UNIT)
-                weight = weight_of(weights, weights_strides, k, sample)
-                factor = weight * 2.0 / n
+                weight = weight_of(weights, weights_pair_stride, weights_sample_stride, k, sample)
+                if DISTANCE == COSINE:  # (c·f/‖f‖ − g/‖g‖)/‖f‖
+                    of_sample = kept + sample + n_rows.to(tl.int64) * k
+                    inverse = inverse_norm(tl.load(of_sample + kept_stride.to(tl.int64)))
+                    of_f = (1.0 - tl.load(of_sample)) * inverse
+                    of_g = inverse_norm(tl.load(of_sample + kept_stride.to(tl.int64) * 2))
+                    factor = weight * inverse
+                else:
+                    factor = weight / n
                 readable = tl.where(weight != 0, n, 0)
                 for start in range(0, n, BLOCK):
                     i = start + tl.arange(0, BLOCK)
                     f = load_tile(students[k], sample, n, i, i < readable)
                     g = load_tile(teachers[k], sample, n, i, i < readable)
-                    difference = tl.where(weight != 0, factor * (f - g), 0.0).to(gradients[k].dtype.element_ty)
-                    tl.store(gradients[k] + sample * n + i, difference, mask=i < n)
+                    if DISTANCE == COSINE:  # noqa: SIM108  (for the compiler, which drops the branch)
+                        by_element = of_f * f - of_g * g
+                    else:
+                        by_element = slope(f - g, DISTANCE)
+                    gradient = tl.where(weight != 0, factor * by_element, 0.0).to(gradients[k].dtype.element_ty)
+                    tl.store(gradients[k] + sample * n + i, gradient, mask=i < n)
 
 
-def forward(student: Sequence[Tensor], teacher: Sequence[Tensor], weights: Tensor | None) -> Tensor:
-    """``HintArgs``: the distance of every pair and sample, [K, N] float32."""
+def forward(student: Sequence[Tensor], teacher: Sequence[Tensor], weights: Tensor | None, distance: str) -> Tensor:
+    """``HintArgs.kept``: [kept_numbers, K, N] float32, first the distances."""
     n_samples = student[0].shape[0]
-    distances = student[0].new_empty((len(student), n_samples), dtype=torch.float32)
+    kept = student[0].new_empty((kept_numbers(distance), len(student), n_samples), dtype=torch.float32)
     if n_samples > 0:
-        for pairs, arguments in chunks(student, teacher, weights):
-            launch(hint_forward, n_samples, **arguments, distances=distances[pairs], n_rows=n_samples)
-    return distances
+        for pairs, arguments in chunks(student, teacher, weights, distance):
+            launch(hint_forward, n_samples, **arguments, kept=kept[:, pairs]).run()
+    return kept
 
 
 def backward(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], weights: Tensor, needs: Sequence[bool]
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    weights: Tensor,
+    kept: Tensor,
+    needs: Sequence[bool],
+    distance: str,
 ) -> list[Tensor]:
-    """The gradients of the students, an empty tensor where none is needed. Negated, they are those of the teachers."""
+    """The gradients of the students, an empty tensor where none is needed; ``kept`` is what ``forward`` returned."""
     n_samples = student[0].shape[0]
+    kept = kept.contiguous()
     gradients: list[Tensor] = []
-    for pairs, arguments in chunks(student, teacher, weights):
+    for pairs, arguments in chunks(student, teacher, weights, distance):
         students = arguments["students"]
         wanted = [torch.empty_like(f) if need else None for f, need in zip(students, needs[pairs], strict=True)]
         if n_samples > 0 and any(needs[pairs]):
-            launch(hint_backward, n_samples, **arguments, gradients=tuple(wanted))
+            launch(hint_backward, n_samples, **arguments, kept=kept[:, pairs], gradients=tuple(wanted)).run()
         gradients += [f.new_empty(0) if g is None else g for f, g in zip(student[pairs], wanted, strict=True)]
     return gradients
 
 
-def chunks(student: Sequence[Tensor], teacher: Sequence[Tensor], weights: Tensor | None):
+def chunks(student: Sequence[Tensor], teacher: Sequence[Tensor], weights: Tensor | None, distance: str):
     """Kernel arguments for MAX_TUPLE pairs at a time."""
     check_dtypes([*student, *teacher])
     for first in range(0, len(student), MAX_TUPLE):
         pairs = slice(first, first + MAX_TUPLE)
         both = [laid_out_alike(f, g) for f, g in zip(student[pairs], teacher[pairs], strict=True)]
-        given, strides = (None, None) if weights is None else per_teacher_strides(weights[pairs])
+        given, strides = (None, (0, 0)) if weights is None else per_teacher_strides(weights[pairs])
         yield (
             pairs,
             dict(
@@ -110,7 +161,9 @@ def chunks(student: Sequence[Tensor], teacher: Sequence[Tensor], weights: Tensor
                 teachers=tuple(g for _, g in both),
                 elements=tuple(f.shape[1:].numel() for f, _ in both),
                 weights=given,
-                weights_strides=strides,
+                weights_pair_stride=strides[0],
+                weights_sample_stride=strides[1],
+                DISTANCE=DISTANCES[distance],
             ),
         )
 
@@ -122,15 +175,16 @@ def laid_out_alike(f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     return (f, g) if dense and sample_major else (f.contiguous(), g.contiguous())
 
 
-def launch(kernel, n_samples: int, **arguments) -> None:
+def launch(kernel, n_samples: int, *, kept: Tensor, **arguments) -> Launch:
     elements = arguments["elements"]
     tensors = [x for name in ("students", "teachers", "gradients") for x in arguments.get(name, ()) if x is not None]
     aligned = all(x.data_ptr() % 16 == 0 for x in tensors)
     warps = min(8, max(1, triton.next_power_of_2(max(elements)) // ELEMENTS_PER_WARP))
-    with torch.cuda.device_of(tensors[0]):
-        kernel[(n_samples, len(elements))](
-            **arguments,
-            UNIT=math.gcd(16, *elements) if aligned else 1,
-            BLOCK=warps * ELEMENTS_PER_WARP,
-            num_warps=warps,
-        )
+    arguments |= dict(
+        kept=kept,
+        kept_stride=kept.stride(0),
+        n_rows=n_samples,
+        UNIT=math.gcd(16, *elements) if aligned else 1,
+        BLOCK=warps * ELEMENTS_PER_WARP,
+    )
+    return Launch(kernel, (n_samples, len(elements)), arguments, warps)

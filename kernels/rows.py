@@ -14,6 +14,7 @@ from .weights import CONFIDENCE, ENTROPY
 SPECIALIZED = dict(
     do_not_specialize=[
         "n_rows", "n_classes", "n_teachers", "ignore_index", "weights_strides", "upstream_stride",
+        "kept_stride", "weights_pair_stride", "weights_sample_stride",
     ],
     do_not_specialize_on_alignment=["inner", "student_strides", "teacher_strides", "elements"],
 )  # fmt: skip

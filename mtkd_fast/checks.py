@@ -196,9 +196,12 @@ def no_gradient(name: str, value: Tensor) -> None:
 
 
 def feature_pairs(
-    student: object, teacher: object, argument: str = "student_features"
+    student: object, teacher: object, argument: str = "student_features", *, own_channels: bool = False
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """K pairs of features of the same shape [N, ...], pairwise; N is common to all pairs."""
+    """K pairs of features of the same shape [N, ...], pairwise; N is common to all pairs.
+
+    ``own_channels``: of maps [N, C, ...], whose C may differ.
+    """
     for name, value in ((argument, student), ("teacher_features", teacher)):
         if isinstance(value, Tensor) or not isinstance(value, Sequence):
             raise TypeError(f"{name} must be a sequence of K tensors, got {type(value).__name__}")
@@ -216,9 +219,14 @@ def feature_pairs(
                 )
             if feature.device != students[0].device:
                 raise ValueError(f"{name} must be on {students[0].device} like the others, got {feature.device}")
-        if f.shape != g.shape:
+        wanted = tuple(f.shape)
+        if own_channels:
+            if f.dim() < 3:
+                raise ValueError(f"{argument}[{k}] must be a map [N, C, ...] with positions, got {wanted}")
+            wanted = (f.shape[0], g.shape[1] if g.dim() > 1 else f.shape[1], *f.shape[2:])
+        if tuple(g.shape) != wanted:
             raise ValueError(
-                f"teacher_features[{k}] must have shape {tuple(f.shape)} like {argument}[{k}], got {tuple(g.shape)}"
+                f"teacher_features[{k}] must have shape {wanted} like {argument}[{k}], got {tuple(g.shape)}"
             )
         if f.shape[0] != students[0].shape[0]:
             raise ValueError(

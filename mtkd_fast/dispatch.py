@@ -24,6 +24,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # fixed when a Triton kernel is decorated, so read once
 NAMES = ("cpp", "triton", "reference")
 FUSED_DIVERGENCES = ("forward_kl", "reverse_kl")  # of kDivergences in csrc/divergences.h; others are the reference's
+FUSED_DISTANCES = ("mse", "smooth_l1", "cosine")  # of kDistances in csrc/distances.h; others are the reference's
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -69,25 +70,35 @@ _AVAILABLE = {
 
 
 def choose(
-    implementation: str | None, *tensors: Tensor, divergence: str | None = None, cpu_op: str | None = None
+    implementation: str | None,
+    *tensors: Tensor,
+    divergence: str | None = None,
+    distance: str | None = None,
+    cpu_op: str | None = None,
 ) -> str:
     """The name of the implementation that runs on these tensors (all on one device).
 
     ``cpu_op`` names an op whose only kernels are those in C++ for the CPU.
     """
     device = tensors[0].device.type
+    options = divergence, distance, cpu_op
     if implementation is None:
-        return _best(device, tensors, divergence, cpu_op)
+        return _best(device, tensors, *options)
     if implementation not in NAMES:
         raise ValueError(f"implementation must be one of {', '.join(map(repr, NAMES))} or None, got {implementation!r}")
-    reason = _why_not(implementation, device, tensors, divergence, cpu_op)
+    reason = _why_not(implementation, device, tensors, *options)
     if reason:
         raise ValueError(f"implementation={implementation!r} cannot run on {device} tensors: {reason}")
     return implementation
 
 
 def _why_not(
-    implementation: str, device: str, tensors: tuple[Tensor, ...], divergence: str | None, cpu_op: str | None
+    implementation: str,
+    device: str,
+    tensors: tuple[Tensor, ...],
+    divergence: str | None,
+    distance: str | None,
+    cpu_op: str | None,
 ) -> str | None:
     if implementation == "reference":
         return None
@@ -95,6 +106,8 @@ def _why_not(
         return "forward-mode derivatives need implementation='reference'"
     if divergence is not None and divergence not in FUSED_DIVERGENCES:
         return f"divergence={divergence!r} has no fused kernel yet"
+    if distance is not None and distance not in FUSED_DISTANCES:
+        return f"distance={distance!r} has no fused kernel yet"
     if cpu_op is not None and (device != "cpu" or implementation == "triton"):
         return f"the op {cpu_op} has kernels for the CPU only, in C++"
     available = _AVAILABLE[implementation]
@@ -107,10 +120,10 @@ def _why_not(
     return None
 
 
-def _best(device: str, tensors: tuple[Tensor, ...], divergence: str | None, cpu_op: str | None) -> str:
+def _best(device: str, tensors: tuple[Tensor, ...], *options: str | None) -> str:
     """CPU: C++. GPU: Triton, until measurements say otherwise. The reference elsewhere, with a warning on a GPU."""
     for implementation in ("cpp",) if device == "cpu" else ("triton", "cpp"):
-        if _why_not(implementation, device, tensors, divergence, cpu_op) is None:
+        if _why_not(implementation, device, tensors, *options) is None:
             return implementation
     if device != "cpu":
         _warn_reference(device)

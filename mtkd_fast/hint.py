@@ -18,37 +18,49 @@ def hint_loss(
     reduction: str = "mean",
     implementation: str | None = None,
 ) -> Tensor:
-    """Σ_k w_k · mean((f_k − g_k)²) per sample, over K pairs of features: one read of each, one write of each gradient.
+    """Σ_k w_k · distance(f_k, g_k) per sample, over K pairs of features: one read of each, one write of each gradient.
 
     Args:
         student_features: K tensors [N, ...], already in the shape of their teacher's (see ``HintAdapter``).
         teacher_features: K tensors, pairwise of the same shape. Pairs whose two sides lie differently in memory are
             copied to a common layout first.
         weights: [K] or [K, N], any sign and sum; None counts as ones. A pair of weight 0 is not read in that sample.
-        distance: "mse", the mean over a sample's elements of the squared differences.
+        distance: of a sample's elements, d = f − g:
+            "mse": the mean of d².
+            "smooth_l1": the mean of Huber's function with δ = 1, d²/2 up to |d| = 1, |d| − 1/2 beyond.
+            "cosine": 1 − cos(f, g), the sample one vector. A zero vector (its norm below the smallest normal number)
+            has cosine 0 and gradient 0. Norms of any size that the dtype can hold lose no digits: samples whose
+            squared norm leaves [2^-80, 2^80] (in float64 2^±600) are scaled by a power of two and read twice.
+            "attention": of maps [N, C, ...], each side with a C of its own: the mean over the S positions of
+            (a(f) − a(g))², a = A/(‖A‖ + 1e-6), A = Σ_c f² per position. Runs on the reference.
         reduction: over samples: "none" ([N]), "sum" or "mean".
         implementation: as in :func:`mtkd_fast.multi_teacher_kd_loss`.
 
     Returns: float32 (float64 when any feature is).
 
-    Gradient: to the features of both sides and to the weights, where they require it.
+    Gradient: to the features of both sides and to the weights, where they require it. The backward pass reads the
+    features again.
 
-    Source: FitNets (arXiv 1412.6550); with per-sample weights, the feature term of CA-MKD (arXiv 2201.00007; code:
-    distiller_zoo/CAMKD.py, which also divides by K).
+    Raises: TypeError, ValueError, naming the argument, what was expected and what came.
+
+    Source: "mse": FitNets (arXiv 1412.6550); with per-sample weights, the feature term of CA-MKD (arXiv 2201.00007;
+    code: distiller_zoo/CAMKD.py, which also divides by K). "cosine" and "smooth_l1": multi-teacher distillation of
+    foundation models, as in UNIC and AM-RADIO. "attention": Attention Transfer (arXiv 1612.03928), with the reductions
+    of Adaptive Distillation's code.
 
     >>> student = [torch.randn(4, 8, 3, 3, requires_grad=True) for _ in range(2)]
     >>> teacher = [torch.randn(4, 8, 3, 3) for _ in range(2)]
     >>> hint_loss(student, teacher, weights=torch.tensor([0.25, 0.75])).backward()
     """
-    students, teachers = checks.feature_pairs(student_features, teacher_features)
-    weights = checks.hint_weights(weights, students)
     checks.one_of("distance", distance, tuple(reference.DISTANCES))
+    students, teachers = checks.feature_pairs(student_features, teacher_features, own_channels=distance == "attention")
+    weights = checks.hint_weights(weights, students)
     checks.one_of("reduction", reduction, checks.REDUCTIONS)
-    chosen = dispatch.choose(implementation, *students, *teachers)
+    chosen = dispatch.choose(implementation, *students, *teachers, distance=distance)
     if chosen == "reference":
         return reference.hint(students, teachers, weights, distance=distance, reduction=reduction)
     if chosen == "triton":
         from mtkd_fast.triton_ops import hint as triton_hint
 
-        return triton_hint.hint(students, teachers, weights, reduction)
-    return torch.ops.mtkd_fast.hint(students, teachers, weights, reduction)
+        return triton_hint.hint(students, teachers, weights, distance, reduction)
+    return torch.ops.mtkd_fast.hint(students, teachers, weights, distance, reduction)

@@ -86,12 +86,12 @@ class EmulatedCuda(Backend):
             kd_triton_rescale_ = staticmethod(emulator.rescale_)
 
             @staticmethod
-            def hint_triton_forward(student, teacher, weights):
-                return hint.forward(dense(student), dense(teacher), weights)
+            def hint_triton_forward(student, teacher, weights, distance):
+                return hint.forward(dense(student), dense(teacher), weights, distance)
 
             @staticmethod
-            def hint_triton_backward(student, teacher, weights, needs):
-                return hint.backward(dense(student), dense(teacher), weights, needs)
+            def hint_triton_backward(student, teacher, weights, *rest):
+                return hint.backward(dense(student), dense(teacher), weights, *rest)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(triton_kd, "kd_kernels", emulator)

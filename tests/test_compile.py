@@ -116,11 +116,12 @@ def test_divergence_in_one_graph(implementation):
     assert_same_as_eager(torch.compile(mean, fullgraph=True, backend="aot_eager"), mean, student, teachers)
 
 
-def test_hints_in_one_graph(implementation):
+@pytest.mark.parametrize("distance", ["mse", "smooth_l1", "cosine"])
+def test_hints_in_one_graph(implementation, distance):
     student, teacher = torch.randn(N, 4, 3, requires_grad=True), torch.randn(N, 4, 3)
 
     def loss(student, teacher, w):
-        return hint_loss([student], [teacher], weights=w, implementation=implementation)
+        return hint_loss([student], [teacher], weights=w, distance=distance, implementation=implementation)
 
     assert_same_as_eager(
         torch.compile(loss, fullgraph=True, backend="aot_eager"), loss, student, teacher, torch.rand(1, N)
@@ -172,7 +173,7 @@ def values(requires_grad: bool) -> dict:
     )  # fmt: skip
     hints = dict(
         student=features, teacher=[f.detach() + 1 for f in features], weights=torch.rand(2, N), reduction="mean",
-        needs=[True, True],
+        needs=[True, True], distance="cosine", kept=torch.rand(3, 2, N),
     )  # fmt: skip
     student, teacher = torch.randn(N, 4, requires_grad=requires_grad), torch.randn(N, 3)
     relations = dict(student=student, teacher=teacher, relation="angle", write_gradient=True)

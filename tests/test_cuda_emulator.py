@@ -316,26 +316,36 @@ def test_backward_reads_everything_once():
 # ---------- hint
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("distance", layout.DISTANCES)
 @pytest.mark.parametrize("shape", [(3,), (8, 5, 5), (17, 15, 9)])
-def test_hint(shape):
+def test_hint(shape, distance, order):
     n = 5
     student = [torch.randn(n, *shape), torch.randn(n, 40).bfloat16()]
     teacher = [torch.randn(n, *shape).half(), torch.randn(n, 40)]
     weights = torch.rand(2, n)
     weights[0, 1] = 0
     student[0][1] = float("nan")
-    distance = hint.forward(student, teacher, weights)
-    per_pair = torch.stack([hint_reference.mse(f.double(), g.double()) for f, g in zip(student, teacher, strict=True)])
-    per_pair[0, 1] = 0
-    assert_close(distance, per_pair, 1e-6)
-    elements = student[0][0].numel()
-    assert machine.traffic()["student0"] == ((n - 1) * elements * 4, 0)
-    assert machine.traffic()["teacher0"] == ((n - 1) * elements * 2, 0)
-
-    gradients = hint.backward(student, teacher, weights, [True, True])
-    for f, g, w, got in zip(student, teacher, weights, gradients, strict=True):
-        factor = (2 * w.double() / f[0].numel()).view(-1, *[1] * (f.dim() - 1))
-        right = torch.where(factor == 0, 0.0, factor * (f.double() - g.double()))
-        assert_close(got, right, 1e-6 if got.dtype == F32 else 4e-3)
+    exact = [f.double().requires_grad_() for f in student]
+    right = [hint_reference.DISTANCES[distance](f, g.double()) for f, g in zip(exact, teacher, strict=True)]
+    right[0] = torch.where(weights[0] == 0, 0.0, right[0])
+    with machine.use_order(order, seed=3):
+        kept = hint.forward(student, teacher, weights, distance)
+        assert_close(kept[0], torch.stack(right).detach(), 1e-6)
+        elements = student[0][0].numel()
+        assert machine.traffic()["student0"] == ((n - 1) * elements * 4, 0)
+        assert machine.traffic()["teacher0"] == ((n - 1) * elements * 2, 0)
+        gradients = hint.backward(student, teacher, weights, kept, [True, True], distance)
     assert machine.traffic()["student0"] == ((n - 1) * elements * 4, 0)
     assert machine.traffic()["gradient0"] == (0, n * elements * 4)
+    for x, of_pair, w, got in zip(exact, right, weights, gradients, strict=True):
+        wanted = torch.autograd.grad(of_pair, x, w.double())[0]
+        wanted[w == 0] = 0
+        assert_close(got, wanted, 1e-6 if got.dtype == F32 else 4e-3)
+
+
+def test_the_cosine_reads_a_sample_of_extreme_norm_twice():
+    student, teacher = [torch.randn(4, 100)], [torch.randn(4, 100)]
+    student[0][1] *= 1e-20
+    hint.forward(student, teacher, None, "cosine")
+    assert machine.traffic()["student0"] == machine.traffic()["teacher0"] == (5 * 100 * 4, 0)

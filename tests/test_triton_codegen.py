@@ -97,6 +97,21 @@ def entries_launch(number: int):
     return SimpleNamespace(kernel=logits.write_entries, arguments=table | dict.fromkeys(names, number))
 
 
+HINTS = [(kernel, distance) for kernel in ("forward", "backward") for distance in ("mse", "smooth_l1", "cosine")]
+
+
+def hint_launch(name: str, distance: str, dtype: torch.dtype = BF16, n_samples: int = 64):
+    """A pair of maps of 256 × 14 × 14, the weights per sample."""
+    from mtkd_fast.kernels import hint
+
+    student, teacher = [torch.empty(n_samples, 50176, dtype=dtype)], [torch.empty(n_samples, 50176, dtype=dtype)]
+    ((pairs, arguments),) = hint.chunks(student, teacher, torch.ones(1, n_samples), distance)
+    if name == "backward":
+        arguments["gradients"] = (torch.empty_like(student[0]),)
+    kernel = {"forward": hint.hint_forward, "backward": hint.hint_backward}[name]
+    return hint.launch(kernel, n_samples, kept=torch.empty(3, 1, n_samples)[:, pairs], **arguments)
+
+
 # In the other process.
 
 
@@ -150,6 +165,9 @@ def main() -> None:
         a = launch.arguments
         elements = a["BLOCK_N"] * a["BLOCK_C"] // (32 * launch.num_warps)
         found[f"{name} sm_{arch}"] = disassembled(compiled(launch, arch)) | {"elements": elements}
+    for name, distance in HINTS:
+        found[f"hint {name} {distance}"] = disassembled(compiled(hint_launch(name, distance), 90))
+    found["samples"] = len({str(bound(hint_launch("forward", "cosine", n_samples=n), 90)[2][1]) for n in (3, 64, 77)})
     for varied in ("n_rows", "temperature"):
         kernels = [KERNELS["A, C=1000"]._replace(**{varied: value}) for value in (77, 4096, 3)]
         found[varied] = len({str(bound(launch_of(kernel), 90)[2][1]) for kernel in kernels})
@@ -215,3 +233,17 @@ def test_batch_size_and_temperature_do_not_recompile(built, varied):
 def test_no_entry_of_a_table_of_teachers_compiles_another_kernel(built):
     """So that nothing is left to compile while a CUDA graph is captured."""
     assert built["table entry"] == 1
+
+
+@pytest.mark.parametrize(("name", "distance"), HINTS)
+def test_hints_load_128_bits_and_do_not_spill(built, name, distance):
+    """A tile of 16 elements a thread and side; the cosine has the loop of its second sweep besides."""
+    found = built[f"hint {name} {distance}"]
+    assert found["LDL"] + found["STL"] + found["stack"] == 0
+    assert found["LDG.E.128"] == 2 * 2 * (2 if (name, distance) == ("forward", "cosine") else 1)
+    assert found["STG.E.128"] == (2 if name == "backward" else 0)
+    assert found["registers"] <= 128
+
+
+def test_the_number_of_samples_does_not_recompile_hints(built):
+    assert built["samples"] == 1

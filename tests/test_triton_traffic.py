@@ -159,18 +159,27 @@ def test_what_is_not_logits_is_a_few_numbers_a_row(monkeypatch, n_teachers):
     assert found.loads.get("rest", 0) <= 8 * n_teachers * 6 * 8  # the table of teachers, read by every program
 
 
-def test_hint_reads_both_sides_once():
+@pytest.mark.parametrize("distance", ["mse", "smooth_l1", "cosine"])
+def test_hint_reads_both_sides_once(distance):
     student = [torch.randn(4, 3, 8), torch.randn(4, 1000).bfloat16(), torch.randn(4, 5)]
     teacher = [torch.randn_like(f) for f in student]
     weights = torch.rand(3, 4) + 0.5
     weights[1, 2] = 0
     watched = {f"student {k}": f for k, f in enumerate(student)} | {f"teacher {k}": g for k, g in enumerate(teacher)}
     with counted_in_interpreter(watched) as found:
-        hint.forward(student, teacher, weights)
+        kept = hint.forward(student, teacher, weights, distance)
     model = hint_bytes(student, teacher, used=[4, 3, 4], gradients=False)
     assert large(found.loads) == model.loads
     with counted_in_interpreter(watched) as found:
-        gradients = hint.backward(student, teacher, weights, [True, False, True])
+        gradients = hint.backward(student, teacher, weights, kept, [True, False, True], distance)
     model = hint_bytes(student, teacher, used=[4, 0, 4], gradients=True)
     assert large(found.loads) == model.loads
     assert found.stores["rest"] == sum(g.numel() * g.element_size() for g in gradients)
+
+
+def test_the_cosine_reads_a_sample_of_extreme_norm_twice():
+    student, teacher = [torch.randn(4, 100)], [torch.randn(4, 100)]
+    student[0][1] *= 1e-20
+    with counted_in_interpreter({"student 0": student[0], "teacher 0": teacher[0]}) as found:
+        hint.forward(student, teacher, None, "cosine")
+    assert large(found.loads) == hint_bytes(student, teacher, used=[5], gradients=False).loads

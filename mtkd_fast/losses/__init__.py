@@ -1,6 +1,7 @@
 """Published methods, one file each, as modules with the paper's defaults."""
 
 from mtkd_fast.losses.adapter import HintAdapter
+from mtkd_fast.losses.adaptive import AdaptiveDistillationLoss
 from mtkd_fast.losses.aekd import AEKDLoss
 from mtkd_fast.losses.average import AverageKDLoss
 from mtkd_fast.losses.ca_mkd import CAMKDLoss
@@ -10,6 +11,7 @@ from mtkd_fast.losses.fitnet import FitNetKDLoss
 
 __all__ = [
     "AEKDLoss",
+    "AdaptiveDistillationLoss",
     "AverageKDLoss",
     "CAMKDLoss",
     "DGKDLoss",

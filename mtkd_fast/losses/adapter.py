@@ -9,6 +9,7 @@ class HintAdapter(nn.Module):
 
     Args:
         student_channels, teacher_channels: the channels of the two maps.
+        bias, relu: True and True in CA-MKD; False and False in Adaptive Distillation (arXiv 2110.09674).
 
     Called with the student's map [N, Cs, Hs, Ws] and the teacher's [N, Ct, Ht, Wt] (only its size is read; vectors
     [N, Cs] and [N, Ct] are maps of one pixel). Returns [N, Ct, Ht, Wt]. A larger map is average-pooled, a smaller one
@@ -21,12 +22,12 @@ class HintAdapter(nn.Module):
     torch.Size([4, 32, 4, 4])
     """
 
-    def __init__(self, student_channels: int, teacher_channels: int) -> None:
+    def __init__(self, student_channels: int, teacher_channels: int, *, bias: bool = True, relu: bool = True) -> None:
         super().__init__()
         self.project = nn.Sequential(
-            nn.Conv2d(student_channels, teacher_channels, kernel_size=1),
+            nn.Conv2d(student_channels, teacher_channels, kernel_size=1, bias=bias),
             nn.BatchNorm2d(teacher_channels),
-            nn.ReLU(inplace=True),
+            *([nn.ReLU(inplace=True)] if relu else []),
         )
 
     def forward(self, student_feature: Tensor, teacher_feature: Tensor) -> Tensor:

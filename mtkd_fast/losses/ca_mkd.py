@@ -9,7 +9,7 @@ from torch import Tensor
 from mtkd_fast import checks
 from mtkd_fast.hint import hint_loss
 from mtkd_fast.kd import multi_teacher_kd_loss, teacher_weights
-from mtkd_fast.losses.module import DistillationLoss
+from mtkd_fast.losses.module import DistillationLoss, share_of_rows
 from mtkd_fast.reference.kd import compute_dtype
 
 
@@ -105,10 +105,9 @@ class CAMKDLoss(DistillationLoss):
             )
         for k, head in enumerate(heads):
             checks.logits_like(f"head_logits[{k}]", head, student_logits, "student_logits")
-        weights = self._feature_weights(heads, target)
+        weights = self._feature_weights(heads, target) * share_of_rows(target, compute_dtype(*adapted, *wanted))
         hint = hint_loss(adapted, wanted, weights=weights, reduction="sum", implementation=self.implementation)
-        counted = (target != -100).sum().clamp(min=1)  # as the terms on logits
-        return loss + self.hint_weight * share * hint / counted
+        return loss + self.hint_weight * share * hint
 
     def _feature_weights(self, head_logits: list[Tensor], target: Tensor) -> Tensor:
         """v [K, N]."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from mtkd_fast import checks
 from mtkd_fast.hint import hint_loss
 from mtkd_fast.kd import multi_teacher_kd_loss
-from mtkd_fast.losses.module import DistillationLoss
+from mtkd_fast.losses.module import DistillationLoss, share_of_rows
 from mtkd_fast.reference.kd import compute_dtype
 
 
@@ -85,8 +85,7 @@ class FitNetKDLoss(DistillationLoss):
                 f"adapted_features must hold {len(teachers)} tensors of {target.numel()} samples like teacher_logits, "
                 f"got {len(adapted)} of {len(adapted[0])}"
             )
-        counted = (target != -100).reshape(-1)
-        share = counted.to(compute_dtype(*adapted, *wanted)) / (len(teachers) * counted.sum().clamp(min=1))
+        share = share_of_rows(target, compute_dtype(*adapted, *wanted)) / len(teachers)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.official_code):
             hint = hint_loss(
                 adapted,

@@ -1,6 +1,7 @@
 """What the losses of all methods share: options that are checked when the module is made, and shown by ``print``."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from mtkd_fast import checks
 
@@ -30,3 +31,9 @@ class DistillationLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={getattr(self, name)}" for name in self._options)
+
+
+def share_of_rows(target: Tensor, dtype: torch.dtype) -> Tensor:
+    """[N], 1/n for the n rows whose label is not -100, else 0: so that hints count the rows that the logits do."""
+    counted = (target != -100).reshape(-1)
+    return counted.to(dtype) / counted.sum().clamp(min=1)

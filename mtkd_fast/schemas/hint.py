@@ -7,13 +7,19 @@ from mtkd_fast.reference.kd import compute_dtype
 from mtkd_fast.schemas.library import declare, declare_pass
 
 
-def fake_hint_forward(student: list[Tensor], teacher: list[Tensor], weights: Tensor | None) -> Tensor:
-    """[K, N]"""
-    return student[0].new_empty((len(student), student[0].shape[0]), dtype=compute_dtype(*student, *teacher))
+def kept_numbers(distance: str) -> int:
+    """Of a pair and a sample the forward keeps the distance, and for the cosine both norms (csrc/distances.h)."""
+    return 3 if distance == "cosine" else 1
+
+
+def fake_hint_forward(student: list[Tensor], teacher: list[Tensor], weights: Tensor | None, distance: str) -> Tensor:
+    """What is kept, [kept_numbers, K, N]; first the distances."""
+    shape = (kept_numbers(distance), len(student), student[0].shape[0])
+    return student[0].new_empty(shape, dtype=compute_dtype(*student, *teacher))
 
 
 def fake_hint_backward(
-    student: list[Tensor], teacher: list[Tensor], weights: Tensor, needs: list[bool]
+    student: list[Tensor], teacher: list[Tensor], weights: Tensor, kept: Tensor, needs: list[bool], distance: str
 ) -> list[Tensor]:
     """In the memory layout of the features, where a pair shares one that is dense; else contiguous."""
 
@@ -26,8 +32,12 @@ def fake_hint_backward(
     return [gradient(f, g) if need else f.new_empty((0,)) for f, g, need in pairs]
 
 
-declare("hint(Tensor[] student, Tensor[] teacher, Tensor? weights, str reduction) -> Tensor")
-declare_pass("hint_forward(Tensor[] student, Tensor[] teacher, Tensor? weights) -> Tensor", fake_hint_forward)
+declare("hint(Tensor[] student, Tensor[] teacher, Tensor? weights, str distance, str reduction) -> Tensor")
 declare_pass(
-    "hint_backward(Tensor[] student, Tensor[] teacher, Tensor weights, bool[] needs) -> Tensor[]", fake_hint_backward
+    "hint_forward(Tensor[] student, Tensor[] teacher, Tensor? weights, str distance) -> Tensor", fake_hint_forward
+)
+declare_pass(
+    "hint_backward(Tensor[] student, Tensor[] teacher, Tensor weights, Tensor kept, bool[] needs, str distance)"
+    " -> Tensor[]",
+    fake_hint_backward,
 )

@@ -25,37 +25,43 @@ def reduced(per_sample: Tensor, reduction: str) -> Tensor:
 
 
 class HintDistance(torch.autograd.Function):
-    """The mean squared difference of each sample, [K, N], differentiable in both features."""
+    """The distance of each sample, [K, N], differentiable in both features."""
 
     @staticmethod
-    def forward(ctx, weights, n_pairs, *features):
+    def forward(ctx, weights, distance, n_pairs, *features):
         student, teacher = features[:n_pairs], features[n_pairs:]
-        ctx.save_for_backward(*features)
-        return ops.hint_triton_forward(student, teacher, weights)
+        kept = ops.hint_triton_forward(student, teacher, weights, distance)
+        ctx.save_for_backward(kept, *features)
+        ctx.distance = distance
+        return kept[0].clone()
 
     @staticmethod
     def backward(ctx, upstream):
-        n_pairs = len(ctx.saved_tensors) // 2
-        student, teacher = ctx.saved_tensors[:n_pairs], ctx.saved_tensors[n_pairs:]
-        needs = list(ctx.needs_input_grad[2:])
+        kept, *features = ctx.saved_tensors
+        n_pairs = len(features) // 2
+        student, teacher = features[:n_pairs], features[n_pairs:]
+        needs = list(ctx.needs_input_grad[3:])
         # A distance is symmetric: the teachers' gradients are those of the students with the sides changed.
-        of_student = feature_gradients(student, teacher, upstream, needs[:n_pairs])
-        of_teacher = feature_gradients(teacher, student, upstream, needs[n_pairs:])
-        return refuse_double_backward(None, None, *of_student, *of_teacher)
+        changed = kept if len(kept) == 1 else torch.stack([kept[0], kept[2], kept[1]])
+        of_student = feature_gradients(student, teacher, upstream, kept, needs[:n_pairs], ctx.distance)
+        of_teacher = feature_gradients(teacher, student, upstream, changed, needs[n_pairs:], ctx.distance)
+        return refuse_double_backward(None, None, None, *of_student, *of_teacher)
 
 
-def feature_gradients(features, others, upstream: Tensor, needs: list[bool]) -> list[Tensor | None]:
+def feature_gradients(
+    features, others, upstream: Tensor, kept: Tensor, needs: list[bool], distance: str
+) -> list[Tensor | None]:
     if not any(needs):
         return [None] * len(needs)
-    found = ops.hint_triton_backward(features, others, upstream.detach(), needs)
+    found = ops.hint_triton_backward(features, others, upstream.detach(), kept, needs, distance)
     return [g if need else None for g, need in zip(found, needs, strict=True)]
 
 
-def hint(student: list[Tensor], teacher: list[Tensor], weights: Tensor | None, reduction: str) -> Tensor:
+def hint(student: list[Tensor], teacher: list[Tensor], weights: Tensor | None, distance: str, reduction: str) -> Tensor:
     """The arguments of torch.ops.mtkd_fast.hint; the gradient to the weights is PyTorch's, over [K, N] numbers."""
     skipped = None if weights is None or weights.requires_grad else weights
-    distance = HintDistance.apply(skipped, len(student), *student, *teacher)
-    return reduced(weighted_sum(distance, weights), reduction)
+    distances = HintDistance.apply(skipped, distance, len(student), *student, *teacher)
+    return reduced(weighted_sum(distances, weights), reduction)
 
 
 implement({"hint_triton_forward": hint_kernels.forward, "hint_triton_backward": hint_kernels.backward})

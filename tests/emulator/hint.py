@@ -12,9 +12,10 @@ def dense(x: Tensor) -> Tensor:
     return x if x[:1].is_contiguous() and x.stride(0) >= 0 else x.contiguous()
 
 
-def arguments(student: list[Tensor], teacher: list[Tensor], weights: Tensor | None):
+def arguments(student: list[Tensor], teacher: list[Tensor], weights: Tensor | None, distance: str):
     """The struct and the tensors that it points at; a pair is read in place where its samples are dense."""
     args = layout.Hint()
+    args.distance = layout.DISTANCES[distance]
     student, teacher = [dense(f) for f in student], [dense(g) for g in teacher]
     args.pairs, args.samples = len(student), student[0].shape[0]
     for pair, f, g in zip(args.pair, student, teacher, strict=False):
@@ -28,20 +29,29 @@ def arguments(student: list[Tensor], teacher: list[Tensor], weights: Tensor | No
     return args, inputs | {"weights": weights}
 
 
-def forward(student: list[Tensor], teacher: list[Tensor], weights: Tensor | None) -> Tensor:
-    """-> the distances [K, N]"""
-    args, inputs = arguments(student, teacher, weights)
-    distance = poisoned((args.pairs, args.samples), torch.float32)
-    args.distance = distance.data_ptr()
-    launch("hint_forward", args, inputs, {"distance": distance})
-    return distance
+def forward(student: list[Tensor], teacher: list[Tensor], weights: Tensor | None, distance: str) -> Tensor:
+    """-> what is kept, [kept_numbers, K, N]; first the distances"""
+    args, inputs = arguments(student, teacher, weights, distance)
+    kept = poisoned((3 if distance == "cosine" else 1, args.pairs, args.samples), torch.float32)
+    args.kept = kept.data_ptr()
+    launch("hint_forward", args, inputs, {"kept": kept})
+    return kept
 
 
-def backward(student: list[Tensor], teacher: list[Tensor], weights: Tensor, needs: list[bool]) -> list[Tensor]:
+def backward(
+    student: list[Tensor],
+    teacher: list[Tensor],
+    weights: Tensor,
+    kept: Tensor,
+    needs: list[bool],
+    distance: str,
+) -> list[Tensor]:
     """-> the gradient of each student's features; an empty one where none is needed."""
-    args, inputs = arguments(student, teacher, weights)
+    args, inputs = arguments(student, teacher, weights, distance)
+    kept = kept.contiguous()
+    args.kept = kept.data_ptr()
     wanted = [poisoned(f.shape if need else (0,), f.dtype) for f, need in zip(student, needs, strict=True)]
     for pair, gradient, need in zip(args.pair, wanted, needs, strict=False):
         pair.gradient = gradient.data_ptr() if need else None
-    launch("hint_backward", args, inputs, {f"gradient{k}": x for k, x in enumerate(wanted)})
+    launch("hint_backward", args, inputs | {"kept": kept}, {f"gradient{k}": x for k, x in enumerate(wanted)})
     return wanted

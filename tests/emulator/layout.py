@@ -8,6 +8,7 @@ from torch import Tensor
 MAX_TEACHERS = 64
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 DIVERGENCES = {"forward_kl": 0, "reverse_kl": 1}
+DISTANCES = {"mse": 0, "smooth_l1": 1, "cosine": 2}
 RULES = {"uniform": 0, "given": 1, "confidence": 2, "entropy": 3}
 
 int64, pointer, real = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
@@ -104,7 +105,8 @@ class Hint(ctypes.Structure):
         ("weights", pointer),
         ("weights_pair_stride", int64),
         ("weights_sample_stride", int64),
-        ("distance", pointer),
+        ("distance", ctypes.c_int),
+        ("kept", pointer),
     )
 
 
