@@ -68,35 +68,26 @@ _AVAILABLE = {
 }
 
 
-def choose(
-    implementation: str | None, *tensors: Tensor, divergence: str | None = None, cpu_op: str | None = None
-) -> str:
-    """The name of the implementation that runs on these tensors (all on one device).
-
-    ``cpu_op`` names an op whose only kernels are those in C++ for the CPU.
-    """
+def choose(implementation: str | None, *tensors: Tensor, divergence: str | None = None) -> str:
+    """The name of the implementation that runs on these tensors (all on one device)."""
     device = tensors[0].device.type
     if implementation is None:
-        return _best(device, tensors, divergence, cpu_op)
+        return _best(device, tensors, divergence)
     if implementation not in NAMES:
         raise ValueError(f"implementation must be one of {', '.join(map(repr, NAMES))} or None, got {implementation!r}")
-    reason = _why_not(implementation, device, tensors, divergence, cpu_op)
+    reason = _why_not(implementation, device, tensors, divergence)
     if reason:
         raise ValueError(f"implementation={implementation!r} cannot run on {device} tensors: {reason}")
     return implementation
 
 
-def _why_not(
-    implementation: str, device: str, tensors: tuple[Tensor, ...], divergence: str | None, cpu_op: str | None
-) -> str | None:
+def _why_not(implementation: str, device: str, tensors: tuple[Tensor, ...], divergence: str | None) -> str | None:
     if implementation == "reference":
         return None
     if forward_ad._current_level >= 0:
         return "forward-mode derivatives need implementation='reference'"
     if divergence is not None and divergence not in FUSED_DIVERGENCES:
         return f"divergence={divergence!r} has no fused kernel yet"
-    if cpu_op is not None and (device != "cpu" or implementation == "triton"):
-        return f"the op {cpu_op} has kernels for the CPU only, in C++"
     available = _AVAILABLE[implementation]
     if device not in available.devices:
         return available.note
@@ -107,10 +98,10 @@ def _why_not(
     return None
 
 
-def _best(device: str, tensors: tuple[Tensor, ...], divergence: str | None, cpu_op: str | None) -> str:
+def _best(device: str, tensors: tuple[Tensor, ...], divergence: str | None) -> str:
     """CPU: C++. GPU: Triton, until measurements say otherwise. The reference elsewhere, with a warning on a GPU."""
     for implementation in ("cpp",) if device == "cpu" else ("triton", "cpp"):
-        if _why_not(implementation, device, tensors, divergence, cpu_op) is None:
+        if _why_not(implementation, device, tensors, divergence) is None:
             return implementation
     if device != "cpu":
         _warn_reference(device)

@@ -87,6 +87,9 @@ def test_faults_end_the_launch(faults, kernel, message):
         ("kd_backward", layout.KDBackward),
         ("kd_rescale", layout.KDRescale),
         ("hint", layout.Hint),
+        ("relation_planes", layout.RelationPlanes),
+        ("relation_angle", layout.RelationAngle),
+        ("relation_distance", layout.RelationDistance),
     ],
 )
 def test_the_structs_are_those_of_the_headers(name, struct):
