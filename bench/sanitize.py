@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mtkd_fast import hint_loss, multi_teacher_divergence, multi_teacher_kd_loss
+from mtkd_fast import hint_loss, multi_teacher_divergence, multi_teacher_kd_loss, rkd_angle_loss, rkd_distance_loss
 
 SHAPES = ((3, 10, 1), (33, 100, 3), (5, 1000, 8), (2, 1023, 2), (3, 4096, 3), (2, 32001, 3), (1, 131073, 2))
 HALVES = (torch.bfloat16, torch.float16)
@@ -89,6 +89,15 @@ def hints(x: Rows) -> None:
     finite("hint weights", weights.grad)
 
 
+def relations(x: Rows) -> None:
+    for loss in (rkd_angle_loss, rkd_distance_loss):
+        student = x.student.detach().requires_grad_()
+        loss(student, x.teachers[0], implementation="cpp").backward()
+        finite(loss.__name__, student.grad)
+        with torch.no_grad():
+            finite(loss.__name__, loss(student, x.teachers[0], implementation="cpp"))
+
+
 def inputs(shapes=SHAPES) -> list[tuple[tuple[int, int, int], torch.dtype]]:
     """Every shape in float32 and in one of the half precisions, by turns: the tools are slow."""
     halves = zip(shapes, itertools.cycle(HALVES), strict=False)
@@ -108,6 +117,7 @@ def launches(device: str, shapes=SHAPES) -> Iterator[str]:
         for rule in RULES:
             value_only(x, rule)
         hints(x)
+        relations(x)
         yield f"{dtype} {shape}"
 
 

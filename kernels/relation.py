@@ -258,24 +258,24 @@ def angle_launch(student: Tensor, teacher: Tensor, count: int, write_gradient: b
         TILE=tile,
         KEPT=KEPT.value,
     )
-    return Launch(relation_angle, (tiles, tiles), arguments, 4)
+    return Launch(relation_angle, (tiles, tiles), arguments, num_warps=tile // 4)
 
 
 def distance(student: Tensor, teacher: Tensor, count: int, **scalars: Tensor) -> tuple[Tensor, Tensor]:
     """The first pass of ``RelationDistance``, given nearest, nearest_t, mean, mean_t: (loss [B], weighted [B])."""
     losses, weighted = (student.new_empty(count, dtype=torch.float64) for _ in range(2))
-    launch_distance(student, teacher, count, **scalars, drag=None, losses=losses, weighted=weighted, pulls=None)
+    distance_launch(student, teacher, count, **scalars, drag=None, losses=losses, weighted=weighted, pulls=None).run()
     return losses, weighted
 
 
 def distance_pull(student: Tensor, teacher: Tensor, count: int, **scalars: Tensor) -> Tensor:
     """The second, given the drag as well: the pulls [B, B]."""
     pulls = student.new_empty((count, count), dtype=torch.float64)
-    launch_distance(student, teacher, count, **scalars, losses=None, weighted=None, pulls=pulls)
+    distance_launch(student, teacher, count, **scalars, losses=None, weighted=None, pulls=pulls).run()
     return pulls
 
 
-def launch_distance(student: Tensor, teacher: Tensor, count: int, **arguments) -> None:
+def distance_launch(student: Tensor, teacher: Tensor, count: int, **arguments: Tensor | None) -> Launch:
     shape = block_of(count)
     arguments |= dict(student=student, teacher=teacher, count=count, pitch=student.shape[-1], BLOCK=shape.block)
-    Launch(relation_distance, (count,), arguments, shape.num_warps).run()
+    return Launch(relation_distance, (count,), arguments, shape.num_warps)
