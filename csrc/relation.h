@@ -34,8 +34,8 @@ struct RelationAngle {
 };
 
 // Distances over their mean μ: B²·L = Σ_ij h·(e − h/2) with e = d^S/μ^S − d^T/μ^T and h = clip(e, ±1). Two passes,
-// since every distance moves the mean: loss, and weighted[i] = Σ_j h·d^S; then, given drag = Σ_i weighted[i]/(B·(B −
-// 1)·μ^S), pull[i, j] = (h − drag)/d^S, of B²·μ^S·L, and 0 where D^S is below nearest.
+// since every distance moves the mean: loss, and weighted[i] = Σ_j h·d^S; then, given drag = Σ_i weighted[i]/(M·μ^S)
+// with M = B·(B − 1), pull[i, j] = (h − drag)/d^S, of B²·μ^S·L, and 0 where D^S is below nearest.
 struct RelationDistance {
   int64_t count, pitch;
   const void *student, *teacher;                                                         // planes
