@@ -23,7 +23,7 @@ SOURCES = [
     "hint_ops.cpp",
     "relation_ops.cpp",
 ]
-CUDA_SOURCES = ["kd_cuda.cu", "hint_cuda.cu"]
+CUDA_SOURCES = ["kd_cuda.cu", "hint_cuda.cu", "relation_cuda.cu"]
 
 
 def stop(sentence: str) -> None:

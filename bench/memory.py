@@ -43,7 +43,7 @@ def peak_extra(shape: Shape, device: str, losses: dict[str, Loss], objective: st
     """Contender -> bytes. Nothing where it cannot be measured, rather than a guess."""
     if device == "cuda":
         inputs = problem.make(shape, device)
-        return {name: _cuda_peak(loss, inputs) for name, loss in losses.items()}
+        return {name: cuda_peak(loss, inputs) for name, loss in losses.items()}
     return _in_fresh_process(shape, objective, list(losses))
 
 
@@ -51,7 +51,7 @@ def step(loss: Loss, inputs: Problem) -> None:
     loss(inputs.leaf(), inputs.teachers, inputs.target).backward()
 
 
-def _cuda_peak(loss: Loss, inputs: Problem) -> int:
+def cuda_peak(loss: Loss, inputs: Problem) -> int:
     step(loss, inputs)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

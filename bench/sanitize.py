@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mtkd_fast import hint_loss, multi_teacher_divergence, multi_teacher_kd_loss
+from mtkd_fast import hint_loss, multi_teacher_divergence, multi_teacher_kd_loss, rkd_angle_loss, rkd_distance_loss
 from mtkd_fast.dispatch import FUSED_DISTANCES
 
 SHAPES = ((3, 10, 1), (33, 100, 3), (5, 1000, 8), (2, 1023, 2), (3, 4096, 3), (2, 32001, 3), (1, 131073, 2))
@@ -91,6 +91,15 @@ def hints(x: Rows, distance: str) -> None:
     finite(f"hint {distance} weights", weights.grad)
 
 
+def relations(x: Rows) -> None:
+    for loss in (rkd_angle_loss, rkd_distance_loss):
+        student = x.student.detach().requires_grad_()
+        loss(student, x.teachers[0], implementation="cpp").backward()
+        finite(loss.__name__, student.grad)
+        with torch.no_grad():
+            finite(loss.__name__, loss(student, x.teachers[0], implementation="cpp"))
+
+
 def inputs(shapes=SHAPES) -> list[tuple[tuple[int, int, int], torch.dtype]]:
     """Every shape in float32 and in one of the half precisions, by turns: the tools are slow."""
     halves = zip(shapes, itertools.cycle(HALVES), strict=False)
@@ -111,6 +120,7 @@ def launches(device: str, shapes=SHAPES) -> Iterator[str]:
             value_only(x, rule)
         for distance in FUSED_DISTANCES:
             hints(x, distance)
+        relations(x)
         yield f"{dtype} {shape}"
 
 

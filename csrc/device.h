@@ -93,6 +93,7 @@ MTKD_DEVICE Words load(const Words* p) {
   return {{x.x, x.y, x.z, x.w}};
 }
 MTKD_DEVICE float load(const float* p) { return __ldg(p); }
+MTKD_DEVICE double load(const double* p) { return __ldg(p); }
 MTKD_DEVICE int64_t load(const int64_t* p) { return __ldg(reinterpret_cast<const long long*>(p)); }
 MTKD_DEVICE uint32_t load(const uint32_t* p) { return __ldg(p); }
 MTKD_DEVICE uint16_t load(const uint16_t* p) { return __ldg(p); }
@@ -109,6 +110,7 @@ MTKD_DEVICE void store(Words* p, Words x) {
   __stwb(reinterpret_cast<uint4*>(p), make_uint4(x.word[0], x.word[1], x.word[2], x.word[3]));
 }
 MTKD_DEVICE void store(float* p, float x) { __stwb(p, x); }
+MTKD_DEVICE void store(double* p, double x) { __stwb(p, x); }
 MTKD_DEVICE void store(uint32_t* p, uint32_t x) { __stwb(p, x); }
 MTKD_DEVICE void store(uint16_t* p, uint16_t x) { __stwb(p, x); }
 

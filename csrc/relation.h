@@ -1,38 +1,61 @@
-// The op `relation` on raw pointers: angles between all triples of B points, through two Gram matrices in float64.
-// Memory O(B²): neither the B×B×D differences nor the B×B×B angles exist.
+// The op `relation` on raw pointers. What its losses know of a batch are the squared distances D_ij = ‖x_i − x_j‖² and
+// r_ij = 1/√(2·D_ij), 0 where points coincide. With the symmetric pull_ij = ∂L/∂D_ij of a pair, the gradient in x_i is
+// 2·Σ_j pull_ij·(x_i − x_j), a product of matrices. Memory O(B²): neither the B×B×D differences nor the B×B×B angles
+// exist. No sum depends on the order of threads.
 #pragma once
 
 #include <cstdint>
 
 namespace mtkd_fast {
 
-// Of one side: points x [B, D], centred, and their Gram matrix G [B, B].
-struct Points {
-  int64_t count, width;
-  const double* x;
-  const double* gram;
-  double* inverse_distance;  // [B, B], 1/‖x_i − x_j‖; 0 where the points coincide
+constexpr int kRelationTile = 16;
+
+// Rows and columns of a plane: B in whole tiles and registers. Beyond B all is 0 and adds nothing to any sum.
+inline int64_t relation_pitch(int64_t count) { return (count + kRelationTile - 1) / kRelationTile * kRelationTile; }
+
+// Planes of one side, [planes, pitch, pitch]. CPU: D and r in double. CUDA: D rounded to float, the rest of D that this
+// left out, and r, in float; for points of mean square 1, so that neither overflows.
+struct RelationPlanes {
+  int64_t count, width, pitch;
+  const double* x;        // [B, D], centred
+  const double* gram;     // [B, B]
+  const double* nearest;  // [1], of `distances`: a smaller D counts as this one
+  void* planes;
+  double* distances;  // [B], Σ_j √D_ij
 };
 
-// One side of the angles.
-struct Angles {
-  const double* gram;
-  const double* inverse_distance;
-};
-
-// c_ijk = (G_jk − G_ij − G_ik + G_ii)·r_ij·r_ik, the cosine at vertex i; L = Σ Huber(c^S − c^T)/B³.
-// With h = clip(c^S − c^T, ±1)/B³, of the gradient in the student's Gram matrix:
-//   gram_gradient[j, k] = Σ_i h_ijk r_ij r_ik,   vertex[i, j] = Σ_k h_ijk r_ij r_ik,   cosine[i, j] = Σ_k h_ijk c_ijk
+// Angles: c the cosine at a corner of a triangle. B³/2·L = Σ_{i<j} Σ_k Huber(c^S_k − c^T_k), k the corner between i and
+// j, and a term for each pair that coincides on one side alone, whose cosine with itself is 1 on the other.
 struct RelationAngle {
-  int64_t count;
-  Angles student, teacher;
-  double* loss;  // [B], its sum over j is L
-  double* gram_gradient;
-  double* vertex;  // [B, B] each, or all three null: no gradient
-  double* cosine;
+  int64_t count, pitch;
+  const void *student, *teacher;  // planes
+  double* loss;                   // [relation_angle_parts], its sum is B³/2·L
+  double* pull;                   // [B, B], of B³/2·L; or null: no gradient
 };
 
-void relation_distances_cpu(const Points&, int64_t begin, int64_t end);     // rows i
-void relation_angle_cpu(const RelationAngle&, int64_t begin, int64_t end);  // columns j: each writes what is its own
+// Distances over their mean μ: B²·L = Σ_ij h·(e − h/2) with e = d^S/μ^S − d^T/μ^T and h = clip(e, ±1). Two passes,
+// since every distance moves the mean: loss, and weighted[i] = Σ_j h·d^S; then, given drag = Σ_i weighted[i]/(M·μ^S)
+// with M = B·(B − 1), pull[i, j] = (h − drag)/d^S, of B²·μ^S·L, and 0 where D^S is below nearest.
+struct RelationDistance {
+  int64_t count, pitch;
+  const void *student, *teacher;                                                         // planes
+  const double *student_nearest, *teacher_nearest, *student_mean, *teacher_mean, *drag;  // [1] each
+  double *loss, *weighted;                                                               // [B] each, or
+  double* pull;                                                                          // [B, B]
+};
+
+// How the sum of RelationAngle::loss is split: CPU threads take rows i and B − 1 − i together, blocks of a grid tiles.
+constexpr int kRelationTileColumns = 8;
+inline int64_t relation_angle_parts(int64_t count, bool on_cpu) {
+  const int64_t pitch = relation_pitch(count);
+  return on_cpu ? (count + 1) / 2 : pitch / kRelationTile * (pitch / kRelationTileColumns);
+}
+
+void relation_planes_cpu(const RelationPlanes&, int64_t begin, int64_t end);      // rows of the planes
+void relation_angle_cpu(const RelationAngle&, int64_t begin, int64_t end);        // parts
+void relation_distance_cpu(const RelationDistance&, int64_t begin, int64_t end);  // rows
+const char* relation_planes_cuda(const RelationPlanes&, int device, void* stream);
+const char* relation_angle_cuda(const RelationAngle&, int device, void* stream);
+const char* relation_distance_cuda(const RelationDistance&, int device, void* stream);
 
 }  // namespace mtkd_fast

@@ -17,11 +17,14 @@
 
 namespace mtkd_fast {
 
-void relation_distances_cpu(const Points& points, int64_t begin, int64_t end) {
-  MTKD_IN_INSTRUCTION_SET(distances, points, begin, end);
+void relation_planes_cpu(const RelationPlanes& args, int64_t begin, int64_t end) {
+  MTKD_IN_INSTRUCTION_SET(planes, args, begin, end);
 }
 void relation_angle_cpu(const RelationAngle& args, int64_t begin, int64_t end) {
   MTKD_IN_INSTRUCTION_SET(angle, args, begin, end);
+}
+void relation_distance_cpu(const RelationDistance& args, int64_t begin, int64_t end) {
+  MTKD_IN_INSTRUCTION_SET(distance, args, begin, end);
 }
 
 }  // namespace mtkd_fast

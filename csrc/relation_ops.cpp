@@ -1,5 +1,6 @@
-// The op `relation` on tensors: Gram matrices by PyTorch, triples by relation_cpu.cpp, and autograd. The forward
-// computes the gradient, [B, D], for an upstream of 1; the backward scales it.
+// The op `relation` on tensors, and its autograd. Products of matrices are PyTorch's, in float64; what is O(B³), or
+// elementwise in B², is relation_cpu.cpp's or relation_cuda.cu's. The forward computes the gradient for an upstream of
+// 1; the backward scales it.
 #include "autograd.h"
 #include "relation.h"
 
@@ -8,94 +9,98 @@ namespace {
 
 using Forward = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, c10::string_view, bool);
 
-// [B, D] in float64, without their mean, which no distance or angle sees but digits do.
-Tensor centred(const Tensor& embeddings) {
-  const Tensor x = embeddings.to(at::kDouble, /*non_blocking=*/false, /*copy=*/true, at::MemoryFormat::Contiguous);
-  return x.sub_(x.mean(0, true));
-}
+constexpr double kNearest = 1e-6;  // of the distance loss
 
-// What is kept of one side: 16 B² bytes.
+// What is kept of one side: 16 B² bytes on the CPU, 12 B² on a GPU.
 struct Side {
-  Tensor gram, inverse_distance;
+  Tensor scale;  // from the embeddings to x
+  Tensor x;      // [B, D] in float64, of mean 0 and mean square 1, which no angle sees but digits and exponents do
+  Tensor nearest, planes, distances;
 
-  Side() = default;
   explicit Side(const Tensor& embeddings) {
-    const Tensor x = centred(embeddings);
-    gram = x.mm(x.t());
-    inverse_distance = at::empty_like(gram);
-    const Points p{x.size(0), x.size(1), x.const_data_ptr<double>(), gram.const_data_ptr<double>(),
-                   inverse_distance.mutable_data_ptr<double>()};
-    at::parallel_for(0, p.count, 8, [&](int64_t begin, int64_t end) { relation_distances_cpu(p, begin, end); });
+    x = embeddings.to(at::kDouble, /*non_blocking=*/false, /*copy=*/true, at::MemoryFormat::Contiguous);
+    x.sub_(x.mean(0, true));
+    const Tensor size = x.norm() / std::sqrt(static_cast<double>(x.size(0)));
+    scale = at::where(size > 0, size.reciprocal(), at::ones_like(size));
+    x.mul_(scale);
+    nearest = scale.mul(kNearest).square_();
+    const int64_t b = x.size(0), pitch = relation_pitch(b);
+    planes = at::empty({x.is_cpu() ? 2 : 3, pitch, pitch}, x.options().dtype(x.is_cpu() ? at::kDouble : at::kFloat));
+    distances = at::empty({b}, x.options());
+    const Tensor gram = x.mm(x.t());
+    const RelationPlanes args{b,
+                              x.size(1),
+                              pitch,
+                              x.const_data_ptr<double>(),
+                              gram.const_data_ptr<double>(),
+                              nearest.const_data_ptr<double>(),
+                              planes.mutable_data_ptr(),
+                              distances.mutable_data_ptr<double>()};
+    run(x.device(), args, pitch, pitch, relation_planes_cpu, MTKD_CUDA_LAUNCHER(relation_planes_cuda));
   }
 
-  int64_t count() const { return gram.size(0); }
-  Angles angles() const { return {gram.const_data_ptr<double>(), inverse_distance.const_data_ptr<double>()}; }
+  int64_t count() const { return x.size(0); }
+  double pairs() const { return std::max<double>(1, static_cast<double>(count()) * (count() - 1)); }
+  Tensor mean_distance() const { return count() > 1 ? distances.sum() / pairs() : at::ones_like(scale); }
+  Tensor poison() const { return x.sum().mul_(0); }  // 0, or NaN: of a single sample nothing else is read
+
+  // factor·Σ_j pull_ij·(x_i − x_j), in the embeddings.
+  Tensor gradient(const Tensor& pull, const Tensor& factor) const {
+    return (x * pull.sum(1, true)).sub_(pull.mm(x)).mul_(factor * scale);
+  }
 };
 
-std::tuple<Tensor, Tensor> angle(const Tensor& embeddings, Side student, Side teacher, bool write_gradient) {
-  const int64_t b = student.count();
+using Loss = std::tuple<Tensor, Tensor>;  // and the gradient, undefined where none is wanted
+
+Loss angle(const Side& student, const Side& teacher, bool write_gradient) {
+  const int64_t b = student.count(), parts = relation_angle_parts(b, student.x.is_cpu());
   const double triples = static_cast<double>(b) * b * b;
-  const Tensor loss = at::empty({b}, student.gram.options());
-  Tensor gram, vertex, cosine;
-  RelationAngle args{b, student.angles(), teacher.angles(), loss.mutable_data_ptr<double>(), nullptr, nullptr, nullptr};
-  if (write_gradient) {
-    gram = at::empty_like(student.gram), vertex = at::empty_like(gram), cosine = at::empty_like(gram);
-    args.gram_gradient = gram.mutable_data_ptr<double>();
-    args.vertex = vertex.mutable_data_ptr<double>();
-    args.cosine = cosine.mutable_data_ptr<double>();
-  }
-  at::parallel_for(0, b, 4, [&](int64_t begin, int64_t end) { relation_angle_cpu(args, begin, end); });
-  if (!write_gradient) return {loss.sum() / triples, at::empty({0}, loss.options())};
-  student.gram.reset();
-  teacher = Side();
-
-  // A term c_ijk moves G_jk by n, G_ij and G_ik by −n, G_ii by n, and, through r_ij, ‖x_i − x_j‖² by −h·c·r_ij²/2.
-  const Tensor by_distance = cosine.mul_(student.inverse_distance).mul_(student.inverse_distance).neg_();
-  const Tensor diagonal = vertex.sum(1) + by_distance.sum(1) + by_distance.sum(0);
-  gram.sub_(vertex.add_(by_distance), 2).diagonal().add_(diagonal);
-  const Tensor symmetric = at::add_out(vertex, gram, gram.t());
-  const Tensor gradient = symmetric.mm(centred(embeddings)).div_(triples);
-  return {loss.sum() / triples, gradient.sub_(gradient.mean(0, true))};
+  const Tensor loss = at::empty({parts}, student.x.options());
+  const Tensor pull = write_gradient ? at::empty({b, b}, student.x.options()) : Tensor();
+  const RelationAngle args{b,
+                           relation_pitch(b),
+                           student.planes.const_data_ptr(),
+                           teacher.planes.const_data_ptr(),
+                           loss.mutable_data_ptr<double>(),
+                           write_gradient ? pull.mutable_data_ptr<double>() : nullptr};
+  run(student.x.device(), args, parts, b * b, relation_angle_cpu, MTKD_CUDA_LAUNCHER(relation_angle_cuda));
+  const Tensor total = loss.sum() * (2 / triples);
+  return {total, write_gradient ? student.gradient(pull, at::full_like(total, 4 / triples)) : Tensor()};
 }
 
-// Distances over their mean; a pair closer than 1e-6 counts as 1e-6 away, without a gradient.
-struct Distances {
-  Tensor d, open;
-  Tensor mean;
-  double pairs;
-
-  explicit Distances(const Side& side) {
-    const int64_t b = side.count();
-    const Tensor true_d = side.inverse_distance.reciprocal();  // inf where the points coincide
-    open = (side.inverse_distance > 0).logical_and(side.inverse_distance <= 1e6);
-    d = at::where(open.logical_or(true_d.isnan()), true_d, at::full_like(true_d, 1e-6)).fill_diagonal_(0);
-    pairs = std::max<double>(1, static_cast<double>(b) * (b - 1));
-    mean = d.sum() / pairs;
-  }
-};
-
-std::tuple<Tensor, Tensor> distance(const Tensor& embeddings, const Side& student, const Side& teacher,
-                                    bool write_gradient) {
-  const double b = static_cast<double>(student.count());
-  const Distances s(student), t(teacher);
-  const Tensor x = centred(embeddings);
-  if (b < 2) return {s.d.sum() + t.d.sum(), x.mul_(0)};
-  const Tensor e = s.d / s.mean - t.d / t.mean, h = e.clamp(-1, 1) / (b * b);
-  const Tensor loss = (h * (e - 0.5 * e.clamp(-1, 1))).sum();
-  if (!write_gradient) return {loss, at::empty({0}, loss.options())};
-  const Tensor by_d = h / s.mean - (h * s.d).sum() / (s.pairs * s.mean.square());
-  const Tensor a = (by_d * student.inverse_distance).masked_fill(s.open.logical_not(), 0);  // ∂L/∂d² times 2
-  return {loss, 2 * (a.sum(1, true) * x - a.mm(x))};
+Loss distance(const Side& student, const Side& teacher, bool write_gradient) {
+  const int64_t b = student.count();
+  const double squared = static_cast<double>(b) * b;
+  const Tensor loss = at::empty({b}, student.x.options()), weighted = at::empty_like(loss);
+  const Tensor mean = student.mean_distance(), teacher_mean = teacher.mean_distance();
+  RelationDistance args{};
+  args.count = b, args.pitch = relation_pitch(b);
+  args.student = student.planes.const_data_ptr(), args.teacher = teacher.planes.const_data_ptr();
+  args.student_nearest = student.nearest.const_data_ptr<double>();
+  args.teacher_nearest = teacher.nearest.const_data_ptr<double>();
+  args.student_mean = mean.const_data_ptr<double>(), args.teacher_mean = teacher_mean.const_data_ptr<double>();
+  args.loss = loss.mutable_data_ptr<double>(), args.weighted = weighted.mutable_data_ptr<double>();
+  const auto pass = [&] {
+    run(student.x.device(), args, b, b, relation_distance_cpu, MTKD_CUDA_LAUNCHER(relation_distance_cuda));
+  };
+  pass();
+  const Tensor total = loss.sum() / squared;
+  if (!write_gradient) return {total, Tensor()};
+  const Tensor drag = weighted.sum() / (mean * student.pairs()), pull = at::empty({b, b}, student.x.options());
+  args.drag = drag.const_data_ptr<double>(), args.pull = pull.mutable_data_ptr<double>();
+  pass();
+  return {total, student.gradient(pull, mean.reciprocal().mul_(2 / squared))};
 }
 
-std::tuple<Tensor, Tensor> relation_forward(const Tensor& student, const Tensor& teacher, c10::string_view relation,
-                                            bool write_gradient) {
+// The loss and its gradient, both in the compute dtype, so that the gradient is rounded once: after the upstream.
+Loss relation_forward(const Tensor& student, const Tensor& teacher, c10::string_view relation, bool write_gradient) {
   TORCH_CHECK_VALUE(student.dim() == 2 && teacher.dim() == 2 && student.size(0) == teacher.size(0),
                     "student and teacher must have shape [B, D] with one B");
   const at::ScalarType dtype = compute_dtype(student, teacher);
-  auto [loss, gradient] = relation == "angle" ? angle(student, Side(student), Side(teacher), write_gradient)
-                                              : distance(student, Side(student), Side(teacher), write_gradient);
-  return {loss.to(dtype), gradient.to(student.scalar_type())};
+  const Side s(student), t(teacher);
+  const auto [loss, gradient] = relation == "angle" ? angle(s, t, write_gradient) : distance(s, t, write_gradient);
+  return {(loss + s.poison() + t.poison()).to(dtype),
+          gradient.defined() ? gradient.to(dtype) : at::empty({0}, student.options().dtype(dtype))};
 }
 
 struct Relation : public torch::autograd::Function<Relation> {
@@ -105,12 +110,16 @@ struct Relation : public torch::autograd::Function<Relation> {
     at::AutoDispatchBelowADInplaceOrView below;
     auto [loss, gradient] = forward_op.call(student, teacher, relation, true);
     ctx->save_for_backward({gradient});
+    ctx->saved_data["dtype"] = static_cast<int64_t>(student.scalar_type());
+    ctx->set_materialize_grads(false);
     return loss;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& upstreams) {
-    const Tensor gradient = ctx->get_saved_variables()[0];
-    variable_list gradients{(gradient * upstreams[0].detach()).to(gradient.scalar_type()), Tensor(), Tensor()};
+    variable_list gradients(3);
+    if (!upstreams[0].defined()) return gradients;
+    const auto dtype = static_cast<at::ScalarType>(ctx->saved_data["dtype"].toInt());
+    gradients[0] = (ctx->get_saved_variables()[0] * upstreams[0].detach()).to(dtype);
     refuse_double_backward(gradients);
     return gradients;
   }
@@ -124,7 +133,11 @@ Tensor relation(const Tensor& student, const Tensor& teacher, c10::string_view r
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(mtkd_fast, CPU, m) { m.impl("relation_forward", relation_forward); }
 TORCH_LIBRARY_IMPL(mtkd_fast, CompositeImplicitAutograd, m) { m.impl("relation", relation); }
+TORCH_LIBRARY_IMPL(mtkd_fast, CPU, m) { m.impl("relation_forward", relation_forward); }
+
+#ifdef MTKD_CUDA
+TORCH_LIBRARY_IMPL(mtkd_fast, CUDA, m) { m.impl("relation_forward", relation_forward); }
+#endif
 
 }  // namespace mtkd_fast

@@ -74,14 +74,10 @@ def choose(
     *tensors: Tensor,
     divergence: str | None = None,
     distance: str | None = None,
-    cpu_op: str | None = None,
 ) -> str:
-    """The name of the implementation that runs on these tensors (all on one device).
-
-    ``cpu_op`` names an op whose only kernels are those in C++ for the CPU.
-    """
+    """The name of the implementation that runs on these tensors (all on one device)."""
     device = tensors[0].device.type
-    options = divergence, distance, cpu_op
+    options = divergence, distance
     if implementation is None:
         return _best(device, tensors, *options)
     if implementation not in NAMES:
@@ -98,7 +94,6 @@ def _why_not(
     tensors: tuple[Tensor, ...],
     divergence: str | None,
     distance: str | None,
-    cpu_op: str | None,
 ) -> str | None:
     if implementation == "reference":
         return None
@@ -108,8 +103,6 @@ def _why_not(
         return f"divergence={divergence!r} has no fused kernel yet"
     if distance is not None and distance not in FUSED_DISTANCES:
         return f"distance={distance!r} has no fused kernel yet"
-    if cpu_op is not None and (device != "cpu" or implementation == "triton"):
-        return f"the op {cpu_op} has kernels for the CPU only, in C++"
     available = _AVAILABLE[implementation]
     if device not in available.devices:
         return available.note

@@ -13,7 +13,7 @@ def rkd_distance_loss(student: Tensor, teacher: Tensor, *, implementation: str |
     Args:
         student: [B, ...] embeddings, flattened to [B, D].
         teacher: [B, ...] embeddings of the same samples; its D may be another.
-        implementation: None (the best available), "cpp" (on the CPU) or "reference".
+        implementation: as in :func:`mtkd_fast.multi_teacher_kd_loss`.
 
     Returns: a scalar, float32 (float64 when either is). 0 for B < 2. Samples closer than 1e-6 count as 1e-6 apart.
 
@@ -32,9 +32,10 @@ def rkd_distance_loss(student: Tensor, teacher: Tensor, *, implementation: str |
 def rkd_angle_loss(student: Tensor, teacher: Tensor, *, implementation: str | None = None) -> Tensor:
     """RKD's angle loss: (1/B³) Σ_ijk Huber(c^S_ijk − c^T_ijk), c the cosine at sample i between j and k.
 
-    Arguments, gradient and errors as in :func:`rkd_distance_loss`. Where two of three samples coincide the cosine is 0
-    and has no gradient. Needs O(B²) memory and O(B² D + B³) time: neither the B×B×D differences nor the B×B×B angles of
-    the published form exist. Through a centred Gram matrix in float64, so that tight clusters lose no digits.
+    Arguments, gradient and errors as in :func:`rkd_distance_loss`. Where j or k coincides with i the cosine is 0 and
+    has no gradient. Needs O(B²) memory and O(B² D + B³) time: neither the B×B×D differences nor the B×B×B angles of the
+    published form exist. Through a centred Gram matrix in float64, so that tight clusters lose no digits; on a GPU the
+    B³ cosines are float32, of distances that two float32 numbers hold.
 
     Source: Park et al., CVPR 2019 (arXiv 1904.05068; code: github.com/lenscloth/RKD).
 
@@ -46,7 +47,11 @@ def rkd_angle_loss(student: Tensor, teacher: Tensor, *, implementation: str | No
 
 def _relation(student: Tensor, teacher: Tensor, name: str, implementation: str | None) -> Tensor:
     student, teacher = checks.embeddings(student, teacher)
-    chosen = dispatch.choose(implementation, student, teacher, cpu_op="relation")
+    chosen = dispatch.choose(implementation, student, teacher)
     if chosen == "reference":
         return reference.relation(student, teacher, name)
+    if chosen == "triton":
+        from mtkd_fast.triton_ops import relation as triton_relation
+
+        return triton_relation.relation(student, teacher, name)
     return torch.ops.mtkd_fast.relation(student, teacher, name)

@@ -6,7 +6,19 @@ import time
 
 import pytest
 import torch
-from mtkd_fast.bench import contenders, correctness, eager, gpu, kd, memory, problem, report, shapes, timing
+from mtkd_fast.bench import (
+    contenders,
+    correctness,
+    eager,
+    gpu,
+    kd,
+    memory,
+    problem,
+    relation,
+    report,
+    shapes,
+    timing,
+)  # fmt: skip
 from mtkd_fast.bench.kd import Job, Work
 from mtkd_fast.bench.shapes import Shape
 
@@ -207,3 +219,51 @@ def test_the_inputs_for_the_sanitizer_run_on_the_cpu_too():
 
     few = [s for s in sanitize.SHAPES if s[1] <= 1000]
     assert len(list(sanitize.launches("cpu", few))) == 2 * len(few)
+
+
+# ---------- relation
+
+FEW = [relation.Job(name, 12, 5) for name in relation.LOSSES]
+
+
+@pytest.mark.parametrize("job", FEW, ids=str)
+def test_the_published_relations_and_ours_pass_the_gate(job):
+    inputs, (losses, missing) = relation.inputs_of(job, "cpu"), relation.make(job, "cpu")
+    assert not missing
+    exact = relation.oracle(job, inputs)
+    student, teacher = inputs.student.double(), inputs.teachers[0].double()
+    reference = relation.LOSSES[job.relation](student, teacher, implementation="reference")
+    assert exact[0] == pytest.approx(reference.item(), rel=1e-12)
+    for name, loss in losses.items():
+        assert max(relation.check(name, loss, inputs, exact).values()) < 1e-5
+
+
+@pytest.mark.parametrize("job", FEW, ids=str)
+def test_a_wrong_relation_is_not_timed(job):
+    inputs = relation.inputs_of(job, "cpu")
+    exact = relation.oracle(job, inputs)
+    for wrong in ("angle", "distance"):
+        loss = relation.make(relation.Job(wrong, 12, 5), "cpu")[0]["eager"]
+        if wrong != job.relation:
+            with pytest.raises(correctness.WrongResult, match="relative error of the loss"):
+                relation.check("eager", loss, inputs, exact)
+
+
+def test_a_form_that_would_not_fit_is_named():
+    losses, missing = relation.make(relation.Job("angle", 100_000), "cpu")
+    assert "eager" not in losses
+    assert "angle B=100000 D=512: eager, which needs some" in missing[0]
+
+
+def test_the_run_on_relations_writes_samples_and_a_table(tmp_path):
+    found = relation.run("cpu", FEW, 0.02)
+    paths = relation.write(found, "cpu", tmp_path, "relation")
+    saved = json.loads(paths[0].read_text())
+    assert [result["work"] for result in saved["results"]] == list(relation.LOSSES)
+    for result in saved["results"]:
+        for entry in result["contenders"].values():
+            assert len(entry["seconds"]) >= 5
+            assert entry["errors"]["gradient"] < relation.TOLERANCE
+    table = paths[1].read_text()
+    assert "| angle" in table
+    assert "x the published form" in table

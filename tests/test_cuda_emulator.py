@@ -13,7 +13,8 @@ if not shutil.which("g++"):
     pytest.skip("the CUDA emulator needs g++", allow_module_level=True)
 
 import emulator
-from emulator import hint, layout, machine
+from emulator import hint, layout, machine, relation
+from traffic import relation_planes_bytes
 
 from mtkd_fast.reference import hint as hint_reference
 from mtkd_fast.reference import kd as reference
@@ -87,6 +88,9 @@ def test_faults_end_the_launch(faults, kernel, message):
         ("kd_backward", layout.KDBackward),
         ("kd_rescale", layout.KDRescale),
         ("hint", layout.Hint),
+        ("relation_planes", layout.RelationPlanes),
+        ("relation_angle", layout.RelationAngle),
+        ("relation_distance", layout.RelationDistance),
     ],
 )
 def test_the_structs_are_those_of_the_headers(name, struct):
@@ -349,3 +353,51 @@ def test_the_cosine_reads_a_sample_of_extreme_norm_twice():
     student[0][1] *= 1e-20
     hint.forward(student, teacher, None, "cosine")
     assert machine.traffic()["student0"] == machine.traffic()["teacher0"] == (5 * 100 * 4, 0)
+
+
+# ---------- relation
+
+
+def points(batch, width=6, seed=0):
+    """Of mean 0, their Gram matrix, and what the planes are made of."""
+    x = torch.randn(batch, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    x -= x.mean(0)
+    return x, x @ x.T, torch.tensor(1e-12, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("batch", [5, 16, 37])
+def test_planes_of_relations(batch):
+    x, gram, nearest = points(batch)
+    planes, distances = relation.planes(x, gram, nearest)
+    moved, model = machine.traffic(), relation_planes_bytes(batch, planes.shape[-1])
+    d = torch.cdist(x, x)
+    squared = planes[0].double() + planes[1]
+    torch.testing.assert_close(squared[:batch, :batch], d.square(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(distances, d.sum(1))
+    assert not planes[:, batch:].any()
+    assert not planes[:, :, batch:].any()
+    own = 8 * batch * (batch - 1)  # of each pair, the other end's diagonal element and this one's
+    assert moved["gram"] == (model.loads["gram"] + own, 0)
+    assert moved["planes"] == (0, model.stores["planes"])
+    assert moved["x"] == (0, 0)
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize("batch", [5, 16, 37])
+def test_angles_of_relations(batch, gradient):
+    student, teacher = (relation.planes(*points(batch, seed=seed))[0] for seed in (1, 2))
+    results = []
+    for order in ORDERS:
+        with emulator.use_order(order, seed=3):
+            results.append(relation.angle(student, teacher, batch, gradient))
+        moved = machine.traffic()
+    for loss, pull in results:
+        assert loss.equal(results[0][0])
+        assert not gradient or (pull.equal(results[0][1]) and pull.equal(pull.T) and not pull.diagonal().any())
+    pitch = student.shape[-1]
+    tiles = sum(j + 8 > i for i in range(0, pitch, 16) for j in range(0, pitch, 8))
+    # By lanes, which share lines: 4 pairs in 8 warps, 4 rows and a column for each k; and r of each pair once more.
+    loaded = tiles * 32 * (8 * 3 * 16 + pitch * 3 * (16 + 4)) + 4 * batch * (batch - 1) // 2
+    assert moved["student"] == moved["teacher"] == (loaded, 0)
+    if gradient:
+        assert moved["pull"] == (0, 8 * batch**2)

@@ -13,7 +13,7 @@ import torch
 from cases.kd import BF16, F16, F32, LAYOUTS
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mtkd_fast import multi_teacher_divergence, multi_teacher_kd_loss
+from mtkd_fast import multi_teacher_divergence, multi_teacher_kd_loss, rkd_angle_loss, rkd_distance_loss
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
 MIB = 2**20
@@ -164,6 +164,19 @@ def test_cpp_frozen_student_with_weights_that_learn_needs_no_gradient_of_logits(
     assert peak_extra(run) < NOISE
 
 
+RELATIONS = pytest.mark.parametrize("relation", [rkd_angle_loss, rkd_distance_loss])
+
+
+@RELATIONS
+@pytest.mark.parametrize("batch", [1024, 2048])
+def test_cpp_relations_need_some_matrices_of_pairs(relation, batch):
+    """Fewer than 8 in float64: where the published form has B of them, and B×B differences."""
+    student, teacher = torch.randn(batch, 32, requires_grad=True), torch.randn(batch, 32)
+    relation(student[:16], teacher[:16], implementation="cpp").backward()
+    run = lambda: torch.autograd.grad(relation(student, teacher, implementation="cpp"), student)  # noqa: E731
+    assert peak_extra(run) < 64 * batch**2 + NOISE
+
+
 # By the tensors that ops return.
 
 
@@ -242,3 +255,16 @@ def test_the_graph_holds_no_logits_when_the_gradient_is_written_in_the_forward(b
     held = {x.untyped_storage().data_ptr() for x in saved if x.numel()}
     assert not held & {x.untyped_storage().data_ptr() for x in (student, *teachers)}
     assert sum(x.numel() == student.numel() for x in saved) == 1
+
+
+@RELATIONS
+def test_relations_make_no_tensor_larger_than_the_planes(relation, backend):
+    """16 B² bytes on the CPU, 12 B² on a GPU, or the points in float64; nothing of B²·D or B³."""
+    if backend.name == "reference":
+        pytest.skip("plain PyTorch makes many")
+    batch, width = 32, 100
+    student, teacher = (torch.randn(batch, width, device=backend.device) for _ in range(2))
+    with LargeTensors(17 * batch**2 + 8 * batch * width).ignore(student, teacher) as large:
+        loss = relation(student.requires_grad_(), teacher, implementation=backend.implementation)
+        torch.autograd.grad(loss, student)
+    assert not large.found

@@ -89,6 +89,28 @@ def launch_of(kernel: Kernel):
     )  # fmt: skip
 
 
+RELATION_REGISTERS = {"planes": 128, "angle": 168, "angle, no gradient": 128, "distance": 128, "distance pull": 128}
+RELATIONS = [(name, batch, arch) for name in RELATION_REGISTERS for batch in (256, 1024) for arch in (80, 90, 100)]
+
+
+def relation_launch(name: str, batch: int):
+    """On tensors that nobody reads."""
+    from mtkd_fast.kernels import relation
+
+    scalar, x = torch.ones((), dtype=torch.float64), torch.empty(batch, 8, dtype=torch.float64)
+    square = torch.empty(batch, batch, dtype=torch.float64)
+    planes = torch.empty(3, relation.pitch_of(batch), relation.pitch_of(batch))
+    if name == "planes":
+        return relation.planes_launch(x, square, scalar)
+    if name.startswith("angle"):
+        return relation.angle_launch(planes, planes, batch, write_gradient=name == "angle")
+    out = dict.fromkeys(("losses", "weighted"), x) | dict(drag=None, pulls=None)
+    if name == "distance pull":
+        out = dict(losses=None, weighted=None, drag=scalar, pulls=square)
+    scalars = dict.fromkeys(("nearest", "nearest_t", "mean", "mean_t"), scalar)
+    return relation.distance_launch(planes, planes, batch, **scalars, **out)
+
+
 def entries_launch(number: int):
     from mtkd_fast.kernels import logits
 
@@ -168,6 +190,8 @@ def main() -> None:
     for name, distance in HINTS:
         found[f"hint {name} {distance}"] = disassembled(compiled(hint_launch(name, distance), 90))
     found["samples"] = len({str(bound(hint_launch("forward", "cosine", n_samples=n), 90)[2][1]) for n in (3, 64, 77)})
+    for name, batch, arch in RELATIONS:
+        found[f"{name} {batch} sm_{arch}"] = disassembled(compiled(relation_launch(name, batch), arch))
     for varied in ("n_rows", "temperature"):
         kernels = [KERNELS["A, C=1000"]._replace(**{varied: value}) for value in (77, 4096, 3)]
         found[varied] = len({str(bound(launch_of(kernel), 90)[2][1]) for kernel in kernels})
@@ -247,3 +271,16 @@ def test_hints_load_128_bits_and_do_not_spill(built, name, distance):
 
 def test_the_number_of_samples_does_not_recompile_hints(built):
     assert built["samples"] == 1
+
+
+@pytest.mark.parametrize(("name", "batch", "arch"), RELATIONS)
+def test_relations_stay_in_registers(built, name, batch, arch):
+    found = built[f"{name} {batch} sm_{arch}"]
+    assert found["stack"] == found["LDL"] == found["STL"] == 0
+    assert found["registers"] <= RELATION_REGISTERS[name]
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_angles_load_their_columns_128_bits_at_a_time(built, arch):
+    """Of a small batch a thread has two pairs."""
+    assert built[f"angle 1024 sm_{arch}"]["LDG.E.128"] > 0

@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from traffic import counted_in_interpreter, hint_bytes, kd_bytes, large, rescale_bytes
+from traffic import (
+    counted_in_interpreter,
+    hint_bytes,
+    kd_bytes,
+    large,
+    relation_angle_bytes,
+    relation_planes_bytes,
+    rescale_bytes,
+)  # fmt: skip
 
 triton = pytest.importorskip("triton")
 
@@ -11,7 +19,7 @@ from mtkd_fast import dispatch  # noqa: E402
 if not dispatch.INTERPRETED:
     pytest.skip("bytes are counted in Triton's interpreter (TRITON_INTERPRET=1)", allow_module_level=True)
 
-from mtkd_fast.kernels import hint, kd  # noqa: E402
+from mtkd_fast.kernels import hint, kd, relation  # noqa: E402
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 OPTIONS = dict(
@@ -183,3 +191,38 @@ def test_the_cosine_reads_a_sample_of_extreme_norm_twice():
     with counted_in_interpreter({"student 0": student[0], "teacher 0": teacher[0]}) as found:
         hint.forward(student, teacher, None, "cosine")
     assert large(found.loads) == hint_bytes(student, teacher, used=[5], gradients=False).loads
+
+
+def test_planes_of_relations_read_the_gram_matrix_once():
+    x = torch.randn(20, 6, dtype=torch.float64)
+    launch = relation.planes_launch(x, x @ x.T, torch.tensor(1e-12, dtype=torch.float64))
+    with counted_in_interpreter({name: launch.arguments[name] for name in ("x", "gram", "planes")}) as found:
+        launch.run()
+    model = relation_planes_bytes(20, 32)
+    assert found.stores["planes"] == model.stores["planes"]
+    assert found.loads == model.loads | {"rest": 32 * 8, "gram": model.loads["gram"] + 20 * 8}  # 1e-6; own element
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_angles_read_each_row_once_a_tile(gradient):
+    batch, pitch, tile = 20, 32, 16
+    student, teacher = (torch.rand(3, pitch, pitch) for _ in range(2))
+    launch = relation.angle_launch(student, teacher, batch, gradient)
+    watched = dict(student=student, teacher=teacher) | ({"pull": launch.arguments["pulls"]} if gradient else {})
+    with counted_in_interpreter(watched) as found:
+        launch.run()
+    model = relation_angle_bytes(pitch, tile, gradient=batch if gradient else 0)
+    assert large(found.loads) == model.loads
+    assert large(found.stores) == model.stores
+    assert found.stores["rest"] == 8 * (pitch // tile) ** 2
+
+
+def test_distances_read_two_planes_of_each_side():
+    batch, pitch = 20, 32
+    student, teacher = (torch.rand(3, pitch, pitch) for _ in range(2))
+    scalars = {name: torch.tensor(1e-6, dtype=torch.float64) for name in ("nearest", "nearest_t", "mean", "mean_t")}
+    for drag in ({}, {"drag": scalars["mean"]}):
+        with counted_in_interpreter(dict(student=student, teacher=teacher)) as found:
+            (relation.distance_pull if drag else relation.distance)(student, teacher, batch, **scalars, **drag)
+        assert large(found.loads) == dict.fromkeys(("student", "teacher"), 2 * 4 * batch**2)
+        assert found.stores["rest"] == (8 * batch**2 if drag else 2 * 8 * batch)

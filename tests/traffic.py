@@ -65,6 +65,20 @@ def hint_bytes(student: list[Tensor], teacher: list[Tensor], *, used: list[int],
     return Traffic({name: n for name, n in loads.items() if n}, stores)
 
 
+def relation_planes_bytes(batch: int, pitch: int) -> Traffic:
+    """Off the diagonal an element of the Gram matrix, and one of its diagonal beside it; three planes written."""
+    return Traffic({"gram": 8 * 2 * batch * (batch - 1)}, {"planes": 4 * 3 * pitch**2})
+
+
+def relation_angle_bytes(pitch: int, tile: int, *, gradient: int = 0) -> Traffic:
+    """Tiles of pairs, those not below the diagonal: of each side three planes of the tile, and of its rows and columns
+    for every third point. P is written on both sides of the diagonal, in float64.
+    """
+    tiles = (pitch // tile) * (pitch // tile + 1) // 2
+    side = 4 * 3 * tiles * (tile**2 + pitch * 2 * tile)
+    return Traffic({"student": side, "teacher": side}, {"pull": 8 * gradient**2} if gradient else {})
+
+
 @contextmanager
 def counted_in_interpreter(tensors: dict[str, Tensor]):
     """Yields the Traffic of the kernels run inside, by the tensor that each unmasked lane touches."""

@@ -16,10 +16,10 @@ def distances(x: Tensor) -> Tensor:
 
 
 def angles(x: Tensor) -> Tensor:
-    """[B, D] -> [B, B, B], cos of the angle at i between j and k; 0, without a gradient, where two of them coincide."""
+    """[B, D] -> [B, B, B], cos of the angle at i between j and k; 0, without a gradient, where one of them is at i."""
     difference = x[None] - x[:, None]
     squared = difference.square().sum(-1, keepdim=True)
-    unit = torch.where(squared > 0, difference, 0.0) / torch.where(squared > 0, squared, 1.0).sqrt()
+    unit = torch.where(squared == 0, 0.0, difference) / torch.where(squared == 0, 1.0, squared).sqrt()
     return unit @ unit.mT
 
 

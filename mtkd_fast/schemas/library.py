@@ -15,9 +15,9 @@ def declare(schema: str) -> None:
     FUSED.append(name_of(schema))
 
 
-def declare_pass(schema: str, fake: Callable, *, triton: bool = True) -> None:
+def declare_pass(schema: str, fake: Callable) -> None:
     """A pass over memory and its Triton twin: kd_forward(...) and kd_triton_forward(...)."""
-    for twin in (schema, triton_name(schema)) if triton else (schema,):
+    for twin in (schema, triton_name(schema)):
         LIBRARY.define(twin)
         torch.library.register_fake(f"mtkd_fast::{name_of(twin)}", fake, lib=LIBRARY)
         PASSES.append(name_of(twin))

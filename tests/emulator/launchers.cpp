@@ -1,7 +1,8 @@
-// The launchers of csrc/kd.h and csrc/hint.h under names that ctypes finds, and the sizes of what they are handed.
+// The launchers of csrc/kd.h, csrc/hint.h and csrc/relation.h under names that ctypes finds, and the sizes of what they are handed.
 #include "hint.h"
 #include "kd.h"
 #include "kd_variants.h"
+#include "relation.h"
 
 using namespace mtkd_fast;
 
@@ -11,6 +12,9 @@ int64_t size_of_kd_forward() { return sizeof(KDForward<float>); }
 int64_t size_of_kd_backward() { return sizeof(KDBackward<float>); }
 int64_t size_of_kd_rescale() { return sizeof(KDRescale<float>); }
 int64_t size_of_hint() { return sizeof(HintArgs<float>); }
+int64_t size_of_relation_planes() { return sizeof(RelationPlanes); }
+int64_t size_of_relation_angle() { return sizeof(RelationAngle); }
+int64_t size_of_relation_distance() { return sizeof(RelationDistance); }
 
 int fits_on_chip(const KDForward<float>* args) { return kd_fits_on_chip(*args, args->rule, 0); }
 
@@ -22,4 +26,7 @@ const char* kd_backward(const KDBackward<float>* args) { return kd_backward_cuda
 const char* kd_rescale(const KDRescale<float>* args) { return kd_rescale_cuda(*args, 0, nullptr); }
 const char* hint_forward(const HintArgs<float>* args) { return hint_forward_cuda(*args, 0, nullptr); }
 const char* hint_backward(const HintArgs<float>* args) { return hint_backward_cuda(*args, 0, nullptr); }
+const char* relation_planes(const RelationPlanes* args) { return relation_planes_cuda(*args, 0, nullptr); }
+const char* relation_angle(const RelationAngle* args) { return relation_angle_cuda(*args, 0, nullptr); }
+const char* relation_distance(const RelationDistance* args) { return relation_distance_cuda(*args, 0, nullptr); }
 }

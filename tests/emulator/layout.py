@@ -1,4 +1,4 @@
-"""The argument structs of csrc/kd.h and csrc/hint.h, field by field."""
+"""The argument structs of csrc/kd.h, csrc/hint.h and csrc/relation.h, field by field."""
 
 import ctypes
 
@@ -107,6 +107,47 @@ class Hint(ctypes.Structure):
         ("weights_sample_stride", int64),
         ("distance", ctypes.c_int),
         ("kept", pointer),
+    )
+
+
+class RelationPlanes(ctypes.Structure):
+    _fields_ = (
+        ("count", int64),
+        ("width", int64),
+        ("pitch", int64),
+        ("x", pointer),
+        ("gram", pointer),
+        ("nearest", pointer),
+        ("planes", pointer),
+        ("distances", pointer),
+    )
+
+
+class RelationAngle(ctypes.Structure):
+    _fields_ = (
+        ("count", int64),
+        ("pitch", int64),
+        ("student", pointer),
+        ("teacher", pointer),
+        ("loss", pointer),
+        ("pull", pointer),
+    )
+
+
+class RelationDistance(ctypes.Structure):
+    _fields_ = (
+        ("count", int64),
+        ("pitch", int64),
+        ("student", pointer),
+        ("teacher", pointer),
+        ("student_nearest", pointer),
+        ("teacher_nearest", pointer),
+        ("student_mean", pointer),
+        ("teacher_mean", pointer),
+        ("drag", pointer),
+        ("loss", pointer),
+        ("weighted", pointer),
+        ("pull", pointer),
     )
 
 
