@@ -207,8 +207,9 @@ class Row(NamedTuple):
 
 
 def block_of(count: int) -> Row:
-    block = min(1024, max(32, triton.next_power_of_2(count)))
-    return Row(block, max(1, min(8, block // 128)))
+    """Two columns a thread: the roots and quotients in float64 take many registers."""
+    block = min(512, max(64, triton.next_power_of_2(count)))
+    return Row(block, block // 64)
 
 
 def planes(x: Tensor, gram: Tensor, nearest: Tensor) -> tuple[Tensor, Tensor]:

@@ -89,7 +89,7 @@ def launch_of(kernel: Kernel):
     )  # fmt: skip
 
 
-RELATION_REGISTERS = {"planes": 128, "angle": 168, "angle, no gradient": 128, "distance": 128, "distance pull": 128}
+RELATION_REGISTERS = {"planes": 128, "angle": 176, "angle, no gradient": 128, "distance": 128, "distance pull": 128}
 RELATIONS = [(name, batch, arch) for name in RELATION_REGISTERS for batch in (256, 1024) for arch in (80, 90, 100)]
 
 

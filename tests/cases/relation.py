@@ -233,7 +233,7 @@ def largest_terms(case: Case, student: Tensor, teacher: Tensor, exact: Result) -
     side pull at a far third point twice, in opposite directions, and with h/d of the short side.
     """
     arithmetic = F64 if F64 in case.dtypes else F32
-    count, d = len(student), reference.distances(student)
+    count, d = len(student), (student[:, None] - student).norm(dim=-1)
     of = reference.angles if case.relation == "angle" else lambda x: reference.over_mean(reference.distances(x))
     a, b = of(student), of(teacher)
     size = torch.maximum(a.abs(), b.abs())
@@ -244,7 +244,7 @@ def largest_terms(case: Case, student: Tensor, teacher: Tensor, exact: Result) -
         inverse = torch.where(d > 0, 1 / d, 0.0)
         per_row = (2 * inverse.sum(1) + slope.mean() * inverse.mean() * count) / count**2
     else:
-        per_row = torch.where((d > 1e-6).any(1), count / d.sum(), 0.0)
+        per_row = torch.where((d > 1e-6).any(1), count / reference.distances(student).sum(), 0.0)
     return Result(sharpness * loss.nan_to_num(0.0), sharpness * abs(case.upstream) * per_row.nan_to_num(0.0))
 
 
