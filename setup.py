@@ -17,13 +17,15 @@ SOURCES = [
     "cpu_capability.cpp",
     "kd_cpu.cpp",
     "hint_cpu.cpp",
+    "mixture_cpu.cpp",
     "relation_cpu.cpp",
     "kd_ops.cpp",
     "kd_autograd.cpp",
     "hint_ops.cpp",
+    "mixture_ops.cpp",
     "relation_ops.cpp",
 ]
-CUDA_SOURCES = ["kd_cuda.cu", "hint_cuda.cu"]
+CUDA_SOURCES = ["kd_cuda.cu", "hint_cuda.cu", "mixture_cuda.cu"]
 
 
 def stop(sentence: str) -> None:

@@ -5,13 +5,16 @@ from mtkd_fast.dispatch import implementations
 from mtkd_fast.hint import hint_loss
 from mtkd_fast.kd import KDStats, multi_teacher_divergence, multi_teacher_kd_loss, teacher_weights
 from mtkd_fast.losses import *  # noqa: F403
+from mtkd_fast.mixture import ensemble_probabilities, mixture_divergence
 from mtkd_fast.relation import rkd_angle_loss, rkd_distance_loss
 
 __version__ = "0.1.0"
 __all__ = [
     "KDStats",
+    "ensemble_probabilities",
     "hint_loss",
     "implementations",
+    "mixture_divergence",
     "multi_teacher_divergence",
     "multi_teacher_kd_loss",
     "rkd_angle_loss",

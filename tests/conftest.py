@@ -14,7 +14,15 @@ sys.path.insert(0, str(Path(__file__).parent))  # importlib mode leaves it out
 
 import pytest
 
-from mtkd_fast import dispatch, hint_loss, multi_teacher_divergence, multi_teacher_kd_loss, teacher_weights
+from mtkd_fast import (
+    dispatch,
+    ensemble_probabilities,
+    hint_loss,
+    mixture_divergence,
+    multi_teacher_divergence,
+    multi_teacher_kd_loss,
+    teacher_weights,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -42,6 +50,12 @@ class Backend:
 
     def hint(self, *args, **kwargs):
         return hint_loss(*args, **kwargs, implementation=self.implementation)
+
+    def ensemble_probabilities(self, *args, **kwargs):
+        return ensemble_probabilities(*args, **kwargs, implementation=self.implementation)
+
+    def mixture_divergence(self, *args, **kwargs):
+        return mixture_divergence(*args, **kwargs, implementation=self.implementation)
 
 
 class InstructionSet(Backend):
