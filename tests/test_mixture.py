@@ -248,7 +248,8 @@ REFUSED = [
     ("a rule", dict(weights="confidence"), ValueError, "weights must be one of 'uniform', got 'confidence'"),
     ("a list of weights", dict(weights=[1.0]), TypeError, "weights must be 'uniform' or a tensor .* got list"),
     ("integer weights", dict(weights=torch.ones(K, dtype=torch.long)), TypeError, "weights must be floating point"),
-    ("weights of another shape", dict(weights=torch.ones(2)), ValueError, r"weights must have shape \(3,\) or \(3, 5\)"),
+    ("weights of another shape", dict(weights=torch.ones(2)), ValueError,
+     r"weights must have shape \(3,\) or \(3, 5\)"),
     ("no temperature", dict(temperature=0.0), ValueError, "temperature must be a finite number > 0, got 0.0"),
     ("no teachers", dict(teachers=[]), ValueError, "teacher_logits must hold 1 to 64 teachers, got 0"),
     ("unequal teachers", dict(teachers=[torch.zeros(N, C), torch.zeros(N, 2)]), ValueError,
@@ -261,12 +262,11 @@ REFUSED = [
 @pytest.mark.parametrize(("change", "error", "message"), [c[1:] for c in REFUSED], ids=[c[0] for c in REFUSED])
 def test_bad_arguments_are_refused_by_name(function, change, error, message):
     call = dict(teachers=list(torch.zeros(K, N, C))) | change
-    teachers = call.pop("teachers")
+    logits = (call.pop("teachers"),)
+    if function == "divergence":
+        logits = (torch.zeros(N, C), *logits)
     with pytest.raises(error, match=message):
-        if function == "divergence":
-            mixture_divergence(torch.zeros(N, C), teachers, **call)
-        else:
-            ensemble_probabilities(teachers, **call)
+        (mixture_divergence if function == "divergence" else ensemble_probabilities)(*logits, **call)
 
 
 def test_teachers_without_classes_are_refused():

@@ -233,7 +233,8 @@ CASES = (
     Case("upstream of one number", "as .sum() gives it", upstream="ones", rows=(2, 3)),
     Case("frozen teachers", "only the weights learn", teachers_want=False),
 )  # fmt: skip
+SHORT = [case for case in CASES if case.classes <= 1025]
 FLOAT64_CASES = tuple(
     replace(case, name=f"{case.name} in float64", dtypes=dtypes)
-    for case, dtypes in zip(CASES[::4], [(F64,), (F64, F32), (F32, F64), (BF16, F64)] * 20, strict=False)
+    for case, dtypes in zip(SHORT[::4], [(F64,), (F64, F32), (F32, F64), (BF16, F64)] * 20, strict=False)
 )
