@@ -333,7 +333,7 @@ def mixture_divergence(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_rows = rows < n_rows
     n_classes = in_units(n_classes, UNIT)
-    w, lanes, read = teachers_to_read(weights, weights_strides, rows, in_rows, n_teachers, True, SKIP_ZERO, K_PAD)
+    w, _, read = teachers_to_read(weights, weights_strides, rows, in_rows, n_teachers, True, SKIP_ZERO, K_PAD)
     active = tl.max(read.to(tl.int32), 1) != 0
     used = read & (w != 0)
     some = tl.max(used.to(tl.int32), 1) != 0
@@ -479,7 +479,7 @@ def backward(
     teachers: Sequence[Tensor], weights: Tensor | None, upstream: Tensor, row_stats: Tensor, temperature: float,
     skip_zero_weights: bool, needs: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-    """``MixtureBackward``: <upstream, p_k> [K, N], and each teacher's gradient, an empty tensor where none is needed."""
+    """``MixtureBackward``: <upstream, p_k> [K, N], and the teachers' gradients, empty tensors where none are needed."""
     dots = row_stats.new_empty((len(teachers), row_stats.shape[1]))
     gradients = [t.new_empty(t.shape if need else 0) for t, need in zip(teachers, needs, strict=True)]
     if dots.numel() > 0:
@@ -536,7 +536,7 @@ def divergence_launch(
     student: Tensor, teachers: Sequence[Tensor], weights: Tensor | None, temperature: float, skip_zero_weights: bool,
     value: Tensor, row_stats: Tensor, gradient: Tensor | None,
 ) -> Launch:  # fmt: skip
-    """The weights' gradient takes another read of the teachers: only where they may want one, and no zero is skipped."""
+    """The weights' gradient takes another read of the teachers: only where they want one, when no zero is skipped."""
     plan = tiles(mixture_divergence, student.shape[-1], NARROW, 8)
     arguments = common_arguments(
         teachers, weights, temperature, skip_zero_weights, plan.block_n, plan.block_c, student=student

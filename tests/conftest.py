@@ -85,10 +85,11 @@ class EmulatedCuda(Backend):
     @contextmanager
     def active(self):
         import emulator
-        from emulator import hint
+        from emulator import hint, mixture
 
         from mtkd_fast.triton_ops import hint as triton_hint
         from mtkd_fast.triton_ops import kd as triton_kd
+        from mtkd_fast.triton_ops import mixture as triton_mixture
 
         def dense(features):  # as csrc/hint_ops.cpp hands them over
             return [x.contiguous() for x in features]
@@ -98,6 +99,9 @@ class EmulatedCuda(Backend):
             kd_triton_backward = staticmethod(emulator.backward)
             kd_triton_rescale = staticmethod(emulator.rescale)
             kd_triton_rescale_ = staticmethod(emulator.rescale_)
+            mixture_triton_forward = staticmethod(mixture.forward)
+            mixture_triton_backward = staticmethod(mixture.backward)
+            mixture_triton_divergence_forward = staticmethod(mixture.divergence)
 
             @staticmethod
             def hint_triton_forward(student, teacher, weights):
@@ -109,7 +113,7 @@ class EmulatedCuda(Backend):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(triton_kd, "kd_kernels", emulator)
-            for op in (triton_kd, triton_hint):
+            for op in (triton_kd, triton_hint, triton_mixture):
                 patch.setattr(op, "ops", Ops)
             yield
 

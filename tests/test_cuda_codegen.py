@@ -14,7 +14,7 @@ if not shutil.which("nvcc"):
 
 from emulator.build import CSRC, cache, digest
 
-SOURCES = (CSRC / "kd_cuda.cu", CSRC / "hint_cuda.cu")
+SOURCES = (CSRC / "kd_cuda.cu", CSRC / "hint_cuda.cu", CSRC / "mixture_cuda.cu")
 ARCHITECTURES = ("80", "90a", "100")
 FLAGS = (
     "-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-Werror", "all-warnings",
@@ -140,8 +140,9 @@ def test_resident_rows_come_in_by_asynchronous_copies(architecture):
         assert [x for x in code if re.search(r"STG\.E\.128", x)], name
 
 
-def test_hint_loads_16_bytes(architecture):
-    for name, code in instructions(SOURCES[1], architecture).items():
+@pytest.mark.parametrize("op", [SOURCES[1], SOURCES[2]], ids=lambda s: s.stem)
+def test_hint_and_mixture_load_16_bytes(op, architecture):
+    for name, code in instructions(op, architecture).items():
         assert [x for x in code if re.search(r"LDG\.E\.128", x)], name
 
 

@@ -87,6 +87,9 @@ def test_faults_end_the_launch(faults, kernel, message):
         ("kd_backward", layout.KDBackward),
         ("kd_rescale", layout.KDRescale),
         ("hint", layout.Hint),
+        ("mixture_forward", layout.MixtureForward),
+        ("mixture_backward", layout.MixtureBackward),
+        ("mixture_divergence", layout.MixtureDivergence),
     ],
 )
 def test_the_structs_are_those_of_the_headers(name, struct):

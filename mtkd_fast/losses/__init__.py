@@ -2,6 +2,7 @@
 
 from mtkd_fast.losses.adapter import HintAdapter
 from mtkd_fast.losses.aekd import AEKDLoss
+from mtkd_fast.losses.amtml import AMTMLKDLoss, GroupHints, InstanceWeights
 from mtkd_fast.losses.average import AverageKDLoss
 from mtkd_fast.losses.ca_mkd import CAMKDLoss
 from mtkd_fast.losses.dgkd import DGKDLoss, GuideSampler, dense_chain
@@ -10,12 +11,15 @@ from mtkd_fast.losses.fitnet import FitNetKDLoss
 
 __all__ = [
     "AEKDLoss",
+    "AMTMLKDLoss",
     "AverageKDLoss",
     "CAMKDLoss",
     "DGKDLoss",
     "EntropyKDLoss",
     "FitNetKDLoss",
+    "GroupHints",
     "GuideSampler",
     "HintAdapter",
+    "InstanceWeights",
     "dense_chain",
 ]

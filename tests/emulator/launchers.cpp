@@ -1,7 +1,8 @@
-// The launchers of csrc/kd.h and csrc/hint.h under names that ctypes finds, and the sizes of what they are handed.
+// The launchers of csrc/kd.h, csrc/hint.h and csrc/mixture.h under names that ctypes finds, and the sizes of what they are handed.
 #include "hint.h"
 #include "kd.h"
 #include "kd_variants.h"
+#include "mixture.h"
 
 using namespace mtkd_fast;
 
@@ -11,6 +12,9 @@ int64_t size_of_kd_forward() { return sizeof(KDForward<float>); }
 int64_t size_of_kd_backward() { return sizeof(KDBackward<float>); }
 int64_t size_of_kd_rescale() { return sizeof(KDRescale<float>); }
 int64_t size_of_hint() { return sizeof(HintArgs<float>); }
+int64_t size_of_mixture_forward() { return sizeof(MixtureForward<float>); }
+int64_t size_of_mixture_backward() { return sizeof(MixtureBackward<float>); }
+int64_t size_of_mixture_divergence() { return sizeof(MixtureDivergence<float>); }
 
 int fits_on_chip(const KDForward<float>* args) { return kd_fits_on_chip(*args, args->rule, 0); }
 
@@ -22,4 +26,9 @@ const char* kd_backward(const KDBackward<float>* args) { return kd_backward_cuda
 const char* kd_rescale(const KDRescale<float>* args) { return kd_rescale_cuda(*args, 0, nullptr); }
 const char* hint_forward(const HintArgs<float>* args) { return hint_forward_cuda(*args, 0, nullptr); }
 const char* hint_backward(const HintArgs<float>* args) { return hint_backward_cuda(*args, 0, nullptr); }
+const char* mixture_forward(const MixtureForward<float>* args) { return mixture_forward_cuda(*args, 0, nullptr); }
+const char* mixture_backward(const MixtureBackward<float>* args) { return mixture_backward_cuda(*args, 0, nullptr); }
+const char* mixture_divergence(const MixtureDivergence<float>* args) {
+  return mixture_divergence_cuda(*args, 0, nullptr);
+}
 }
