@@ -297,8 +297,8 @@ MTKD_DEVICE void write_teacher_gradient(const MixtureBackward<float>& args, cons
   }
 }
 
-template <typename Group>
-MTKD_KERNEL(kBlockThreads, 2)
+template <typename Group, int max_threads>
+MTKD_KERNEL(max_threads, 2)
 mixture_backward(MTKD_PARAM(Grouped<MixtureBackward<float>>) args) {
   Group group(args.group_width, device::shared_memory());
   for_each_row(group, args.rows, [&](int64_t index) {
@@ -414,7 +414,7 @@ struct DivergenceRow : MixtureRow<Group> {
     const float log_sum = log_of(student.sum), of_student = total_weight / student.sum;
     bool safe = true;
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) safe = safe && mixture[i] >= kSafeMixture;
+    for (int i = 0; i < kChunk; ++i) safe = safe && (mixture[i] >= kSafeMixture || chunk * kChunk + i >= args.classes);
     if (safe) {
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) ratio[i] = log_of(mixture[i]);
@@ -477,8 +477,8 @@ struct DivergenceRow : MixtureRow<Group> {
 };
 
 // Shared memory: the group's scratch, [groups][K] members, [K][threads] dots.
-template <typename Group>
-MTKD_KERNEL(kBlockThreads, 2)
+template <typename Group, int max_threads>
+MTKD_KERNEL(max_threads, 2)
 mixture_divergence(MTKD_PARAM(Grouped<MixtureDivergence<float>>) args) {
   Group group(args.group_width, device::shared_memory());
   const int groups = device::block_threads() / group.size();
@@ -543,16 +543,20 @@ const char* mixture_backward_cuda(const MixtureBackward<float>& args, int, void*
   if (const char* error = only_float(args, DType::f32)) return error;
   if (args.rows == 0) return nullptr;
   const LaunchShape shape = shape_of(args, kBlockThreads, 0);
-  return by_lanes(args) ? device::launch(mixture_backward<LaneGroup>, shape, stream, grouped(args))
-                        : device::launch(mixture_backward<BlockGroup>, shape, stream, grouped(args));
+  if (by_lanes(args)) {
+    return device::launch(mixture_backward<LaneGroup, kLaneThreads>, shape, stream, grouped(args));
+  }
+  return device::launch(mixture_backward<BlockGroup, kBlockThreads>, shape, stream, grouped(args));
 }
 
 const char* mixture_divergence_cuda(const MixtureDivergence<float>& args, int, void* stream) {
   if (const char* error = only_float(args, args.student.dtype)) return error;
   if (args.rows == 0) return nullptr;
   const LaunchShape shape = shape_of(args, kBlockThreads, 1);
-  return by_lanes(args) ? device::launch(mixture_divergence<LaneGroup>, shape, stream, grouped(args))
-                        : device::launch(mixture_divergence<BlockGroup>, shape, stream, grouped(args));
+  if (by_lanes(args)) {
+    return device::launch(mixture_divergence<LaneGroup, kLaneThreads>, shape, stream, grouped(args));
+  }
+  return device::launch(mixture_divergence<BlockGroup, kBlockThreads>, shape, stream, grouped(args));
 }
 
 }  // namespace mtkd_fast

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from traffic import counted_in_interpreter, hint_bytes, kd_bytes, large, rescale_bytes
+from traffic import counted_in_interpreter, hint_bytes, kd_bytes, large, mixture_bytes, rescale_bytes
 
 triton = pytest.importorskip("triton")
 
@@ -11,7 +11,7 @@ from mtkd_fast import dispatch  # noqa: E402
 if not dispatch.INTERPRETED:
     pytest.skip("bytes are counted in Triton's interpreter (TRITON_INTERPRET=1)", allow_module_level=True)
 
-from mtkd_fast.kernels import hint, kd  # noqa: E402
+from mtkd_fast.kernels import hint, kd, mixture  # noqa: E402
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 OPTIONS = dict(
@@ -174,3 +174,32 @@ def test_hint_reads_both_sides_once():
     model = hint_bytes(student, teacher, used=[4, 0, 4], gradients=True)
     assert large(found.loads) == model.loads
     assert found.stores["rest"] == sum(g.numel() * g.element_size() for g in gradients)
+
+
+@TEACHERS
+@pytest.mark.parametrize(("n_classes", "sweeps"), [(10, 1), (1000, 1), (9001, 2)])
+def test_mixture_reads_rows_on_chip_once(dtypes, n_classes, sweeps):
+    teachers = logits(3, n_classes, *dtypes)
+    w = torch.rand(len(teachers), 3) + 0.5
+    w[0, 1] = 0
+    used = [2] + [3] * (len(teachers) - 1)
+    watched = {f"teacher {k}": t for k, t in enumerate(teachers)}
+    with counted_in_interpreter(watched) as found:
+        probabilities, row_stats = mixture.forward(teachers, w, 2.0, True)
+    assert large(found.loads) == mixture_bytes(teachers, used=used, sweeps=sweeps)
+    assert found.stores["rest"] == (probabilities.numel() + row_stats.numel()) * 4
+    with counted_in_interpreter(watched) as found:
+        mixture.backward(teachers, w, probabilities, row_stats, 2.0, True, [False] * len(teachers))
+    assert large(found.loads) == mixture_bytes(teachers, used=used)
+
+
+@TEACHERS
+@pytest.mark.parametrize("skip", [True, False])
+def test_mixture_divergence_sweeps_twice_and_once_more_for_the_weights(dtypes, skip):
+    student, *teachers = logits(3, 5000, BF16, *dtypes)
+    w = torch.rand(len(teachers), 3) + 0.5
+    with counted_in_interpreter(named(student, teachers)) as found:
+        _, row_stats, gradient = mixture.divergence(student, teachers, w, 2.0, skip, True)
+    sweeps = 2 if skip else 3
+    assert large(found.loads) == mixture_bytes(teachers, used=[3] * len(teachers), sweeps=sweeps, student=student)
+    assert found.stores["rest"] == gradient.numel() * 2 + (row_stats.numel() + 3) * 4
