@@ -96,8 +96,11 @@ class Row {
     for (int64_t begin = 0; begin < args_.classes; begin += kTileColumns) {
       const int count = tile_count(args_.classes, begin);
       read(x, begin, count);
+      const uintptr_t ahead = ahead_of(x, begin);
+      const int bytes = element_bytes(x.logits->dtype);
       Vec<T> high = splat(-infinity<T>()), total{};
       for (int i = 0; i < count; i += kLanes<T>) {
+        __builtin_prefetch(reinterpret_cast<const void*>(ahead + static_cast<int64_t>(i) * bytes), 0, 2);
         const Vec<T> v = vector_at(x.tile, i);
         high = v > high ? v : high;
       }
@@ -154,6 +157,12 @@ class Row {
     Member<T>& x = member[members++];
     x.k = k, x.weight = w, x.dot = 0;
     place(x, args_.teacher[k]);
+  }
+  // Two tiles, or two short rows, on: fetched towards L2 while this one is worked on, since the K + 1 rows are too many
+  // short streams for the hardware to foresee. An address, maybe past the tensor: fetching from there does no harm.
+  uintptr_t ahead_of(const Member<T>& x, int64_t begin) const {
+    const int64_t on = args_.classes <= kTileColumns ? 2 * x.logits->inner_stride : begin + 2 * kTileColumns;
+    return reinterpret_cast<uintptr_t>(x.logits->data) + (x.start + on) * element_bytes(x.logits->dtype);
   }
   Vec<T> log_probability(const Member<T>& x, int i) const {
     return (vector_at(x.tile, i) - x.offset) * inv_t - log_of(x.sum);

@@ -220,6 +220,11 @@ def load_state(row_stats, k, rows, in_rows, n_teachers, n_rows):
 
 
 @triton.jit
+def load_upstream(upstream, strides, rows, cols, mask, UNIT: tl.constexpr):
+    return tl.load(upstream + rows[:, None] * in_units(strides[0], UNIT) + cols * strides[1], mask=mask, other=0.0)
+
+
+@triton.jit
 def mixture_backward_of(
     k, teachers, teacher_strides, weights, weights_strides, upstream, upstream_strides, row_stats, dots, gradients,
     rows, in_rows, n_rows, inner, n_classes, n_teachers, inv_t,
@@ -235,7 +240,7 @@ def mixture_backward_of(
         cols = start + tl.arange(0, BLOCK_C)[None, :]
         mask = read[:, None] & (cols < n_classes)
         t = load_teacher(teachers, teacher_strides, k, rows, inner, cols, mask, DTYPE, UNIT).to(tl.float32)
-        g = tl.load(upstream + rows[:, None] * upstream_strides[0] + cols * upstream_strides[1], mask=mask, other=0.0)
+        g = load_upstream(upstream, upstream_strides, rows, cols, mask, UNIT)
         dot += tl.sum(exp_at(shifted(t, max[:, None]), inv_t) * g, 1)
     dot = tl.where(read, dot / sum, 0.0)
     tl.store(dots + tl.cast(k, tl.int64) * n_rows + rows, dot, mask=in_rows)
@@ -245,9 +250,7 @@ def mixture_backward_of(
             cols = start + tl.arange(0, BLOCK_C)[None, :]
             mask = used[:, None] & (cols < n_classes)
             t = load_teacher(teachers, teacher_strides, k, rows, inner, cols, mask, DTYPE, UNIT).to(tl.float32)
-            g = tl.load(
-                upstream + rows[:, None] * upstream_strides[0] + cols * upstream_strides[1], mask=mask, other=0.0
-            )
+            g = load_upstream(upstream, upstream_strides, rows, cols, mask, UNIT)
             p = exp_at(shifted(t, max[:, None]), inv_t) * (1.0 / sum)[:, None]
             to_teacher = p * (g - dot[:, None]) * (weight * inv_t)[:, None]
             to_teacher = tl.where(used[:, None], to_teacher, 0.0)
@@ -333,7 +336,7 @@ def mixture_divergence(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_rows = rows < n_rows
     n_classes = in_units(n_classes, UNIT)
-    w, _, read = teachers_to_read(weights, weights_strides, rows, in_rows, n_teachers, True, SKIP_ZERO, K_PAD)
+    w, _lanes, read = teachers_to_read(weights, weights_strides, rows, in_rows, n_teachers, True, SKIP_ZERO, K_PAD)
     active = tl.max(read.to(tl.int32), 1) != 0
     used = read & (w != 0)
     some = tl.max(used.to(tl.int32), 1) != 0
@@ -495,7 +498,7 @@ def backward_launch(
     skip_zero_weights: bool, dots: Tensor, gradients: Sequence[Tensor | None],
 ) -> Launch:  # fmt: skip
     n_classes = teachers[0].shape[-1]
-    plan = tiles(mixture_backward, n_classes, WIDE, 4)
+    plan = tiles(mixture_backward, n_classes, NARROW, 4)
     arguments = common_arguments(
         teachers, weights, temperature, skip_zero_weights, plan.block_n, plan.block_c, gradients=gradients
     )
@@ -538,6 +541,7 @@ def divergence_launch(
 ) -> Launch:  # fmt: skip
     """The weights' gradient takes another read of the teachers: only where they want one, when no zero is skipped."""
     plan = tiles(mixture_divergence, student.shape[-1], NARROW, 8)
+    plan = plan._replace(block_n=max(1, plan.block_n // 2))  # two accumulators: half the short rows
     arguments = common_arguments(
         teachers, weights, temperature, skip_zero_weights, plan.block_n, plan.block_c, student=student
     )
