@@ -501,10 +501,11 @@ const char* only_float(const MixtureArgs<float>& args, DType student) {
 
 bool by_lanes(const MixtureArgs<float>& args) { return args.classes <= kLaneColumns; }
 
-// 1, 2, 4, ... up to a warp: the lanes that share a row.
-int lane_width(int64_t classes) {
-  int width = 1;
-  while (width * kChunk < classes && width < kWarp) width *= 2;
+// 1, 2, 4, ... up to a warp: the lanes that share a row. With many teachers fewer rows share a block and its memory.
+int lane_width(const MixtureArgs<float>& args) {
+  constexpr int kManyTeachers = 16;
+  int width = args.teachers > kManyTeachers ? 8 : 1;
+  while (width * kChunk < args.classes && width < kWarp) width *= 2;
   return width;
 }
 
@@ -512,7 +513,7 @@ int lane_width(int64_t classes) {
 LaunchShape shape_of(const MixtureArgs<float>& args, int block_threads, int floats) {
   const bool lanes = by_lanes(args);
   const int threads = lanes ? kLaneThreads : block_threads;
-  const int groups = lanes ? threads / lane_width(args.classes) : 1;
+  const int groups = lanes ? threads / lane_width(args) : 1;
   const int64_t blocks = (args.rows + groups - 1) / groups;
   const int scratch = lanes ? LaneGroup::scratch_bytes() : BlockGroup::scratch_bytes();
   const int bytes = scratch + args.teachers * (groups * static_cast<int>(sizeof(Member)) + floats * threads * 4);
@@ -521,7 +522,7 @@ LaunchShape shape_of(const MixtureArgs<float>& args, int block_threads, int floa
 
 template <typename Args>
 Grouped<Args> grouped(const Args& args) {
-  return {args, lane_width(args.classes)};
+  return {args, lane_width(args)};
 }
 
 }  // namespace
