@@ -12,18 +12,8 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 NO_ISOLATION = "pip install --no-build-isolation ."
-SOURCES = [
-    "module.cpp",
-    "cpu_capability.cpp",
-    "kd_cpu.cpp",
-    "hint_cpu.cpp",
-    "relation_cpu.cpp",
-    "kd_ops.cpp",
-    "kd_autograd.cpp",
-    "hint_ops.cpp",
-    "relation_ops.cpp",
-]
-CUDA_SOURCES = ["kd_cuda.cu", "hint_cuda.cu", "relation_cuda.cu"]
+SOURCES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.cpp"))
+CUDA_SOURCES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.cu"))
 
 
 def stop(sentence: str) -> None:
@@ -98,7 +88,7 @@ def extension(kind: str):
     check_compiler()
     options = {
         "name": "mtkd_fast._C",
-        "sources": [f"csrc/{name}" for name in SOURCES],
+        "sources": list(SOURCES),
         "include_dirs": pybind11_headers(),
         "depends": [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").iterdir())],
         "extra_link_args": ["-fopenmp"],
@@ -111,7 +101,7 @@ def extension(kind: str):
         stop("MTKD_FAST_BUILD=cuda needs nvcc, which is neither on the PATH nor under CUDA_HOME")
     os.environ["TORCH_CUDA_ARCH_LIST"] = architectures(home)
     macros = ["-DMTKD_CUDA", f'-DMTKD_CUDA_ARCHITECTURES="sm {architectures(home)}"']
-    options["sources"] += [f"csrc/{name}" for name in CUDA_SOURCES]
+    options["sources"] += CUDA_SOURCES
     # A plain C++ extension with the static CUDA runtime: it links, and loads, beside a CPU build of torch too.
     options["library_dirs"] = [f"{home}/lib64"]
     cpp_extension.CUDA_HOME = home  # a CPU build of torch does not look for it

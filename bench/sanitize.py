@@ -13,7 +13,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mtkd_fast import hint_loss, multi_teacher_divergence, multi_teacher_kd_loss, rkd_angle_loss, rkd_distance_loss
+from mtkd_fast import (
+    ensemble_probabilities,
+    hint_loss,
+    mixture_divergence,
+    multi_teacher_divergence,
+    multi_teacher_kd_loss,
+    rkd_angle_loss,
+    rkd_distance_loss,
+)
 from mtkd_fast.dispatch import FUSED_DISTANCES
 
 SHAPES = ((3, 10, 1), (33, 100, 3), (5, 1000, 8), (2, 1023, 2), (3, 4096, 3), (2, 32001, 3), (1, 131073, 2))
@@ -100,6 +108,15 @@ def relations(x: Rows) -> None:
             finite(loss.__name__, loss(student, x.teachers[0], implementation="cpp"))
 
 
+def mixtures(x: Rows) -> None:
+    student, weights = x.student.detach().requires_grad_(), x.weights.detach().softmax(0).requires_grad_()
+    teachers = [t.detach().requires_grad_() for t in x.teachers]
+    ensemble_probabilities(teachers, weights=weights, implementation="cpp").square().sum().backward()
+    mixture_divergence(student, x.teachers, weights=weights, implementation="cpp").sum().backward()
+    for tensor in (student, weights, *teachers):
+        finite("gradients of mixtures", tensor.grad)
+
+
 def inputs(shapes=SHAPES) -> list[tuple[tuple[int, int, int], torch.dtype]]:
     """Every shape in float32 and in one of the half precisions, by turns: the tools are slow."""
     halves = zip(shapes, itertools.cycle(HALVES), strict=False)
@@ -121,6 +138,7 @@ def launches(device: str, shapes=SHAPES) -> Iterator[str]:
         for distance in FUSED_DISTANCES:
             hints(x, distance)
         relations(x)
+        mixtures(x)
         yield f"{dtype} {shape}"
 
 

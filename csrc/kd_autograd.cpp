@@ -6,7 +6,7 @@
 //     computes it with the upstream (the gradient scaler's factor) in fp32 and rounds once,
 //   * on a GPU, the row does not fit on chip.
 // Then strategy B: the forward keeps O(N·K) numbers, the backward reads the logits again.
-#include "autograd.h"
+#include "kd_autograd.h"
 
 namespace mtkd_fast {
 namespace {
@@ -20,8 +20,6 @@ using Forward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, TensorList, co
 using Backward = std::vector<Tensor>(const Tensor&, TensorList, const OptionalTensor&, const Tensor&,
                                      const OptionalTensor&, const Tensor&, c10::string_view, double, double, double,
                                      double, c10::List<bool>);
-using Rescale = Tensor(const Tensor&, const Tensor&, const Tensor&);
-using RescaleInPlace = void(const Tensor&, const Tensor&, const Tensor&);
 
 struct KDOptions {
   c10::string_view rule, divergence;
@@ -58,29 +56,6 @@ bool fits_on_chip(const Tensor& student, TensorList teachers, const KDOptions& o
 bool gradient_in_forward(const Tensor& student, TensorList teachers, const KDOptions& o) {
   return student.requires_grad() && !any_requires_grad(teachers) && student.scalar_type() != at::kHalf &&
          fits_on_chip(student, teachers, o);
-}
-
-// gradient·upstream. In place when the graph is not kept: then only hooks on saved tensors could still hold the buffer.
-Tensor finish_gradient(const Tensor& gradient, const Tensor& upstream, const Tensor& scale) {
-  static const auto rescale = op<Rescale>("mtkd_fast::kd_rescale");
-  static const auto rescale_ = op<RescaleInPlace>("mtkd_fast::kd_rescale_");
-  at::AutoDispatchBelowADInplaceOrView below;
-  if (is_traced(gradient) || torch::autograd::get_current_graph_task_keep_graph())
-    return rescale.call(gradient, upstream, scale);
-  rescale_.call(gradient, upstream, scale);
-  return gradient;
-}
-
-// ∂L/∂w_k = upstream·scale·kd_scale·D_k, in the shape of the weights. Rows that do not count, and teachers of weight 0
-// whose divergence is not finite, get 0.
-Tensor weight_gradient(const Tensor& weights, const Tensor& upstream, const Tensor& row_stats, int64_t n_teachers,
-                       double kd_scale) {
-  const Tensor divergence = row_stats.narrow(0, 0, n_teachers), used = row_stats.narrow(0, n_teachers, n_teachers);
-  const Tensor scale = row_stats.select(0, -1);
-  const Tensor up = upstream.dim() == 0 ? upstream : upstream.reshape({-1});
-  const Tensor removed = scale.eq(0).logical_or(used.eq(0).logical_and(divergence.isfinite().logical_not()));
-  const Tensor per_row = (divergence * (scale * up * kd_scale)).masked_fill(removed, 0);
-  return (weights.dim() == 1 ? per_row.sum(1) : per_row.reshape_symint(weights.sym_sizes())).to(weights.scalar_type());
 }
 
 struct KDLoss : public torch::autograd::Function<KDLoss> {

@@ -121,13 +121,6 @@ void student_gradient(const KDArgs<T>& args, const Block<T>& block, int row, con
   }
 }
 
-template <typename T>
-void zero_row(const Logits& like, void* gradient, int64_t n, int64_t classes) {
-  const T zeros[kTileColumns] = {};
-  for (int64_t begin = 0; begin < classes; begin += kTileColumns)
-    write_tile(gradient, like.dtype, n * classes + begin, tile_count(classes, begin), zeros);
-}
-
 // A gradient larger than a core's share of the last cache goes past the caches: 1.05 to 1.3 times as fast in all. Short
 // rows end in the middle of a line, which costs more than it saves.
 constexpr int64_t kStreamBytes = 8 << 20;

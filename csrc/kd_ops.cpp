@@ -14,10 +14,6 @@ auto by_name(const Named (&table)[kCount], c10::string_view name, const char* ar
   TORCH_CHECK_VALUE(false, argument, " is not known to the fused kernels: '", name, "'");
 }
 
-Logits logits(const Tensor& x, const RowGrid& grid, size_t i) {
-  return {x.const_data_ptr(), grid.outer_stride[i], grid.inner_stride[i], x.stride(-1), dtype_of(x)};
-}
-
 template <typename T>
 void fill(KDArgs<T>& args, const Tensor& student, TensorList teachers, std::string_view divergence, double temperature,
           double kd_scale, double ce_weight, double label_smoothing) {
@@ -50,28 +46,6 @@ void fill(KDArgs<T>& args, const Tensor& student, TensorList teachers, std::stri
 Tensor flat_rows(const Tensor& x, int64_t rows, const char* name) {
   TORCH_CHECK_VALUE(x.numel() == rows, name, " must hold one number per row, ", rows, ", got ", x.numel());
   return x.reshape({rows}).contiguous();
-}
-
-// Contiguous, in the shape and dtype of x; an empty tensor where it is not needed.
-Tensor empty_gradient(const Tensor& x, bool needed) {
-  const Tensor gradient = at::empty(needed ? x.sizes() : at::IntArrayRef{0}, x.options());
-  if (gradient.is_cpu()) ask_for_huge_pages(gradient);
-  return gradient;
-}
-
-struct Strided {  // [K, N] numbers, any strides
-  Tensor values;
-  int64_t teacher_stride, row_stride;
-};
-
-// Weights [K] or [K, ...] as [K, N].
-Strided per_teacher(const Tensor& weights, int64_t teachers, int64_t rows, at::ScalarType dtype) {
-  Tensor w = in_compute_dtype(weights, dtype);
-  TORCH_CHECK_VALUE(w.size(0) == teachers && (w.dim() == 1 || w.numel() == teachers * rows),
-                    "weights must have shape [K] or [K, ...]");
-  if (w.dim() == 1) return {w, w.stride(0), 0};
-  w = w.reshape({teachers, rows});
-  return {w, w.stride(0), w.stride(1)};
 }
 
 void check_labels(const Tensor& target, int64_t classes, int64_t ignore_index) {

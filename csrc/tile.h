@@ -158,3 +158,11 @@ void stream_tile(T* out, int count, const T* from) {
 inline int tile_count(int64_t classes, int64_t begin) {
   return static_cast<int>(classes - begin < kTileColumns ? classes - begin : kTileColumns);
 }
+
+// Row n of a gradient of `like`.
+template <typename T>
+void zero_row(const Logits& like, void* gradient, int64_t n, int64_t classes) {
+  const T zeros[kTileColumns] = {};
+  for (int64_t begin = 0; begin < classes; begin += kTileColumns)
+    write_tile(gradient, like.dtype, n * classes + begin, tile_count(classes, begin), zeros);
+}

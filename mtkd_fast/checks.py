@@ -62,14 +62,18 @@ def student_logits(value: object, class_dim: int = -1) -> Tensor:
     integer("class_dim", class_dim)
     if student.dim() and not -student.dim() <= class_dim < student.dim():
         raise ValueError(f"class_dim must be a dimension of student_logits {tuple(student.shape)}, got {class_dim}")
-    if student.dim() == 0 or student.shape[class_dim] == 0:
-        expected = "[..., C]" if class_dim == -1 else f"[..., C, ...], C in dimension {class_dim},"
-        raise ValueError(f"student_logits must have shape {expected} with C >= 1, got {tuple(student.shape)}")
+    rows_of_logits("student_logits", student, class_dim)
     return classes_last(student, class_dim)
 
 
 def classes_last(logits: Tensor, class_dim: int) -> Tensor:
     return logits if class_dim == -1 else logits.movedim(class_dim, -1)
+
+
+def rows_of_logits(name: str, value: Tensor, class_dim: int = -1) -> None:
+    if value.dim() == 0 or value.shape[class_dim] == 0:
+        expected = "[..., C]" if class_dim == -1 else f"[..., C, ...], C in dimension {class_dim},"
+        raise ValueError(f"{name} must have shape {expected} with C >= 1, got {tuple(value.shape)}")
 
 
 def teacher_sequence(value: object, argument: str = "teacher_logits") -> list[Tensor]:
@@ -149,8 +153,20 @@ def weights(value: object, student: Tensor, n_teachers: int, labels: Tensor | No
         if value == "confidence" and labels is None:
             raise ValueError('weights="confidence" must come with target (it needs the label of each row), got None')
         return value, None
+    return "given", given_weights(value, student, n_teachers, WEIGHT_RULES)
+
+
+def mixture_weights(value: object, like: Tensor, n_teachers: int) -> Tensor | None:
+    """Given weights [K] or [K, ...] beside logits ``like`` [..., C]; None for "uniform"."""
+    if isinstance(value, str):
+        one_of("weights", value, ("uniform",))
+        return None
+    return given_weights(value, like, n_teachers, ("uniform",))
+
+
+def given_weights(value: object, student: Tensor, n_teachers: int, rules: Sequence[str]) -> Tensor:
     if not isinstance(value, Tensor):
-        expected = ", ".join(map(repr, WEIGHT_RULES))
+        expected = ", ".join(map(repr, rules))
         raise TypeError(f"weights must be {expected} or a tensor [K] or [K, ...], got {type(value).__name__}")
     if not value.is_floating_point():
         raise TypeError(f"weights must be floating point, got {value.dtype}")
@@ -158,7 +174,7 @@ def weights(value: object, student: Tensor, n_teachers: int, labels: Tensor | No
     if tuple(value.shape) not in ((n_teachers,), per_row):
         raise ValueError(f"weights must have shape ({n_teachers},) or {per_row}, got {tuple(value.shape)}")
     same_device("weights", value, student)
-    return "given", value
+    return value
 
 
 def row_weights(value: object, student: Tensor) -> Tensor | None:

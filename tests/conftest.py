@@ -14,7 +14,15 @@ sys.path.insert(0, str(Path(__file__).parent))  # importlib mode leaves it out
 
 import pytest
 
-from mtkd_fast import dispatch, hint_loss, multi_teacher_divergence, multi_teacher_kd_loss, teacher_weights
+from mtkd_fast import (
+    dispatch,
+    ensemble_probabilities,
+    hint_loss,
+    mixture_divergence,
+    multi_teacher_divergence,
+    multi_teacher_kd_loss,
+    teacher_weights,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -42,6 +50,12 @@ class Backend:
 
     def hint(self, *args, **kwargs):
         return hint_loss(*args, **kwargs, implementation=self.implementation)
+
+    def ensemble_probabilities(self, *args, **kwargs):
+        return ensemble_probabilities(*args, **kwargs, implementation=self.implementation)
+
+    def mixture_divergence(self, *args, **kwargs):
+        return mixture_divergence(*args, **kwargs, implementation=self.implementation)
 
 
 class InstructionSet(Backend):
@@ -71,10 +85,11 @@ class EmulatedCuda(Backend):
     @contextmanager
     def active(self):
         import emulator
-        from emulator import hint, relation
+        from emulator import hint, mixture, relation
 
         from mtkd_fast.triton_ops import hint as triton_hint
         from mtkd_fast.triton_ops import kd as triton_kd
+        from mtkd_fast.triton_ops import mixture as triton_mixture
         from mtkd_fast.triton_ops import relation as triton_relation
 
         def dense(features):  # as csrc/hint_ops.cpp hands them over
@@ -86,6 +101,9 @@ class EmulatedCuda(Backend):
             kd_triton_rescale = staticmethod(emulator.rescale)
             kd_triton_rescale_ = staticmethod(emulator.rescale_)
             relation_triton_forward = staticmethod(triton_relation.relation_forward)
+            mixture_triton_forward = staticmethod(mixture.forward)
+            mixture_triton_backward = staticmethod(mixture.backward)
+            mixture_triton_divergence_forward = staticmethod(mixture.divergence)
 
             @staticmethod
             def hint_triton_forward(student, teacher, weights, distance):
@@ -98,7 +116,7 @@ class EmulatedCuda(Backend):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(triton_kd, "kd_kernels", emulator)
             patch.setattr(triton_relation, "relation_kernels", relation)
-            for op in (triton_kd, triton_hint, triton_relation):
+            for op in (triton_kd, triton_hint, triton_mixture, triton_relation):
                 patch.setattr(op, "ops", Ops)
             yield
 

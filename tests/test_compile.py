@@ -8,7 +8,14 @@ from cases.kd import BF16, F32
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
-from mtkd_fast import dispatch, hint_loss, multi_teacher_divergence, multi_teacher_kd_loss
+from mtkd_fast import (
+    dispatch,
+    ensemble_probabilities,
+    hint_loss,
+    mixture_divergence,
+    multi_teacher_divergence,
+    multi_teacher_kd_loss,
+)
 from mtkd_fast.schemas.kd import row_stats_size
 from mtkd_fast.schemas.library import FUSED, PASSES
 
@@ -128,6 +135,23 @@ def test_hints_in_one_graph(implementation, distance):
     )
 
 
+def test_mixtures_in_one_graph(implementation):
+    student, teachers, _ = draw()
+    w = torch.rand(K, N, requires_grad=True)
+    leaves = [student, w]
+
+    def loss(student, w):
+        options = dict(weights=w, temperature=2.0, implementation=implementation)
+        return (
+            mixture_divergence(student, teachers, **options).mean()
+            + (student * ensemble_probabilities(teachers, **options)).sum()
+        )
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for a, b in zip(*(torch.autograd.grad(f(*leaves), leaves) for f in (compiled, loss)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_without_a_gradient(implementation):
     student, teachers, target = draw()
     eager = objective(implementation)
@@ -177,7 +201,8 @@ def values(requires_grad: bool) -> dict:
     )  # fmt: skip
     student, teacher = torch.randn(N, 4, requires_grad=requires_grad), torch.randn(N, 3)
     relations = dict(student=student, teacher=teacher, relation="angle", write_gradient=True)
-    return {"kd": options, "hint": hints, "relation": relations}
+    mixtures = options | dict(upstream=torch.randn(N, C), row_stats=torch.rand(2 * K, N) + 1, needs=[True, False, True])
+    return {"kd": options, "hint": hints, "relation": relations, "mixture": mixtures}
 
 
 @pytest.mark.parametrize("name", [*FUSED, *PASSES])

@@ -12,9 +12,9 @@ import pytest
 if not shutil.which("nvcc"):
     pytest.skip("there is no nvcc", allow_module_level=True)
 
-from emulator.build import CSRC, cache, digest
+from emulator.build import CSRC, CUDA_SOURCES, cache, digest
 
-SOURCES = (CSRC / "kd_cuda.cu", CSRC / "hint_cuda.cu", CSRC / "relation_cuda.cu")
+SOURCES = {path.stem.removesuffix("_cuda"): path for path in CUDA_SOURCES}
 ARCHITECTURES = ("80", "90a", "100")
 FLAGS = (
     "-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-Werror", "all-warnings",
@@ -79,7 +79,7 @@ def architecture(request):
     return request.param
 
 
-@pytest.fixture(params=SOURCES, ids=lambda s: s.stem)
+@pytest.fixture(params=SOURCES.values(), ids=SOURCES)
 def source(request):
     return request.param
 
@@ -102,7 +102,7 @@ def test_nothing_spills(source, architecture):
 
 def test_every_variant_is_there(architecture):
     """2 divergences × (1 or 2 sums) × 4 tiles, 2 streaming, 2 backward, 1 rescale."""
-    names = list(instructions(SOURCES[0], architecture))
+    names = list(instructions(SOURCES["kd"], architecture))
     assert sum("kd_resident" in name for name in names) == 16
     assert len(names) == 21
 
@@ -120,14 +120,14 @@ def test_every_variant_is_there(architecture):
     ],
 )
 def test_registers_leave_room_for_the_launch(kernel, most, architecture):
-    used = {name: use["REG"] for name, use in resources(SOURCES[0], architecture).items() if kernel in name}
+    used = {name: use["REG"] for name, use in resources(SOURCES["kd"], architecture).items() if kernel in name}
     assert used
     assert max(used.values()) <= most, used
 
 
 @pytest.mark.parametrize("kernel", ["kd_streaming", "kd_backward"])
 def test_aligned_rows_load_16_bytes(kernel, architecture):
-    for name, code in kernels(SOURCES[0], architecture, kernel).items():
+    for name, code in kernels(SOURCES["kd"], architecture, kernel).items():
         wide = [x for x in code if re.search(r"LDG\.E\.128", x)]
         assert wide, name
         if kernel == "kd_backward":
@@ -135,13 +135,14 @@ def test_aligned_rows_load_16_bytes(kernel, architecture):
 
 
 def test_resident_rows_come_in_by_asynchronous_copies(architecture):
-    for name, code in kernels(SOURCES[0], architecture, "kd_resident").items():
+    for name, code in kernels(SOURCES["kd"], architecture, "kd_resident").items():
         assert [x for x in code if re.search(r"LDGSTS\S*\.128", x)], name
         assert [x for x in code if re.search(r"STG\.E\.128", x)], name
 
 
-def test_hint_loads_16_bytes(architecture):
-    for name, code in instructions(SOURCES[1], architecture).items():
+@pytest.mark.parametrize("op", ["hint", "mixture"])
+def test_hint_and_mixture_load_16_bytes(op, architecture):
+    for name, code in instructions(SOURCES[op], architecture).items():
         assert [x for x in code if re.search(r"LDG\.E\.128", x)], name
 
 
@@ -151,12 +152,12 @@ def test_exponentials_of_the_streaming_forward(architecture):
     """
     merges = 40
     for divergence, exponentials in (("E0E", 4 * 16), ("E1E", 5 * 8)):
-        (code,) = kernels(SOURCES[0], architecture, "kd_streamingILNS_10Divergence" + divergence).values()
+        (code,) = kernels(SOURCES["kd"], architecture, "kd_streamingILNS_10Divergence" + divergence).values()
         assert exponentials <= count(code, "MUFU.EX2") <= exponentials + merges, divergence
 
 
 def test_exponentials_of_rows_in_registers(architecture):
     """8 columns a thread: student, teacher, each again at temperature 1, the student's once more for the gradient."""
-    for name, code in kernels(SOURCES[0], architecture, "kd_resident", "RegisterTileILi8").items():
+    for name, code in kernels(SOURCES["kd"], architecture, "kd_resident", "RegisterTileILi8").items():
         columns, merges = 8, 40
         assert 5 * columns <= count(code, "MUFU.EX2") <= 8 * columns + merges, name

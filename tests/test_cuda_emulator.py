@@ -13,7 +13,7 @@ if not shutil.which("g++"):
     pytest.skip("the CUDA emulator needs g++", allow_module_level=True)
 
 import emulator
-from emulator import hint, layout, machine, relation
+from emulator import hint, layout, machine, mixture, relation
 from traffic import relation_planes_bytes
 
 from mtkd_fast.reference import hint as hint_reference
@@ -91,6 +91,9 @@ def test_faults_end_the_launch(faults, kernel, message):
         ("relation_planes", layout.RelationPlanes),
         ("relation_angle", layout.RelationAngle),
         ("relation_distance", layout.RelationDistance),
+        ("mixture_forward", layout.MixtureForward),
+        ("mixture_backward", layout.MixtureBackward),
+        ("mixture_divergence", layout.MixtureDivergence),
     ],
 )
 def test_the_structs_are_those_of_the_headers(name, struct):
@@ -401,3 +404,56 @@ def test_angles_of_relations(batch, gradient):
     assert moved["student"] == moved["teacher"] == (loaded, 0)
     if gradient:
         assert moved["pull"] == (0, 8 * batch**2)
+
+
+# ---------- mixture
+
+SHAPES_OF_MIXTURES = pytest.mark.parametrize(("classes", "resident"), [(100, True), (1000, True), (9000, False)])
+
+
+@SHAPES_OF_MIXTURES
+def test_mixture_reads_teachers_of_resident_rows_once(classes, resident):
+    _, teachers, _, w = inputs(4, classes, 3, (BF16, F32, F16))
+    w[1], w[2, 0] = 0, 0
+    teachers[1][:] = float("nan")
+    probabilities, row_stats = mixture.forward(teachers, w, 2.0, True)
+    assert probabilities.isfinite().all()
+    times = 1 if resident else 2
+    loaded = [machine.traffic()[f"teacher{k}"][0] for k in range(3)]
+    assert loaded == [times * rows * classes * size for rows, size in ((4, 4), (0, 2), (3, 2))]
+    assert machine.traffic()["probabilities"] == (0, 4 * classes * 4)
+
+    upstream = torch.randn(4, classes)
+    mixture.backward(teachers, w, upstream, row_stats, 2.0, True, [False] * 3)
+    loaded = [machine.traffic()[f"teacher{k}"][0] for k in range(3)]
+    assert loaded == [rows * classes * size for rows, size in ((4, 4), (0, 2), (3, 2))]
+
+
+@SHAPES_OF_MIXTURES
+@pytest.mark.parametrize("skip", [True, False])
+def test_mixture_divergence_sweeps_twice_and_once_more_for_the_weights(classes, resident, skip):
+    student, teachers, _, w = inputs(4, classes, 3, (BF16, F32, F16))
+    w = w.abs()
+    divergence, _, gradient = mixture.divergence(student, teachers, w, 2.0, skip, True)
+    assert divergence.isfinite().all()
+    assert gradient.isfinite().all()
+    moved = machine.traffic()
+    assert moved["student"][0] == 2 * student.numel() * 2
+    assert [moved[f"teacher{k}"][0] for k in range(3)] == [
+        (2 if skip else 3) * t.numel() * t.element_size() for t in teachers
+    ]
+    assert moved["gradient"] == (0, student.numel() * 2)
+
+
+def test_the_order_of_threads_changes_no_mixture():
+    student, teachers, _, w = inputs(5, 300, 3, (BF16, F32))
+    results = []
+    for order in ORDERS:
+        with emulator.use_order(order, seed=3):
+            probabilities, row_stats = mixture.forward(teachers, w.abs(), 2.0, False)
+            dots, gradients = mixture.backward(teachers, w.abs(), probabilities, row_stats, 2.0, False, [True] * 3)
+            results.append(
+                (probabilities, dots, *gradients, *mixture.divergence(student, teachers, w.abs(), 2.0, False, True))
+            )
+    for other in results[1:]:
+        assert all(a.equal(b) for a, b in zip(results[0], other, strict=True))

@@ -243,6 +243,18 @@ def test_no_tensor_of_the_size_of_the_logits_without_a_gradient(backend, layout,
     assert not large.found
 
 
+@pytest.mark.parametrize("n_classes", [1000, 9000])
+def test_a_mixture_divergence_makes_no_mixture(backend, n_classes):
+    if backend.name == "reference":
+        pytest.skip("plain PyTorch makes many")
+    student, *teachers = (torch.randn(4, n_classes, device=backend.device) for _ in range(4))
+    student.requires_grad_()
+    w = torch.rand(3, 4, device=backend.device).requires_grad_()
+    with LargeTensors(4 * n_classes * 4).ignore(student, *teachers) as large:
+        torch.autograd.grad(backend.mixture_divergence(student, teachers, weights=w).sum(), (student, w))
+    assert len(large.found) <= 1, large.found
+
+
 def test_the_graph_holds_no_logits_when_the_gradient_is_written_in_the_forward(backend):
     """So that the teachers' logits can be freed before backward; strategy B has to keep them."""
     if backend.name == "reference" or backend.device == "cuda":

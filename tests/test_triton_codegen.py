@@ -111,6 +111,51 @@ def relation_launch(name: str, batch: int):
     return relation.distance_launch(planes, planes, batch, **scalars, **out)
 
 
+class MixtureKernel(NamedTuple):
+    """A launch of the op mixture, and what it may cost a thread."""
+
+    launch: str  # forward, backward, divergence
+    n_classes: int = 1000
+    n_teachers: int = 3
+    dtype: torch.dtype = BF16
+    most_registers: int = 128
+
+
+MIXTURES = {
+    "mixture, C=100": MixtureKernel("forward", n_classes=100, dtype=F32),
+    "mixture, C=1000": MixtureKernel("forward"),
+    "mixture, C=8192": MixtureKernel("forward", n_classes=8192),
+    "mixture, C=32000": MixtureKernel("forward", n_classes=32000),
+    "mixture, table": MixtureKernel("forward", n_teachers=6),
+    "mixture backward, C=1000": MixtureKernel("backward"),
+    "mixture backward, table": MixtureKernel("backward", n_classes=32000, n_teachers=6),
+    "mixture divergence, C=100": MixtureKernel("divergence", n_classes=100, dtype=F32, most_registers=255),
+    "mixture divergence, C=1000": MixtureKernel("divergence", most_registers=200),
+    "mixture divergence, C=32000": MixtureKernel("divergence", n_classes=32000, most_registers=200),
+    "mixture divergence, table": MixtureKernel("divergence", n_teachers=6, most_registers=200),
+}
+MIXTURES_COMPILED = [(name, arch) for name in MIXTURES for arch in ((80, 90, 100) if "C=1000" in name else (90,))]
+
+
+def launch_of_mixture(kernel: MixtureKernel):
+    from mtkd_fast.kernels import mixture
+
+    n, c, k = 4096, kernel.n_classes, kernel.n_teachers
+    student, *teachers = [torch.empty(n, c, dtype=kernel.dtype) for _ in range(k + 1)]
+    weights, probabilities, states = torch.ones(k, n), torch.empty(n, c), torch.empty(2 * k, n)
+    if kernel.launch == "forward":
+        return mixture.forward_launch(teachers, weights, 4.0, False, probabilities, states)
+    if kernel.launch == "backward":
+        gradients = [torch.empty_like(t) for t in teachers]
+        return mixture.backward_launch(
+            teachers, weights, probabilities, states, 4.0, False, torch.empty(k, n), gradients
+        )
+    row_stats = torch.empty(6 * k + 5, n)
+    return mixture.divergence_launch(
+        student, teachers, weights, 4.0, False, torch.empty(n), row_stats, torch.empty_like(student)
+    )
+
+
 def entries_launch(number: int):
     from mtkd_fast.kernels import logits
 
@@ -192,6 +237,8 @@ def main() -> None:
     found["samples"] = len({str(bound(hint_launch("forward", "cosine", n_samples=n), 90)[2][1]) for n in (3, 64, 77)})
     for name, batch, arch in RELATIONS:
         found[f"{name} {batch} sm_{arch}"] = disassembled(compiled(relation_launch(name, batch), arch))
+    for name, arch in MIXTURES_COMPILED:
+        found[f"{name} sm_{arch}"] = disassembled(compiled(launch_of_mixture(MIXTURES[name]), arch))
     for varied in ("n_rows", "temperature"):
         kernels = [KERNELS["A, C=1000"]._replace(**{varied: value}) for value in (77, 4096, 3)]
         found[varied] = len({str(bound(launch_of(kernel), 90)[2][1]) for kernel in kernels})
@@ -284,3 +331,13 @@ def test_relations_stay_in_registers(built, name, batch, arch):
 def test_angles_load_their_columns_128_bits_at_a_time(built, arch):
     """Of a small batch a thread has two pairs."""
     assert built[f"angle 1024 sm_{arch}"]["LDG.E.128"] > 0
+
+
+@pytest.mark.parametrize(("name", "arch"), MIXTURES_COMPILED)
+def test_mixtures_spill_nothing_and_load_128_bits(built, name, arch):
+    found, kernel = built[f"{name} sm_{arch}"], MIXTURES[name]
+    assert found["LDL"] + found["STL"] + found["stack"] == 0
+    assert found["registers"] <= kernel.most_registers
+    assert found["LDG.E.128"] > 0
+    if kernel.launch != "backward" or kernel.n_teachers <= 4:  # the addresses in a table are of unknown alignment
+        assert found["STG.E.128"] > 0

@@ -7,10 +7,11 @@ from traffic import (
     hint_bytes,
     kd_bytes,
     large,
+    mixture_bytes,
     relation_angle_bytes,
     relation_planes_bytes,
     rescale_bytes,
-)  # fmt: skip
+)
 
 triton = pytest.importorskip("triton")
 
@@ -19,7 +20,7 @@ from mtkd_fast import dispatch  # noqa: E402
 if not dispatch.INTERPRETED:
     pytest.skip("bytes are counted in Triton's interpreter (TRITON_INTERPRET=1)", allow_module_level=True)
 
-from mtkd_fast.kernels import hint, kd, relation  # noqa: E402
+from mtkd_fast.kernels import hint, kd, mixture, relation  # noqa: E402
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 OPTIONS = dict(
@@ -226,3 +227,32 @@ def test_distances_read_two_planes_of_each_side():
             (relation.distance_pull if drag else relation.distance)(student, teacher, batch, **scalars, **drag)
         assert large(found.loads) == dict.fromkeys(("student", "teacher"), 2 * 4 * batch**2)
         assert found.stores["rest"] == (8 * batch**2 if drag else 2 * 8 * batch)
+
+
+@TEACHERS
+@pytest.mark.parametrize(("n_classes", "sweeps"), [(10, 1), (1000, 1), (9001, 2)])
+def test_mixture_reads_rows_on_chip_once(dtypes, n_classes, sweeps):
+    teachers = logits(3, n_classes, *dtypes)
+    w = torch.rand(len(teachers), 3) + 0.5
+    w[0, 1] = 0
+    used = [2] + [3] * (len(teachers) - 1)
+    watched = {f"teacher {k}": t for k, t in enumerate(teachers)}
+    with counted_in_interpreter(watched) as found:
+        probabilities, row_stats = mixture.forward(teachers, w, 2.0, True)
+    assert large(found.loads) == mixture_bytes(teachers, used=used, sweeps=sweeps)
+    assert found.stores["rest"] == (probabilities.numel() + row_stats.numel()) * 4
+    with counted_in_interpreter(watched) as found:
+        mixture.backward(teachers, w, probabilities, row_stats, 2.0, True, [False] * len(teachers))
+    assert large(found.loads) == mixture_bytes(teachers, used=used)
+
+
+@TEACHERS
+@pytest.mark.parametrize("skip", [True, False])
+def test_mixture_divergence_sweeps_twice_and_once_more_for_the_weights(dtypes, skip):
+    student, *teachers = logits(3, 5000, BF16, *dtypes)
+    w = torch.rand(len(teachers), 3) + 0.5
+    with counted_in_interpreter(named(student, teachers)) as found:
+        _, row_stats, gradient = mixture.divergence(student, teachers, w, 2.0, skip, True)
+    sweeps = 2 if skip else 3
+    assert large(found.loads) == mixture_bytes(teachers, used=[3] * len(teachers), sweeps=sweeps, student=student)
+    assert found.stores["rest"] == gradient.numel() * 2 + (row_stats.numel() + 3) * 4

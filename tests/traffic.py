@@ -79,6 +79,15 @@ def relation_angle_bytes(pitch: int, tile: int, *, gradient: int = 0) -> Traffic
     return Traffic({"student": side, "teacher": side}, {"pull": 8 * gradient**2} if gradient else {})
 
 
+def mixture_bytes(
+    teachers: list[Tensor], *, used: list[int], sweeps: int = 1, student: Tensor | None = None
+) -> dict[str, int]:
+    """Loads of the ``used[k]`` rows of each teacher, ``sweeps`` times, and of all rows of the student twice."""
+    loads = {} if student is None else {"student": 2 * size(student)}
+    loads |= {f"teacher {k}": sweeps * size(t, rows) for k, (t, rows) in enumerate(zip(teachers, used, strict=True))}
+    return {name: n for name, n in loads.items() if n}
+
+
 @contextmanager
 def counted_in_interpreter(tensors: dict[str, Tensor]):
     """Yields the Traffic of the kernels run inside, by the tensor that each unmasked lane touches."""

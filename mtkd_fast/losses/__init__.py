@@ -3,6 +3,7 @@
 from mtkd_fast.losses.adapter import HintAdapter
 from mtkd_fast.losses.adaptive import AdaptiveDistillationLoss
 from mtkd_fast.losses.aekd import AEKDLoss
+from mtkd_fast.losses.amtml import AMTMLKDLoss, GroupHints, InstanceWeights
 from mtkd_fast.losses.average import AverageKDLoss
 from mtkd_fast.losses.ca_mkd import CAMKDLoss
 from mtkd_fast.losses.dgkd import DGKDLoss, GuideSampler, dense_chain
@@ -11,13 +12,16 @@ from mtkd_fast.losses.fitnet import FitNetKDLoss
 
 __all__ = [
     "AEKDLoss",
+    "AMTMLKDLoss",
     "AdaptiveDistillationLoss",
     "AverageKDLoss",
     "CAMKDLoss",
     "DGKDLoss",
     "EntropyKDLoss",
     "FitNetKDLoss",
+    "GroupHints",
     "GuideSampler",
     "HintAdapter",
+    "InstanceWeights",
     "dense_chain",
 ]

@@ -1,7 +1,8 @@
-// The launchers of csrc/kd.h, csrc/hint.h and csrc/relation.h under names that ctypes finds, and the sizes of what they are handed.
+// The launchers of the ops' headers under names that ctypes finds, and the sizes of what they are handed.
 #include "hint.h"
 #include "kd.h"
 #include "kd_variants.h"
+#include "mixture.h"
 #include "relation.h"
 
 using namespace mtkd_fast;
@@ -15,6 +16,9 @@ int64_t size_of_hint() { return sizeof(HintArgs<float>); }
 int64_t size_of_relation_planes() { return sizeof(RelationPlanes); }
 int64_t size_of_relation_angle() { return sizeof(RelationAngle); }
 int64_t size_of_relation_distance() { return sizeof(RelationDistance); }
+int64_t size_of_mixture_forward() { return sizeof(MixtureForward<float>); }
+int64_t size_of_mixture_backward() { return sizeof(MixtureBackward<float>); }
+int64_t size_of_mixture_divergence() { return sizeof(MixtureDivergence<float>); }
 
 int fits_on_chip(const KDForward<float>* args) { return kd_fits_on_chip(*args, args->rule, 0); }
 
@@ -29,4 +33,9 @@ const char* hint_backward(const HintArgs<float>* args) { return hint_backward_cu
 const char* relation_planes(const RelationPlanes* args) { return relation_planes_cuda(*args, 0, nullptr); }
 const char* relation_angle(const RelationAngle* args) { return relation_angle_cuda(*args, 0, nullptr); }
 const char* relation_distance(const RelationDistance* args) { return relation_distance_cuda(*args, 0, nullptr); }
+const char* mixture_forward(const MixtureForward<float>* args) { return mixture_forward_cuda(*args, 0, nullptr); }
+const char* mixture_backward(const MixtureBackward<float>* args) { return mixture_backward_cuda(*args, 0, nullptr); }
+const char* mixture_divergence(const MixtureDivergence<float>* args) {
+  return mixture_divergence_cuda(*args, 0, nullptr);
+}
 }

@@ -1,4 +1,4 @@
-"""The argument structs of csrc/kd.h, csrc/hint.h and csrc/relation.h, field by field."""
+"""The argument structs of the ops' headers in csrc/, field by field."""
 
 import ctypes
 
@@ -149,6 +149,38 @@ class RelationDistance(ctypes.Structure):
         ("weighted", pointer),
         ("pull", pointer),
     )
+
+
+class Mixture(ctypes.Structure):
+    _fields_ = (
+        ("rows", int64),
+        ("inner", int64),
+        ("classes", int64),
+        ("teachers", ctypes.c_int),
+        ("teacher", Logits * MAX_TEACHERS),
+        ("weights", pointer),
+        ("weights_teacher_stride", int64),
+        ("weights_row_stride", int64),
+        ("skip_zero_weights", ctypes.c_bool),
+        ("temperature", real),
+    )
+
+
+class MixtureForward(Mixture):
+    _fields_ = (("probabilities", pointer), ("row_stats", pointer))
+
+
+class MixtureBackward(Mixture):
+    _fields_ = (
+        ("row_stats", pointer),
+        ("upstream", Logits),
+        ("dots", pointer),
+        ("teacher_gradient", pointer * MAX_TEACHERS),
+    )
+
+
+class MixtureDivergence(Mixture):
+    _fields_ = (("student", Logits), ("divergence", pointer), ("row_stats", pointer), ("gradient", pointer))
 
 
 def address(x: Tensor | None) -> int | None:
