@@ -35,13 +35,14 @@ struct KDArgs {
   const acc_t* row_weights;  // [rows] or null: 0 means that the row is neither read nor counted
   int64_t ignore_index;
   Divergence divergence;
+  acc_t beta;  // of the divergence, 0 if it takes none
   acc_t temperature;
   acc_t kd_scale;   // 0: no teacher is read
   acc_t ce_weight;  // 0: no hard term
   acc_t label_smoothing;
 };
 
-// One number per row and teacher, all in one [6K + 5, rows] buffer of acc_t; element (i, row) at i·rows + row.
+// One number per row and teacher, all in one [size(), rows] buffer of acc_t; element (i, row) at i·rows + row.
 // Forward writes what it computes (0 for what it does not read or compute); backward reads it.
 struct RowStats {
   int teachers;
@@ -58,7 +59,9 @@ struct RowStats {
   MTKD_HD int scale() const {
     return 6 * teachers + 4;
   }  // row weight / items; 0: the row does not count; NaN: its label is out of range
-  MTKD_HD int size() const { return 6 * teachers + 5; }
+  // G of elementwise.h, last, and only for the divergences that have one
+  MTKD_HD int slope(int k) const { return 6 * teachers + 5 + k; }
+  MTKD_HD int size(Divergence divergence) const { return slope(is_elementwise(divergence) ? teachers : 0); }
 };
 
 // Forward: row_loss = row_weight·(kd_scale·Σ_k w_k D_k + ce_weight·CE), not divided by items.
@@ -71,7 +74,7 @@ struct KDForward : KDArgs<acc_t> {
   bool skip_zero_weights;  // rule given: a teacher of weight 0 is not read
   const acc_t* items;      // one number on the device, or null for 1
   acc_t* row_loss;         // [rows]
-  acc_t* row_stats;        // [6K + 5, rows]
+  acc_t* row_stats;        // [RowStats::size, rows]
   bool keep_stats;         // false: of row_stats only the scale is read later
   void* gradient;          // [rows, classes] contiguous, the student's dtype, or null
 };
@@ -85,7 +88,7 @@ struct KDBackward : KDArgs<acc_t> {
   int64_t weights_teacher_stride, weights_row_stride;
   const acc_t* upstream;  // element row at row·upstream_stride (0: one number), or null for 1
   int64_t upstream_stride;
-  const acc_t* row_stats;                // [6K + 5, rows], from the forward
+  const acc_t* row_stats;                // [RowStats::size, rows], from the forward
   void* student_gradient;                // [rows, classes] contiguous, the student's dtype, or null
   void* teacher_gradient[kMaxTeachers];  // the same with each teacher's dtype, or null
 };

@@ -16,14 +16,14 @@ using OptionalTensor = std::optional<Tensor>;
 using Forward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, TensorList, const OptionalTensor&,
                                                    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                                                    c10::string_view, c10::string_view, double, double, double, double,
-                                                   int64_t, c10::string_view, bool, bool, bool);
+                                                   double, int64_t, c10::string_view, bool, bool, bool);
 using Backward = std::vector<Tensor>(const Tensor&, TensorList, const OptionalTensor&, const Tensor&,
                                      const OptionalTensor&, const Tensor&, c10::string_view, double, double, double,
-                                     double, c10::List<bool>);
+                                     double, double, c10::List<bool>);
 
 struct KDOptions {
   c10::string_view rule, divergence;
-  double temperature, kd_scale, ce_weight, label_smoothing;
+  double beta, temperature, kd_scale, ce_weight, label_smoothing;
   int64_t ignore_index;
   c10::string_view reduction;
   bool stats;  // the caller wants row_stats
@@ -33,9 +33,9 @@ auto call_forward(const Tensor& student, TensorList teachers, const OptionalTens
                   const OptionalTensor& weights, const OptionalTensor& row_weights, const OptionalTensor& num_items,
                   const KDOptions& o, bool skip_zero_weights, bool keep_stats, bool write_gradient) {
   static const auto forward = op<Forward>("mtkd_fast::kd_forward");
-  return forward.call(student, teachers, target, weights, row_weights, num_items, o.rule, o.divergence, o.temperature,
-                      o.kd_scale, o.ce_weight, o.label_smoothing, o.ignore_index, o.reduction, skip_zero_weights,
-                      keep_stats, write_gradient);
+  return forward.call(student, teachers, target, weights, row_weights, num_items, o.rule, o.divergence, o.beta,
+                      o.temperature, o.kd_scale, o.ce_weight, o.label_smoothing, o.ignore_index, o.reduction,
+                      skip_zero_weights, keep_stats, write_gradient);
 }
 
 bool fits_on_chip(const Tensor& student, TensorList teachers, const KDOptions& o) {
@@ -69,7 +69,7 @@ struct KDLoss : public torch::autograd::Function<KDLoss> {
                                                     /*skip_zero_weights=*/!weights_need,
                                                     /*keep_stats=*/o.stats || weights_need || !in_forward, in_forward);
     ctx->mark_non_differentiable({row_stats});
-    ctx->set_materialize_grads(false);  // no [6K+5, N] zeros for row_stats at every backward
+    ctx->set_materialize_grads(false);  // no zeros of that size for row_stats at every backward
 
     variable_list saved{row_stats, weights_need ? *weights : Tensor(), gradient};
     const bool recompute = !in_forward && (student.requires_grad() || any_requires_grad(teachers));
@@ -84,6 +84,7 @@ struct KDLoss : public torch::autograd::Function<KDLoss> {
     ctx->saved_data["teachers"] = static_cast<int64_t>(teachers.size());
     if (recompute) {
       ctx->saved_data["divergence"] = std::string(o.divergence);
+      ctx->saved_data["beta"] = o.beta;
       ctx->saved_data["temperature"] = o.temperature;
       ctx->saved_data["ce_weight"] = o.ce_weight;
       ctx->saved_data["label_smoothing"] = o.label_smoothing;
@@ -103,7 +104,8 @@ struct KDLoss : public torch::autograd::Function<KDLoss> {
     if (weights.defined())  // before the gradient is finished in place, so that an error leaves it as it was
       gradients[weights_at] = weight_gradient(weights.detach(), upstream, row_stats, n_teachers, kd_scale);
     if (ctx->saved_data["in_forward"].toBool())
-      gradients[student_at] = finish_gradient(gradient, upstream, row_stats.select(0, -1));
+      gradients[student_at] =
+          finish_gradient(gradient, upstream, row_stats.select(0, RowStats{static_cast<int>(n_teachers)}.scale()));
     else if (saved.size() > 3)
       recompute(ctx, saved, upstream, n_teachers, kd_scale, gradients);
     refuse_double_backward(gradients);
@@ -118,11 +120,11 @@ struct KDLoss : public torch::autograd::Function<KDLoss> {
     const TensorList teachers(saved.data() + 5, n_teachers);
     c10::List<bool> needs;
     for (int64_t i = 0; i <= n_teachers; ++i) needs.push_back(saved[4 + i].requires_grad() && ctx->needs_input_grad(i));
-    const std::vector<Tensor> found =
-        backward.call(student, teachers, target.defined() ? OptionalTensor(target) : std::nullopt,
-                      row_stats.narrow(0, n_teachers, n_teachers), upstream, row_stats,
-                      ctx->saved_data["divergence"].toStringRef(), ctx->saved_data["temperature"].toDouble(), kd_scale,
-                      ctx->saved_data["ce_weight"].toDouble(), ctx->saved_data["label_smoothing"].toDouble(), needs);
+    const std::vector<Tensor> found = backward.call(
+        student, teachers, target.defined() ? OptionalTensor(target) : std::nullopt,
+        row_stats.narrow(0, n_teachers, n_teachers), upstream, row_stats, ctx->saved_data["divergence"].toStringRef(),
+        ctx->saved_data["beta"].toDouble(), ctx->saved_data["temperature"].toDouble(), kd_scale,
+        ctx->saved_data["ce_weight"].toDouble(), ctx->saved_data["label_smoothing"].toDouble(), needs);
     for (int64_t i = 0; i <= n_teachers; ++i)
       if (needs[i]) gradients[i] = found[i];
   }
@@ -131,10 +133,10 @@ struct KDLoss : public torch::autograd::Function<KDLoss> {
 std::tuple<Tensor, Tensor> kd(const Tensor& student, TensorList teachers, const OptionalTensor& target,
                               const OptionalTensor& weights, const OptionalTensor& row_weights,
                               const OptionalTensor& num_items, c10::string_view rule, c10::string_view divergence,
-                              double temperature, double kd_scale, double ce_weight, double label_smoothing,
-                              int64_t ignore_index, c10::string_view reduction, bool stats) {
-  const KDOptions options{rule,         divergence, temperature, kd_scale, ce_weight, label_smoothing,
-                          ignore_index, reduction,  stats};
+                              double beta, double temperature, double kd_scale, double ce_weight,
+                              double label_smoothing, int64_t ignore_index, c10::string_view reduction, bool stats) {
+  const KDOptions options{rule,      divergence,      beta,         temperature, kd_scale,
+                          ce_weight, label_smoothing, ignore_index, reduction,   stats};
   const bool differentiable = at::GradMode::is_enabled() && (student.requires_grad() || any_requires_grad(teachers) ||
                                                              (weights && weights->requires_grad()));
   if (!differentiable) {
@@ -151,13 +153,14 @@ std::tuple<Tensor, Tensor> kd(const Tensor& student, TensorList teachers, const 
 
 struct KDDivergence : public torch::autograd::Function<KDDivergence> {
   static Tensor forward(AutogradContext* ctx, const Tensor& student, const TensorList& teachers,
-                        const c10::string_view& divergence, double temperature) {
+                        const c10::string_view& divergence, double beta, double temperature) {
     at::AutoDispatchBelowADInplaceOrView below;
-    const Tensor row_stats = statistics(student, teachers, divergence, temperature);
+    const Tensor row_stats = statistics(student, teachers, divergence, beta, temperature);
     variable_list saved{row_stats, student};
     saved.insert(saved.end(), teachers.begin(), teachers.end());
     ctx->save_for_backward(saved);
     ctx->saved_data["divergence"] = std::string(divergence);
+    ctx->saved_data["beta"] = beta;
     ctx->saved_data["temperature"] = temperature;
     return divergences(row_stats, student, teachers.size());
   }
@@ -169,13 +172,14 @@ struct KDDivergence : public torch::autograd::Function<KDDivergence> {
     const TensorList teachers(saved.data() + 2, n_teachers);
     c10::List<bool> needs;
     for (int64_t i = 0; i <= n_teachers; ++i) needs.push_back(saved[1 + i].requires_grad() && ctx->needs_input_grad(i));
-    variable_list gradients(n_teachers + 3);
+    variable_list gradients(n_teachers + 4);
     {
       at::AutoDispatchBelowADInplaceOrView below;
       const Tensor upstream = upstreams[0].detach().reshape_symint({n_teachers, saved[0].sym_size(1)});
-      const std::vector<Tensor> found = backward.call(saved[1], teachers, std::nullopt, upstream, std::nullopt,
-                                                      saved[0], ctx->saved_data["divergence"].toStringRef(),
-                                                      ctx->saved_data["temperature"].toDouble(), 1.0, 0.0, 0.0, needs);
+      const std::vector<Tensor> found =
+          backward.call(saved[1], teachers, std::nullopt, upstream, std::nullopt, saved[0],
+                        ctx->saved_data["divergence"].toStringRef(), ctx->saved_data["beta"].toDouble(),
+                        ctx->saved_data["temperature"].toDouble(), 1.0, 0.0, 0.0, needs);
       for (int64_t i = 0; i <= n_teachers; ++i)
         if (needs[i]) gradients[i] = found[i];
     }
@@ -183,9 +187,9 @@ struct KDDivergence : public torch::autograd::Function<KDDivergence> {
     return gradients;
   }
 
-  static Tensor statistics(const Tensor& student, TensorList teachers, c10::string_view divergence,
+  static Tensor statistics(const Tensor& student, TensorList teachers, c10::string_view divergence, double beta,
                            double temperature) {
-    const KDOptions options{"uniform", divergence, temperature, 1.0, 0.0, 0.0, 0, "sum", true};
+    const KDOptions options{"uniform", divergence, beta, temperature, 1.0, 0.0, 0.0, 0, "sum", true};
     return std::get<1>(call_forward(student, teachers, std::nullopt, std::nullopt, std::nullopt, std::nullopt, options,
                                     /*skip_zero_weights=*/false, /*keep_stats=*/true, /*write_gradient=*/false));
   }
@@ -197,10 +201,11 @@ struct KDDivergence : public torch::autograd::Function<KDDivergence> {
   }
 };
 
-Tensor kd_divergence(const Tensor& student, TensorList teachers, c10::string_view divergence, double temperature) {
+Tensor kd_divergence(const Tensor& student, TensorList teachers, c10::string_view divergence, double beta,
+                     double temperature) {
   if (at::GradMode::is_enabled() && (student.requires_grad() || any_requires_grad(teachers)))
-    return KDDivergence::apply(student, teachers, divergence, temperature);
-  const Tensor row_stats = KDDivergence::statistics(student, teachers, divergence, temperature);
+    return KDDivergence::apply(student, teachers, divergence, beta, temperature);
+  const Tensor row_stats = KDDivergence::statistics(student, teachers, divergence, beta, temperature);
   return KDDivergence::divergences(row_stats, student, teachers.size());
 }
 

@@ -22,7 +22,7 @@ inline Tensor finish_gradient(const Tensor& gradient, const Tensor& upstream, co
 inline Tensor weight_gradient(const Tensor& weights, const Tensor& upstream, const Tensor& row_stats,
                               int64_t n_teachers, double kd_scale) {
   const Tensor divergence = row_stats.narrow(0, 0, n_teachers), used = row_stats.narrow(0, n_teachers, n_teachers);
-  const Tensor scale = row_stats.select(0, -1);
+  const Tensor scale = row_stats.select(0, RowStats{static_cast<int>(n_teachers)}.scale());
   const Tensor up = upstream.dim() == 0 ? upstream : upstream.reshape({-1});
   const Tensor removed = scale.eq(0).logical_or(used.eq(0).logical_and(divergence.isfinite().logical_not()));
   const Tensor per_row = (divergence * (scale * up * kd_scale)).masked_fill(removed, 0);

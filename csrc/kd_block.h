@@ -60,17 +60,20 @@ struct States {
 template <typename T>
 struct TeacherNumbers {
   Lanes<T> divergence, weight;
+  Lanes<T> slope;   // G of elementwise.h
+  Lanes<T> odds;    // log-odds of the target, where it stands apart: dkd.h
   Lanes<T> signal;  // what a computed weight comes from: cross-entropy or entropy
   Lanes<T> log_sum;
   Lanes<T> factor;  // of its softmax numerators in the student's gradient
 };
 
 // The gradient of one row in the student is, for every column c, with e = e^{(s−max)/τ}, e1 = e^{s−max}:
-//   soft·e·(...) + hard·e1 + constant, and −label at the target; (...) is 1 less the teachers' share (forward KL), or
-//   W log q − Σ w_k log p_k − Σ w_k D_k (reverse KL).
+//   soft·e − share + hard·e1 + constant, and −label at the target; share = Σ_k factor_k·(e of the teacher, or
+//   of_student of elementwise.h). Reverse KL: soft·e·(W log q − Σ w_k log p_k − Σ w_k D_k) + …
 template <typename T>
 struct StudentNumbers {
   Lanes<T> cross_entropy, log_sum;
+  Lanes<T> odds;  // log-odds of the target, where it stands apart: dkd.h
   Lanes<T> soft, hard, constant, label;
   Lanes<T> used;             // how many teachers have a weight
   Lanes<T> total_weight;     // W = Σ w_k
@@ -91,6 +94,7 @@ struct Block {
   int64_t n[kLanes<T>];                        // which rows
   int64_t outer[kLanes<T>], inner[kLanes<T>];  // where they are: a division a row, 20 cycles, not one a tensor
   int64_t target[kLanes<T>];                   // −1: none
+  int64_t apart[kLanes<T>];                    // the target, if the divergence leaves it out of its sums, else −1
   Lanes<T> scale;                              // row weight / items, times the upstream in the backward
   bool skips_zero_weights = false;             // a teacher of weight 0 is not read
 
@@ -104,9 +108,30 @@ struct Block {
     outer[rows] = row / args.inner;
     inner[rows] = row % args.inner;
     target[rows] = args.target ? args.target[row] : -1;
+    apart[rows] = args.divergence == Divergence::dkd ? target[rows] : -1;
     ++rows;
   }
 
   int64_t start(const Logits& x, int row) const { return outer[row] * x.outer_stride + inner[row] * x.inner_stride; }
   bool reads(int k, int row) const { return !(skips_zero_weights && teacher[k].weight[row] == 0); }
+  bool apart_in(int row, int64_t begin, int64_t count) const {
+    return apart[row] >= begin && apart[row] < begin + count;
+  }
+};
+
+// A tile of a row of the block as read_tile has it; a target that stands apart counts as −inf there.
+template <typename T>
+const T* read_classes(const Logits& x, const Block<T>& block, int row, int64_t begin, int count, T* to) {
+  const T* tile = read_tile(x, block.start(x, row), begin, count, to);
+  if (!block.apart_in(row, begin, count)) return tile;
+  if (tile != to) std::copy_n(tile, count, to);
+  to[block.apart[row] - begin] = -infinity<T>();
+  return to;
+}
+
+// What the exponentials of a teacher and of the student weigh in the student's gradient; at a target that stands apart
+// it is `at_target` less.
+template <typename T>
+struct GradientShare {
+  Vec<T> of_teacher, of_student, at_target;
 };

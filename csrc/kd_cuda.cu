@@ -29,7 +29,10 @@ bool has_two_sums(WeightRule rule) { return rule == WeightRule::confidence || ru
 
 int64_t summary_bytes(int teachers) { return teachers * static_cast<int64_t>(sizeof(TeacherSummary)); }
 
-const char* only_float(const KDArgs<float>& args) {
+// Null, or why there is no kernel for it.
+const char* refused(const KDArgs<float>& args) {
+  if (args.divergence != Divergence::forward_kl && args.divergence != Divergence::reverse_kl)
+    return "the CUDA kernels know forward_kl and reverse_kl";
   bool allowed = args.student.dtype != DType::f64;
   for (int k = 0; k < args.teachers; ++k) allowed = allowed && args.teacher[k].dtype != DType::f64;
   return allowed ? nullptr : "float64 logits have no CUDA kernel";
@@ -110,7 +113,7 @@ int64_t shared_tile_bytes(const KDArgs<float>& args, WeightRule rule) {
 }  // namespace
 
 bool kd_fits_on_chip(const KDArgs<float>& args, WeightRule rule, int device) {
-  if (only_float(args) != nullptr) return false;
+  if (refused(args) != nullptr) return false;
   return fits_in_registers(args, device) || shared_tile_bytes(args, rule) <= device::shared_memory_limit(device);
 }
 
@@ -150,7 +153,7 @@ const char* kd_forward_streaming(const KDForward<float>& args, int device, void*
 }
 
 const char* kd_forward_cuda(const KDForward<float>& args, int device, void* stream) {
-  if (const char* error = only_float(args)) return error;
+  if (const char* error = refused(args)) return error;
   if (args.rows == 0) return nullptr;
   if (fits_in_registers(args, device)) return kd_forward_in_registers(args, stream);
   return args.gradient != nullptr ? kd_forward_in_shared_memory(args, device, stream)
@@ -158,7 +161,7 @@ const char* kd_forward_cuda(const KDForward<float>& args, int device, void* stre
 }
 
 const char* kd_backward_cuda(const KDBackward<float>& args, int, void* stream) {
-  if (const char* error = only_float(args)) return error;
+  if (const char* error = refused(args)) return error;
   if (args.rows == 0) return nullptr;
   BackwardArgs backward{args, ceil_div(args.classes, kStretch), false};
   for (int k = 0; k < args.teachers; ++k) backward.teachers_want |= args.teacher_gradient[k] != nullptr;

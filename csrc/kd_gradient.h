@@ -42,7 +42,7 @@ void add_share(const Vectors<T>& tile, const KDArgs<T>& args, const Block<T>& bl
                const Sweep<T>& sweep, T* share) {
   const TeacherNumbers<T>& teacher = block.teacher[k];
   const T max = offset_of(block.teacher_state[k].max[row]);
-  if (args.divergence == Divergence::forward_kl) {
+  if (args.divergence != Divergence::reverse_kl) {
     const T factor = teacher.factor[row];
     for_each_vector(tile, false, [&](int i, Vec<T> x, auto) {
       store(share + i, load(share + i) + factor * exp2_of<T>((x - max) * sweep.to_exp2));
@@ -62,12 +62,17 @@ template <typename T>
 void share_of_teachers(const KDArgs<T>& args, const Block<T>& block, int row, const Sweep<T>& sweep, int64_t begin,
                        int count, Scratch<T>& scratch) {
   if (scratch.keeps()) return share_of_kept(args, block, row, sweep, begin, count, scratch);
+  const bool elementwise = is_elementwise(args.divergence);
+  if (elementwise) student_tile(args, block, row, sweep, begin, count, scratch);
   T* share = scratch.share.values;
   for (int i = 0; i < count; i += kLanes<T>) store(share + i, Vec<T>{});
   for (int k = 0; k < args.teachers; ++k) {
     if (block.teacher[k].weight[row] == 0) continue;
-    const Logits& teacher = args.teacher[k];
-    const T* t = read_tile(teacher, block.start(teacher, row), begin, count, scratch.widened(0));
+    if (elementwise) {
+      add_elements(args, block, row, k, sweep, begin, count, scratch);
+      continue;
+    }
+    const T* t = read_classes(args.teacher[k], block, row, begin, count, scratch.widened(0));
     add_share(Vectors<T>(t, count), args, block, row, k, sweep, share);
   }
 }
@@ -80,22 +85,21 @@ void student_gradient(const KDArgs<T>& args, const Block<T>& block, int row, con
           total_weight = g.total_weight[row], log_sum = g.log_sum[row];
   const T* share = scratch.share.values;
   T* out = scratch.out.values;
+  const bool reverse = args.divergence == Divergence::reverse_kl;
   auto put = [&](int i, Vec<T> x, Vec<T> e, Vec<T> log_q) {
-    Vec<T> gradient = args.divergence == Divergence::forward_kl
-                          ? soft * e - load(share + i)
-                          : soft * e * (total_weight * log_q - load(share + i) - mean);
+    Vec<T> gradient = reverse ? soft * e * (total_weight * log_q - load(share + i) - mean) : soft * e - load(share + i);
     if constexpr (kAtOne != AtOne::unused) gradient += hard * exp_at_one<T, kAtOne>(e, x) + constant;
     store(out + i, gradient);
   };
   const T max = offset_of(block.student_state.max[row]);
-  const bool needs_logits = args.divergence != Divergence::forward_kl || kAtOne == AtOne::own;
+  const bool needs_logits = reverse || kAtOne == AtOne::own;
   if (scratch.keeps() && !needs_logits) {
     const T* exps = scratch.student_exps(row, begin);
     const T late = catch_up(scratch.student_max_at(row, begin), max, sweep.inv_t);
     for (int i = 0; i < count; i += kLanes<T>) put(i, Vec<T>{}, load(exps + i) * late, Vec<T>{});
     return;
   }
-  const T* s = read_tile(args.student, block.start(args.student, row), begin, count, scratch.widened(0));
+  const T* s = read_classes(args.student, block, row, begin, count, scratch.widened(0));
   for_each_vector(Vectors<T>(s, count), false, [&](int i, Vec<T> x, auto) {
     x -= max;
     const Vec<T> scaled = x * sweep.inv_t;
@@ -136,14 +140,14 @@ template <typename T>
 void write_student_gradient(const KDArgs<T>& args, const Block<T>& block, int row, const Sweep<T>& sweep,
                             Scratch<T>& scratch, void* gradient) {
   const int64_t to = block.n[row] * args.classes;
-  const bool hard = args.ce_weight != 0, streams = streams_gradient(args);
+  const bool hard = args.ce_weight != 0, apart = args.divergence == Divergence::dkd, streams = streams_gradient(args);
   if (!hard && block.student.used[row] == 0) return zero_row<T>(args.student, gradient, block.n[row], args.classes);
   for (int64_t begin = 0; begin < args.classes; begin += kTileColumns) {
     const int count = tile_count(args.classes, begin);
     share_of_teachers(args, block, row, sweep, begin, count, scratch);
     student_gradient(args, block, row, sweep, begin, count, scratch);
     const int64_t label = block.target[row] - begin;
-    if (hard && label >= 0 && label < count) scratch.out.values[label] -= block.student.label[row];
+    if ((hard || apart) && label >= 0 && label < count) scratch.out.values[label] -= block.student.label[row];
     if (streams)
       stream_tile(static_cast<T*>(gradient) + to + begin, count, scratch.out.values);
     else
@@ -151,7 +155,8 @@ void write_student_gradient(const KDArgs<T>& args, const Block<T>& block, int ro
   }
 }
 
-// The gradient in teacher k: forward KL p·(log p − log q − D)/τ, reverse KL (p − q)/τ, times the row's factor.
+// The gradient in teacher k, times the row's factor: forward KL p·(log p − log q − D)/τ, reverse KL (p − q)/τ; dkd, of
+// dkd.h, p̂·(β(log p̂ − log q̂) − (β NCKD + v))/τ and at the target v/τ; the others as in elementwise.h.
 template <typename T>
 void write_teacher_gradient(const KDBackward<T>& args, const Block<T>& block, int row, int k, const Sweep<T>& sweep,
                             Scratch<T>& scratch) {
@@ -161,24 +166,41 @@ void write_teacher_gradient(const KDBackward<T>& args, const Block<T>& block, in
   if (numbers.weight[row] == 0) return zero_row<T>(teacher, args.teacher_gradient[k], n, args.classes);
 
   const T max_t = offset_of(block.teacher_state[k].max[row]), max_s = offset_of(block.student_state.max[row]);
-  const T to_p = 1 / block.teacher_state[k].sum[row], to_q = 1 / block.student_state.sum[row];
+  const T sum_t = block.teacher_state[k].sum[row];
+  const bool apart = args.divergence == Divergence::dkd, nothing = apart && sum_t == 0;
+  const T to_p = nothing ? T(0) : 1 / sum_t, to_q = 1 / block.student_state.sum[row];
   const T log_sums = numbers.log_sum[row] - block.student.log_sum[row], d = numbers.divergence[row];
   const T scale = block.scale[row] * args.kd_scale * numbers.weight[row] * sweep.inv_t;
+  T per_ratio = 1, less = d, pull = 0;
+  if (apart) {
+    const T odds = numbers.odds[row], odds_s = block.student.odds[row];
+    pull = pull_on_target(odds, odds_s);
+    per_ratio = args.beta;
+    less = d - binary_kl(odds, odds_s) + pull;
+  }
   for (int64_t begin = 0; begin < args.classes; begin += kTileColumns) {
     const int count = tile_count(args.classes, begin);
-    const T* s = read_tile(student, block.start(student, row), begin, count, scratch.widened(0));
+    if (is_elementwise(args.divergence)) {
+      student_tile(args, block, row, sweep, begin, count, scratch);
+      teacher_elements(args, block, row, k, sweep, begin, count, scale, scratch);
+      write_tile(args.teacher_gradient[k], teacher.dtype, n * args.classes + begin, count, scratch.out.values);
+      continue;
+    }
+    const T* s = read_classes(student, block, row, begin, count, scratch.widened(0));
     const Vectors<T> tile_s(s, count);
     for_each_vector(tile_s, false, [&](int i, Vec<T> x, auto) { store(scratch.share.values + i, x - max_s); });
-    const T* t = read_tile(teacher, block.start(teacher, row), begin, count, scratch.widened(0));
+    const T* t = read_classes(teacher, block, row, begin, count, scratch.widened(0));
     for_each_vector(Vectors<T>(t, count), false, [&](int i, Vec<T> x_t, auto) {
       const Vec<T> dt = x_t - max_t, ds = load(scratch.share.values + i), p = to_p * exp2_of<T>(dt * sweep.to_exp2);
       Vec<T> gradient;
-      if (args.divergence == Divergence::forward_kl)
-        gradient = p == 0 ? Vec<T>{} : p * ((dt - ds) * sweep.inv_t - log_sums - d);
+      if (args.divergence != Divergence::reverse_kl)
+        gradient = p == 0 ? Vec<T>{}
+                          : p * ((per_ratio == 0 ? Vec<T>{} : per_ratio * ((dt - ds) * sweep.inv_t - log_sums)) - less);
       else
         gradient = p - to_q * exp2_of<T>(ds * sweep.to_exp2);
       store(scratch.out.values + i, scale * gradient);
     });
+    if (block.apart_in(row, begin, count)) scratch.out.values[block.apart[row] - begin] = scale * pull;
     write_tile(args.teacher_gradient[k], teacher.dtype, n * args.classes + begin, count, scratch.out.values);
   }
 }

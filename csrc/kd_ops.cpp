@@ -15,8 +15,8 @@ auto by_name(const Named (&table)[kCount], c10::string_view name, const char* ar
 }
 
 template <typename T>
-void fill(KDArgs<T>& args, const Tensor& student, TensorList teachers, std::string_view divergence, double temperature,
-          double kd_scale, double ce_weight, double label_smoothing) {
+void fill(KDArgs<T>& args, const Tensor& student, TensorList teachers, std::string_view divergence, double beta,
+          double temperature, double kd_scale, double ce_weight, double label_smoothing) {
   TORCH_CHECK_VALUE(!teachers.empty() && teachers.size() <= kMaxTeachers, "teacher_logits must hold 1 to ",
                     kMaxTeachers, " teachers, got ", teachers.size());
   std::vector<Tensor> all{student};
@@ -37,6 +37,7 @@ void fill(KDArgs<T>& args, const Tensor& student, TensorList teachers, std::stri
   args.row_weights = nullptr;
   args.ignore_index = 0;
   args.divergence = by_name(kDivergences, divergence, "divergence");
+  args.beta = static_cast<T>(beta);
   args.temperature = static_cast<T>(temperature);
   args.kd_scale = static_cast<T>(kd_scale);
   args.ce_weight = static_cast<T>(ce_weight);
@@ -93,10 +94,10 @@ Tensor reduced_loss(const Tensor& row_loss, const OptionalTensor& items) {
 std::tuple<Tensor, Tensor, Tensor> kd_forward(const Tensor& student, TensorList teachers, const OptionalTensor& target,
                                               const OptionalTensor& weights, const OptionalTensor& row_weights,
                                               const OptionalTensor& num_items, c10::string_view rule,
-                                              c10::string_view divergence, double temperature, double kd_scale,
-                                              double ce_weight, double label_smoothing, int64_t ignore_index,
-                                              c10::string_view reduction, bool skip_zero_weights, bool keep_stats,
-                                              bool write_gradient) {
+                                              c10::string_view divergence, double beta, double temperature,
+                                              double kd_scale, double ce_weight, double label_smoothing,
+                                              int64_t ignore_index, c10::string_view reduction, bool skip_zero_weights,
+                                              bool keep_stats, bool write_gradient) {
   const at::ScalarType dtype = compute_dtype(student, teachers);
   const at::TensorOptions options = student.options().dtype(dtype);
   const bool mean = reduction == "mean", none = reduction == "none";
@@ -104,12 +105,14 @@ std::tuple<Tensor, Tensor, Tensor> kd_forward(const Tensor& student, TensorList 
   return with_compute_type(dtype, [&](auto zero) -> std::tuple<Tensor, Tensor, Tensor> {
     using T = decltype(zero);
     KDForward<T> args;
-    fill(args, student, teachers, divergence, temperature, kd_scale, ce_weight, label_smoothing);
+    fill(args, student, teachers, divergence, beta, temperature, kd_scale, ce_weight, label_smoothing);
     args.rule = by_name(kWeightRules, rule, "weights");
     args.ignore_index = ignore_index;
     args.skip_zero_weights = skip_zero_weights;
     args.keep_stats = keep_stats;
-    TORCH_CHECK_VALUE(target || (ce_weight == 0 && args.rule != WeightRule::confidence), "target must be given");
+    const bool needs_target =
+        ce_weight != 0 || args.rule == WeightRule::confidence || args.divergence == Divergence::dkd;
+    TORCH_CHECK_VALUE(target || !needs_target, "target must be given");
     TORCH_CHECK_VALUE((args.rule == WeightRule::given) == weights.has_value(),
                       "weights must be given for that rule only");
 
@@ -139,7 +142,7 @@ std::tuple<Tensor, Tensor, Tensor> kd_forward(const Tensor& student, TensorList 
     }
 
     Tensor row_loss = at::empty({args.rows}, options);
-    Tensor row_stats = at::empty({RowStats{args.teachers}.size(), args.rows}, options);
+    Tensor row_stats = at::empty({RowStats{args.teachers}.size(args.divergence), args.rows}, options);
     Tensor gradient = empty_gradient(student, write_gradient);
     args.row_loss = row_loss.mutable_data_ptr<T>();
     args.row_stats = row_stats.mutable_data_ptr<T>();
@@ -154,15 +157,15 @@ std::tuple<Tensor, Tensor, Tensor> kd_forward(const Tensor& student, TensorList 
 
 std::vector<Tensor> kd_backward(const Tensor& student, TensorList teachers, const OptionalTensor& target,
                                 const Tensor& weights, const OptionalTensor& upstream, const Tensor& row_stats,
-                                c10::string_view divergence, double temperature, double kd_scale, double ce_weight,
-                                double label_smoothing, c10::List<bool> needs) {
+                                c10::string_view divergence, double beta, double temperature, double kd_scale,
+                                double ce_weight, double label_smoothing, c10::List<bool> needs) {
   const at::ScalarType dtype = compute_dtype(student, teachers);
   return with_compute_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     KDBackward<T> args;
-    fill(args, student, teachers, divergence, temperature, kd_scale, ce_weight, label_smoothing);
-    TORCH_CHECK_VALUE(row_stats.size(0) == RowStats{args.teachers}.size() && row_stats.size(1) == args.rows &&
-                          row_stats.scalar_type() == dtype,
+    fill(args, student, teachers, divergence, beta, temperature, kd_scale, ce_weight, label_smoothing);
+    TORCH_CHECK_VALUE(row_stats.size(0) == RowStats{args.teachers}.size(args.divergence) &&
+                          row_stats.size(1) == args.rows && row_stats.scalar_type() == dtype,
                       "row_stats must be the forward's");
     const Tensor stats = row_stats.contiguous();
     args.row_stats = stats.const_data_ptr<T>();

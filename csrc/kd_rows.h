@@ -12,6 +12,10 @@ namespace MTKD_ISA {
 //
 #include "row_formulas.h"
 //
+#include "elementwise.h"
+//
+#include "dkd.h"
+//
 #include "tile.h"
 //
 #include "kd_block.h"
@@ -19,6 +23,10 @@ namespace MTKD_ISA {
 #include "kd_scratch.h"
 //
 #include "kd_sweep.h"
+//
+#include "kd_elementwise.h"
+//
+#include "kd_dkd.h"
 //
 #include "kd_finish.h"
 //
@@ -31,7 +39,7 @@ bool row_counts(const KDArgs<T>& args, int64_t n) {
 
 template <typename T>
 void skip_row(const KDForward<T>& args, int64_t n) {
-  for (int i = 0; i < RowStats{args.teachers}.size(); ++i) args.row_stats[i * args.rows + n] = 0;
+  for (int i = 0; i < RowStats{args.teachers}.size(args.divergence); ++i) args.row_stats[i * args.rows + n] = 0;
   args.row_loss[n] = 0;
   if (args.gradient) zero_row<T>(args.student, args.gradient, n, args.classes);
 }
@@ -64,6 +72,7 @@ void write_stats(const KDForward<T>& args, const Block<T>& block, int row) {
     const bool read = args.kd_scale != 0 && block.reads(k, row);
     out[at.divergence(k) * rows] = teacher.divergence[row];
     out[at.weight(k) * rows] = teacher.weight[row];
+    if (is_elementwise(args.divergence)) out[at.slope(k) * rows] = teacher.slope[row];
     out[at.teacher_max(k) * rows] = read ? block.teacher_state[k].max[row] : T(0);
     out[at.teacher_sum(k) * rows] = block.teacher_state[k].sum[row];
     out[at.teacher_ce(k) * rows] = args.rule == WeightRule::confidence ? teacher.signal[row] : T(0);
@@ -80,7 +89,7 @@ void forward_block(const KDForward<T>& args, const Sweep<T>& sweep, Block<T>& bl
   start_teachers(args, block);
   sweep_block(args, block, sweep, scratch);
   Lanes<T> loss;
-  loss = finish_block(args, sweep, block);
+  loss = finish_block(args, sweep, block, scratch);
   for (int row = 0; row < block.rows; ++row) {
     const T row_weight = args.row_weights ? args.row_weights[block.n[row]] : T(1);
     block.scale[row] = args.items ? row_weight / *args.items : row_weight;
@@ -124,6 +133,7 @@ void read_stats(const KDBackward<T>& args, Block<T>& block, int row, T scale) {
   for (int k = 0; k < args.teachers; ++k) {
     TeacherNumbers<T>& teacher = block.teacher[k];
     teacher.divergence[row] = in[at.divergence(k) * rows];
+    if (is_elementwise(args.divergence)) teacher.slope[row] = in[at.slope(k) * rows];
     teacher.weight[row] =
         args.kd_scale == 0 ? T(0) : args.weights[k * args.weights_teacher_stride + n * args.weights_row_stride];
     block.teacher_state[k].max[row] = in[at.teacher_max(k) * rows];
@@ -133,6 +143,7 @@ void read_stats(const KDBackward<T>& args, Block<T>& block, int row, T scale) {
 
 template <typename T>
 void backward_block(const KDBackward<T>& args, const Sweep<T>& sweep, Block<T>& block, Scratch<T>& scratch) {
+  if (args.divergence == Divergence::dkd) set_targets_apart(args, sweep, block);
   gradient_factors(args, sweep, block);
   for (int row = 0; row < block.rows; ++row) {
     if (args.student_gradient) write_student_gradient(args, block, row, sweep, scratch, args.student_gradient);

@@ -19,8 +19,8 @@ class Scratch {
     rows_ = one_tile ? std::clamp<int64_t>(kBlockBytes / row_bytes, 1, std::min<int64_t>(kLanes<T>, rows)) : 1;
     const int64_t gradient_bytes = rows * args.classes * element_bytes(args.student.dtype);
     const bool affordable = row_bytes <= std::min(kKeptBytes, gradient_bytes / kKeptShare);
-    // Reverse KL weighs logarithms, which come from the logits.
-    keeps_ = gradient && args.divergence == Divergence::forward_kl && (one_tile || affordable);
+    // The others weigh logarithms, which come from the logits.
+    keeps_ = gradient && expectation_of(args.divergence) == Expectation::teacher && (one_tile || affordable);
     tile_pitch_ = one_tile ? pitch : pitch_of(kTileColumns);
     student_pitch_ = keeps_ ? pitch : tile_pitch_;
     teacher_pitch_ = keeps_ ? pitch : 0;

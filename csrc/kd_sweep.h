@@ -49,7 +49,7 @@ struct TileRows {
     for (int r = 0; r < block.rows; ++r) {
       if (!reads(r)) continue;
       start[r] = block.start(x, r);
-      row[r].fill(read_tile(x, start[r], begin, count, scratch.widened(r)), count);
+      row[r].fill(read_classes(x, block, r, begin, count, scratch.widened(r)), count);
     }
     for (int r = 0; r < block.rows; ++r)
       if (reads(r)) find_extremes(r);
@@ -70,10 +70,10 @@ struct TileRows {
   }
 };
 
-// The rows' states, ready for a tile: raised to its maximum. Only rows of several tiles come here more than once, and
-// those are alone in their block.
+// The rows' states, ready for a tile: raised to its maximum; `before` classes have been absorbed. Only rows of several
+// tiles come here more than once, and those are alone in their block.
 template <typename T>
-Raise<T> prepare(States<T>& states, const Lanes<T>& tile_max, int64_t begin, T inv_t) {
+Raise<T> prepare(States<T>& states, const Lanes<T>& tile_max, int64_t begin, int64_t before, T inv_t) {
   if (begin == 0) {
     states = {};
     states.max = tile_max.all();
@@ -81,7 +81,7 @@ Raise<T> prepare(States<T>& states, const Lanes<T>& tile_max, int64_t begin, T i
   if (begin == 0 || !(tile_max[0] > states.max[0])) return {};
   const Raise<T> by(states.max[0], tile_max[0], inv_t);
   SoftmaxState<T> state{states.max[0],  states.sum[0],   states.sum1[0],
-                        states.dot1[0], states.total[0], static_cast<T>(begin)};
+                        states.dot1[0], states.total[0], static_cast<T>(before)};
   raise(state, tile_max[0], by);
   states.max[0] = state.max;
   states.sum[0] = state.sum;
@@ -91,13 +91,21 @@ Raise<T> prepare(States<T>& states, const Lanes<T>& tile_max, int64_t begin, T i
   return by;
 }
 
+// Σ (s − max) of a tile but for its target.
+template <typename T>
+T total_without(const T* values, int count, int64_t target, T max) {
+  T total = 0;
+  for (int i = 0; i < count; ++i) total += i == target ? T(0) : values[i] - max;
+  return total;
+}
+
 template <typename T, AtOne kAtOne>
 void absorb_student(const KDArgs<T>& args, Block<T>& block, const Sweep<T>& sweep, int64_t begin, int count,
                     Scratch<T>& scratch) {
   const TileRows<T> tile(args.student, block, begin, count, scratch, [](int) { return true; });
   States<T>& states = block.student_state;
   block.student_tile.sum_before = begin == 0 ? T(0) : states.sum[0];
-  block.student_tile.raise = prepare(states, tile.max, begin, sweep.inv_t);
+  block.student_tile.raise = prepare(states, tile.max, begin, begin - block.apart_in(0, 0, begin), sweep.inv_t);
   Lanes<T> offset;
   offset = offset_of(states.max.all());
   block.student_tile.lowest = tile.min.all() - offset.all();
@@ -128,7 +136,9 @@ void absorb_student(const KDArgs<T>& args, Block<T>& block, const Sweep<T>& swee
       states.sum1[row] += sum_of<T>(sum1);
       T rest = 0;
       for (int i = s.whole; i < count; ++i) rest += s.values[i] - max;  // not the padding
-      states.total[row] += sum_of<T>(total) + rest;
+      states.total[row] += block.apart_in(row, begin, count)
+                               ? total_without(s.values, count, block.apart[row] - begin, max)
+                               : sum_of<T>(total) + rest;
       const int64_t label = block.target[row] - begin;
       if (label >= 0 && label < count) states.label[row] = s.values[label];
     }
@@ -142,16 +152,16 @@ inline Vec<T> infinite_or_product(Vec<T> e, Vec<T> ratio) {
 }
 
 // A tile of teacher k, and the cross sum with the student's.
-template <typename T, Divergence kDivergence, AtOne kAtOne, bool kEntropy>
+template <typename T, Expectation kExpectation, AtOne kAtOne, bool kEntropy>
 void absorb_teacher(const KDArgs<T>& args, Block<T>& block, int k, const Sweep<T>& sweep, int64_t begin, int count,
                     Scratch<T>& scratch) {
-  constexpr bool kForward = kDivergence == Divergence::forward_kl;
+  constexpr bool kForward = kExpectation == Expectation::teacher;
   const TileRows<T> tile(args.teacher[k], block, begin, count, scratch, [&](int row) { return block.reads(k, row); });
   States<T>& states = block.teacher_state[k];
   const StudentTile<T>& student = block.student_tile;
   const T sum_before = states.sum[0];
-  const Raise<T> raise = prepare(states, tile.max, begin, sweep.inv_t);
-  if (begin > 0)
+  const Raise<T> raise = prepare(states, tile.max, begin, begin, sweep.inv_t);
+  if (begin > 0 && kExpectation != Expectation::none)
     states.cross[0] = kForward ? raise_cross(states.cross[0], sum_before, raise, student.raise)
                                : raise_cross(states.cross[0], student.sum_before, student.raise, raise);
   Lanes<T> offset;
@@ -179,11 +189,13 @@ void absorb_teacher(const KDArgs<T>& args, Block<T>& block, int k, const Sweep<T
       store(exps + i, e);
       sum += e;
       // cross_term of row_stats.h, a vector at a time
-      const Vec<T> e_x = kForward ? e : load(student_exps + i), ratio = kForward ? dt - ds : ds - dt;
-      if constexpr (careful)
-        crossed += (kForward ? dt : ds) == -infinity<T>() ? Vec<T>{} : infinite_or_product<T>(e_x, ratio);
-      else
-        crossed += e_x * ratio;
+      if constexpr (kExpectation != Expectation::none) {
+        const Vec<T> e_x = kForward ? e : load(student_exps + i), ratio = kForward ? dt - ds : ds - dt;
+        if constexpr (careful)
+          crossed += (kForward ? dt : ds) == -infinity<T>() ? Vec<T>{} : infinite_or_product<T>(e_x, ratio);
+        else
+          crossed += e_x * ratio;
+      }
       if constexpr (kAtOne != AtOne::unused) {
         const Vec<T> e1 = exp_at_one<T, kAtOne>(e, dt);
         sum1 += e1;
@@ -214,29 +226,35 @@ AbsorbStudent<T> student_absorber(AtOne at_one) {
   return kTable[static_cast<int>(at_one)];
 }
 
-template <typename T, Divergence kDivergence, bool kEntropy>
+template <typename T, Expectation kExpectation, bool kEntropy>
 AbsorbTeacher<T> teacher_absorber(AtOne at_one) {
   constexpr AbsorbTeacher<T> kTable[] = {
-      absorb_teacher<T, kDivergence, AtOne::unused, kEntropy>, absorb_teacher<T, kDivergence, AtOne::same, kEntropy>,
-      absorb_teacher<T, kDivergence, AtOne::square, kEntropy>, absorb_teacher<T, kDivergence, AtOne::fourth, kEntropy>,
-      absorb_teacher<T, kDivergence, AtOne::own, kEntropy>};
+      absorb_teacher<T, kExpectation, AtOne::unused, kEntropy>, absorb_teacher<T, kExpectation, AtOne::same, kEntropy>,
+      absorb_teacher<T, kExpectation, AtOne::square, kEntropy>,
+      absorb_teacher<T, kExpectation, AtOne::fourth, kEntropy>, absorb_teacher<T, kExpectation, AtOne::own, kEntropy>};
   return kTable[static_cast<int>(at_one)];
 }
 
 template <typename T>
-AbsorbTeacher<T> teacher_absorber(Divergence divergence, AtOne at_one, bool entropy) {
-  if (divergence == Divergence::forward_kl)
-    return entropy ? teacher_absorber<T, Divergence::forward_kl, true>(at_one)
-                   : teacher_absorber<T, Divergence::forward_kl, false>(at_one);
-  return entropy ? teacher_absorber<T, Divergence::reverse_kl, true>(at_one)
-                 : teacher_absorber<T, Divergence::reverse_kl, false>(at_one);
+AbsorbTeacher<T> teacher_absorber(Expectation expectation, AtOne at_one, bool entropy) {
+  constexpr Expectation kTeacher = Expectation::teacher, kStudent = Expectation::student, kNone = Expectation::none;
+  switch (expectation) {
+    case kTeacher:
+      return entropy ? teacher_absorber<T, kTeacher, true>(at_one) : teacher_absorber<T, kTeacher, false>(at_one);
+    case kStudent:
+      return entropy ? teacher_absorber<T, kStudent, true>(at_one) : teacher_absorber<T, kStudent, false>(at_one);
+    case kNone:
+      return entropy ? teacher_absorber<T, kNone, true>(at_one) : teacher_absorber<T, kNone, false>(at_one);
+  }
+  __builtin_unreachable();
 }
 
 // Every state of the block's rows: the student's tile stays in cache while the K teachers pass by.
 template <typename T>
 void sweep_block(const KDForward<T>& args, Block<T>& block, const Sweep<T>& sweep, Scratch<T>& scratch) {
   const AbsorbStudent<T> absorb_s = student_absorber<T>(sweep.student_at_one);
-  const AbsorbTeacher<T> absorb_t = teacher_absorber<T>(args.divergence, sweep.teacher_at_one, sweep.entropy);
+  const AbsorbTeacher<T> absorb_t =
+      teacher_absorber<T>(expectation_of(args.divergence), sweep.teacher_at_one, sweep.entropy);
   assert(block.rows == 1 || args.classes <= kTileColumns);  // see prepare
   for (int64_t begin = 0; begin < args.classes; begin += kTileColumns) {
     const int count = tile_count(args.classes, begin);

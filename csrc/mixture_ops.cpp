@@ -13,7 +13,7 @@ using DivergenceForward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, Tens
                                                              bool, bool);
 using KDBackwardOp = std::vector<Tensor>(const Tensor&, TensorList, const OptionalTensor&, const Tensor&,
                                          const OptionalTensor&, const Tensor&, c10::string_view, double, double, double,
-                                         double, c10::List<bool>);
+                                         double, double, c10::List<bool>);
 
 // Where the rows of the tensors lie, `all` being a student or nothing and then the teachers. The weights in the compute
 // dtype are returned to be kept alive.
@@ -115,7 +115,8 @@ std::tuple<Tensor, Tensor, Tensor> mixture_divergence_forward(const Tensor& stud
     const RowGrid grid(all);
     const Tensor alive = fill(args, all, grid, teachers.size(), weights, temperature, skip_zero_weights, dtype);
     const Tensor divergence = at::empty({args.rows}, student.options().dtype(dtype));
-    const Tensor row_stats = at::empty({RowStats{args.teachers}.size(), args.rows}, divergence.options());
+    const Tensor row_stats =
+        at::empty({RowStats{args.teachers}.size(Divergence::forward_kl), args.rows}, divergence.options());
     const Tensor gradient = empty_gradient(student, write_gradient);
     args.student = logits(student, grid, 0);
     args.divergence = divergence.mutable_data_ptr<T>();
@@ -231,8 +232,8 @@ struct MixtureKL : public torch::autograd::Function<MixtureKL> {
     c10::List<bool> needs;
     for (int64_t i = 0; i <= n_teachers; ++i) needs.push_back(i == 0);
     return backward.call(student, TensorList(saved.data() + 4, n_teachers), std::nullopt,
-                         row_stats.narrow(0, n_teachers, n_teachers), upstream, row_stats, "forward_kl", temperature,
-                         1.0, 0.0, 0.0, needs)[0];
+                         row_stats.narrow(0, n_teachers, n_teachers), upstream, row_stats, "forward_kl", /*beta=*/0.0,
+                         temperature, 1.0, 0.0, 0.0, needs)[0];
   }
 };
 

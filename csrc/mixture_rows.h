@@ -309,7 +309,7 @@ template <typename T>
 void write_stats(const MixtureDivergence<T>& args, int64_t n, const Row<T>& row) {
   const RowStats at{args.teachers};
   T* out = args.row_stats + n;
-  for (int i = 0; i < at.size(); ++i) out[i * args.rows] = 0;
+  for (int i = 0; i < at.size(Divergence::forward_kl); ++i) out[i * args.rows] = 0;
   T divergence = 0;
   for (int m = 0; m < row.members; ++m) {
     const Member<T>& x = row.member[m];

@@ -63,6 +63,8 @@ def strategy(
         return tiles(kd_streaming, n_classes, WIDE, num_warps)
     if not fits_on_chip(n_classes):
         raise ValueError(f"write_gradient takes at most {ON_CHIP_CLASSES} classes in Triton, got {n_classes}")
+    if divergence not in ("forward_kl", "reverse_kl"):  # probabilities and logarithms of both sides at once
+        return tiles(kd_on_chip, n_classes, NARROW, 16)
     two = two_accumulators(rule, n_teachers)
     crowded = n_teachers > 3 or (two and (divergence == "reverse_kl" or rule == "entropy"))
     return tiles(kd_on_chip, n_classes, NARROW if crowded and n_classes <= 8 * NARROW else WIDE, 8)
@@ -82,20 +84,20 @@ def tiles(kernel: Any, n_classes: int, columns_per_warp: int, most_warps: int) -
 def forward(
     student: Tensor, teachers: Sequence[Tensor], target: Tensor | None, weights: Tensor | None,
     row_weights: Tensor | None, items: Tensor | None, *,
-    rule: str, divergence: str, temperature: float, kd_scale: float, ce_weight: float, label_smoothing: float,
-    ignore_index: int, skip_zero_weights: bool, write_gradient: bool,
+    rule: str, divergence: str, beta: float, temperature: float, kd_scale: float, ce_weight: float,
+    label_smoothing: float, ignore_index: int, skip_zero_weights: bool, write_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """``KDForward``: (row_loss [N], row_stats [6K + 5, N], the gradient for an upstream of 1, or an empty tensor)."""
+    """``KDForward``: (row_loss [N], row_stats [its size, N], the gradient for an upstream of 1, or an empty tensor)."""
     n_rows, n_teachers = student.shape[:-1].numel(), len(teachers)
     row_loss = student.new_empty(n_rows, dtype=torch.float32)
-    row_stats = student.new_empty((row_stats_size(n_teachers), n_rows), dtype=torch.float32)
+    row_stats = student.new_empty((row_stats_size(n_teachers, divergence), n_rows), dtype=torch.float32)
     gradient = student.new_empty(student.shape if write_gradient else 0)
     if n_rows > 0:
         forward_launch(
             student, teachers, target, weights, row_weights, items, row_loss, row_stats, gradient,
-            rule=rule, divergence=divergence, temperature=temperature, kd_scale=kd_scale, ce_weight=ce_weight,
-            label_smoothing=label_smoothing, ignore_index=ignore_index, skip_zero_weights=skip_zero_weights,
-            write_gradient=write_gradient,
+            rule=rule, divergence=divergence, beta=beta, temperature=temperature, kd_scale=kd_scale,
+            ce_weight=ce_weight, label_smoothing=label_smoothing, ignore_index=ignore_index,
+            skip_zero_weights=skip_zero_weights, write_gradient=write_gradient,
         ).run()  # fmt: skip
     return row_loss, row_stats, gradient
 
@@ -103,13 +105,15 @@ def forward(
 def forward_launch(
     student: Tensor, teachers: Sequence[Tensor], target: Tensor | None, weights: Tensor | None,
     row_weights: Tensor | None, items: Tensor | None, row_loss: Tensor, row_stats: Tensor, gradient: Tensor, *,
-    rule: str, divergence: str, temperature: float, kd_scale: float, ce_weight: float, label_smoothing: float,
-    ignore_index: int, skip_zero_weights: bool, write_gradient: bool,
+    rule: str, divergence: str, beta: float, temperature: float, kd_scale: float, ce_weight: float,
+    label_smoothing: float, ignore_index: int, skip_zero_weights: bool, write_gradient: bool,
 ) -> Launch:  # fmt: skip
     n_classes = student.shape[-1]
     plan = strategy(row_loss.numel(), n_classes, len(teachers), rule, divergence, write_gradient)
     given, given_strides = per_teacher_strides(weights) if rule == "given" and kd_scale != 0 else (None, None)
-    arguments = common_arguments(student, teachers, divergence, temperature, kd_scale, ce_weight, label_smoothing, plan)
+    arguments = common_arguments(
+        student, teachers, divergence, beta, temperature, kd_scale, ce_weight, label_smoothing, plan
+    )
     arguments |= dict(
         target=None if target is None else target.reshape(-1).to(torch.int64).contiguous(),
         row_weights=None if row_weights is None else row_weights.reshape(-1).to(torch.float32).contiguous(),
@@ -125,7 +129,7 @@ def forward_launch(
 
 
 def common_arguments(
-    student: Tensor, teachers: Sequence[Tensor], divergence: str, temperature: float, kd_scale: float,
+    student: Tensor, teachers: Sequence[Tensor], divergence: str, beta: float, temperature: float, kd_scale: float,
     ce_weight: float, label_smoothing: float, plan: Tiles, teacher_gradients: Sequence[Tensor | None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """What every kernel of the op is told. Teachers that a kd_scale of 0 leaves unread are not even looked at."""
@@ -136,7 +140,7 @@ def common_arguments(
     return dict(
         student=student, student_strides=where.strides[0], teachers=table.pointers, teacher_strides=table.strides,
         n_rows=student.shape[:-1].numel(), inner=where.inner, n_classes=student.shape[-1], n_teachers=len(teachers),
-        inv_t=1.0 / temperature, kd_scale=kd_scale, ce_weight=ce_weight, label_smoothing=label_smoothing,
+        beta=beta, inv_t=1.0 / temperature, kd_scale=kd_scale, ce_weight=ce_weight, label_smoothing=label_smoothing,
         DIVERGENCE=DIVERGENCES[divergence], HAS_KD=kd_scale != 0, HAS_CE=ce_weight != 0,
         TAU=int(temperature) if temperature in (1, 2, 4) else 0, K_PAD=triton.next_power_of_2(len(teachers)),
         DTYPE=table.dtype, UNIT=where.unit, BLOCK_N=plan.block_n, BLOCK_C=plan.block_c,
@@ -145,7 +149,8 @@ def common_arguments(
 
 def backward(
     student: Tensor, teachers: Sequence[Tensor], target: Tensor | None, weights: Tensor, upstream: Tensor | None,
-    row_stats: Tensor, divergence: str, temperature: float, kd_scale: float, ce_weight: float, label_smoothing: float,
+    row_stats: Tensor, divergence: str, beta: float, temperature: float, kd_scale: float, ce_weight: float,
+    label_smoothing: float,
     needs: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     """``KDBackward``: the gradients of the student and of each teacher; an empty tensor where none is needed."""
@@ -154,7 +159,7 @@ def backward(
         gradients[1:] = [torch.zeros_like(g) for g in gradients[1:]]
     if student.shape[:-1].numel() > 0 and any(needs if kd_scale != 0 else needs[:1]):
         backward_launch(
-            student, teachers, target, weights, upstream, row_stats, divergence, temperature, kd_scale, ce_weight,
+            student, teachers, target, weights, upstream, row_stats, divergence, beta, temperature, kd_scale, ce_weight,
             label_smoothing, [g if need else None for g, need in zip(gradients, needs, strict=True)],
         ).run()  # fmt: skip
     return gradients
@@ -162,7 +167,8 @@ def backward(
 
 def backward_launch(
     student: Tensor, teachers: Sequence[Tensor], target: Tensor | None, weights: Tensor, upstream: Tensor | None,
-    row_stats: Tensor, divergence: str, temperature: float, kd_scale: float, ce_weight: float, label_smoothing: float,
+    row_stats: Tensor, divergence: str, beta: float, temperature: float, kd_scale: float, ce_weight: float,
+    label_smoothing: float,
     gradients: Sequence[Tensor | None],
 ) -> Launch:  # fmt: skip
     n_rows, n_classes = student.shape[:-1].numel(), student.shape[-1]
@@ -170,13 +176,13 @@ def backward_launch(
         ce_weight = 0.0
     plan = tiles(kd_backward, n_classes, NARROW, 4)
     arguments = common_arguments(
-        student, teachers, divergence, temperature, kd_scale, ce_weight, label_smoothing, plan,
+        student, teachers, divergence, beta, temperature, kd_scale, ce_weight, label_smoothing, plan,
         gradients[1:] if kd_scale != 0 else [],
     )  # fmt: skip
     given, given_strides = per_teacher_strides(weights) if kd_scale != 0 else (None, None)
     per_row, per_row_stride = upstream_rows(upstream)
     arguments |= dict(
-        target=None if ce_weight == 0 else target.reshape(-1).to(torch.int64).contiguous(),
+        target=None if ce_weight == 0 and divergence != "dkd" else target.reshape(-1).to(torch.int64).contiguous(),
         weights=given, weights_strides=given_strides, upstream=per_row, upstream_stride=per_row_stride,
         row_stats=row_stats, gradient=gradients[0],
         TO_TEACHERS=kd_scale != 0 and any(g is not None for g in gradients[1:]),

@@ -9,13 +9,16 @@ Purely elementwise, given the row states that the forward saved. With f = scale�
 import triton
 import triton.language as tl
 
-from .divergences import FORWARD_KL
+from .divergences import DKD, FIRST_ELEMENTWISE, REVERSE_KL
+from .dkd import binary_kl, log_odds, pull_on_target, sigmoid, softmax_at_one, without_target
+from .elementwise import element
 from .hard_label import hard_gradient
-from .logits import in_units, load_logits, load_teacher, store_gradient, store_teacher_gradient
+from .logits import in_units, load_label, load_logits, load_teacher, store_gradient, store_teacher_gradient
 from .row_stats import INF, at_temperature_1, exp_at, nan_if_infinite, shifted
 from .rows import (
     DIVERGENCE_AT,
     SCALE_AT,
+    SLOPE_AT,
     SPECIALIZED,
     STUDENT_MAX_AT,
     STUDENT_SUM1_AT,
@@ -31,14 +34,14 @@ from .weights import known_weights, teachers_to_read
 @triton.jit
 def teacher_terms(
     k, teachers, teacher_strides, teacher_gradients, weights, weights_strides, row_stats, rows, inner, cols,
-    counted, in_rows, in_cols, f, q, log_q, n_rows, n_classes, n_teachers, inv_t, mixed,
+    label, odds_s, counted, in_rows, in_cols, f, q, log_q, n_rows, n_classes, n_teachers, beta, inv_t, mixed,
     DIVERGENCE: tl.constexpr, TO_TEACHERS: tl.constexpr, DTYPE: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Adds teacher k's part of τ·∂(Σ w_k D_k)/∂s, all but W q, and writes the gradient of the teacher itself."""
     weight = known_weights(weights, weights_strides, k, rows, counted, n_teachers)
     used = weight != 0
     t = load_teacher(teachers, teacher_strides, k, rows, inner, cols, used[:, None] & in_cols, DTYPE, UNIT)
-    t = t.to(tl.float32)
+    t = without_target(t.to(tl.float32), cols, label, DIVERGENCE)
     max = load_of_teacher(row_stats, TEACHER_MAX_AT, k, rows, used, n_teachers, n_rows)
     sum = load_of_teacher(row_stats, TEACHER_SUM_AT, k, rows, used, n_teachers, n_rows)
     d = load_of_teacher(row_stats, DIVERGENCE_AT, k, rows, used, n_teachers, n_rows)
@@ -46,7 +49,25 @@ def teacher_terms(
     p = exp_at(dt, inv_t) * (1.0 / sum)[:, None]
     scaled = dt * inv_t
     log_p = tl.where(scaled == -INF, 0.0, scaled - tl.log(sum)[:, None])
-    if DIVERGENCE == FORWARD_KL:
+    if DIVERGENCE >= FIRST_ELEMENTWISE:
+        slope = load_of_row(row_stats, SLOPE_AT + k, rows, used, n_teachers, n_rows)
+        of_student, of_teacher = element(p, scaled - tl.log(sum)[:, None], q, log_q, beta, DIVERGENCE)
+        to_student = of_student - q * slope[:, None]
+        to_teacher = of_teacher - p * (d - slope)[:, None]
+    elif DIVERGENCE == DKD:
+        legal = used & (label >= 0) & (label < n_classes)
+        y = load_teacher(teachers, teacher_strides, k, rows, inner, label[:, None], legal[:, None], DTYPE, UNIT)
+        odds = log_odds(tl.sum(y.to(tl.float32), 1), max, sum, inv_t)
+        pull, gap = pull_on_target(odds, odds_s), sigmoid(odds_s) - sigmoid(odds)
+        p = tl.where((sum == 0)[:, None], 0.0, p)
+        at_target = cols == label.to(tl.int32)[:, None]
+        of_others = tl.where(sum == 0, 0.0, beta) - gap
+        to_student = tl.where((of_others == 0)[:, None], 0.0, q * of_others[:, None]) - beta * p
+        to_student = tl.where(at_target, gap[:, None], to_student)
+        ratio = tl.where((p == 0) | (beta == 0), 0.0, beta * (log_p - log_q))
+        to_teacher = p * (ratio - (d - binary_kl(odds, odds_s) + pull)[:, None])
+        to_teacher = tl.where(at_target, pull[:, None], to_teacher)
+    elif DIVERGENCE != REVERSE_KL:
         to_student = -p
         to_teacher = p * (tl.where(p == 0, 0.0, log_p - log_q) - d[:, None])
     else:
@@ -64,7 +85,7 @@ def teacher_terms(
 def kd_backward(
     student, student_strides, teachers, teacher_strides, target, weights, weights_strides, upstream, row_stats,
     gradient, teacher_gradients,
-    n_rows, inner, n_classes, n_teachers, upstream_stride, inv_t, kd_scale, ce_weight, label_smoothing,
+    n_rows, inner, n_classes, n_teachers, upstream_stride, beta, inv_t, kd_scale, ce_weight, label_smoothing,
     DIVERGENCE: tl.constexpr, HAS_KD: tl.constexpr, HAS_CE: tl.constexpr, TO_TEACHERS: tl.constexpr,
     TAU: tl.constexpr, K_PAD: tl.constexpr,
     DTYPE: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -83,30 +104,41 @@ def kd_backward(
     w, _, read = teachers_to_read(weights, weights_strides, rows, counted, n_teachers, HAS_KD, True, K_PAD)
     active = counted if HAS_CE else tl.max(read.to(tl.int32), 1) != 0
 
-    s = load_logits(student, student_strides, rows, inner, cols, active[:, None] & in_cols, UNIT).to(tl.float32)
+    label = tl.zeros((BLOCK_N,), tl.int64)
+    if (DIVERGENCE == DKD) | HAS_CE:
+        label = tl.load(target + rows, mask=in_rows, other=0)
+    s = load_logits(student, student_strides, rows, inner, cols, active[:, None] & in_cols, UNIT)
+    s = without_target(s.to(tl.float32), cols, label, DIVERGENCE)
     max_s = load_of_row(row_stats, STUDENT_MAX_AT, rows, active, n_teachers, n_rows)
     sum_s = load_of_row(row_stats, STUDENT_SUM_AT, rows, active, n_teachers, n_rows)
     ds = shifted(s, max_s[:, None])
     es = exp_at(ds, inv_t)
+    y_s, odds_s = f, f
+    if DIVERGENCE == DKD:
+        legal = active & (label >= 0) & (label < n_classes)
+        y_s = load_label(student, student_strides, rows, inner, label, legal, UNIT)
+        odds_s = log_odds(y_s, max_s, sum_s, inv_t)
 
     g = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     if HAS_KD:
         q = es * (1.0 / sum_s)[:, None]
         log_q = ds * inv_t - tl.log(sum_s)[:, None]
-        if DIVERGENCE == FORWARD_KL:
+        if (DIVERGENCE != REVERSE_KL) & (DIVERGENCE < DKD):
             g = q * tl.sum(w, 1)[:, None]
         if teacher_strides is None:
             for k in range(n_teachers):
                 g = teacher_terms(
                     k, teachers, teacher_strides, teacher_gradients, weights, weights_strides, row_stats, rows, inner,
-                    cols, counted, in_rows, in_cols, f * kd_scale, q, log_q, n_rows, n_classes, n_teachers, inv_t, g,
+                    cols, label, odds_s, counted, in_rows, in_cols, f * kd_scale, q, log_q, n_rows, n_classes,
+                    n_teachers, beta, inv_t, g,
                     DIVERGENCE, TO_TEACHERS, DTYPE, UNIT,
                 )  # fmt: skip
         else:
             for k in tl.static_range(len(teachers)):
                 g = teacher_terms(
                     k, teachers, teacher_strides, teacher_gradients, weights, weights_strides, row_stats, rows, inner,
-                    cols, counted, in_rows, in_cols, f * kd_scale, q, log_q, n_rows, n_classes, n_teachers, inv_t, g,
+                    cols, label, odds_s, counted, in_rows, in_cols, f * kd_scale, q, log_q, n_rows, n_classes,
+                    n_teachers, beta, inv_t, g,
                     DIVERGENCE, TO_TEACHERS, DTYPE, UNIT,
                 )  # fmt: skip
         some = tl.max(read.to(tl.int32), 1) != 0
@@ -114,8 +146,10 @@ def kd_backward(
     if gradient is not None:
         if HAS_CE:
             sum1_s = load_of_row(row_stats, STUDENT_SUM1_AT, rows, active, n_teachers, n_rows)
-            label = tl.load(target + rows, mask=in_rows, other=0)
             e1 = at_temperature_1(es, ds, TAU)
+            if DIVERGENCE == DKD:
+                e1 = softmax_at_one(e1, sum1_s, max_s, y_s, cols, label)
+                sum1_s = tl.full((BLOCK_N,), 1.0, tl.float32)
             g += hard_gradient(f * ce_weight, e1, sum1_s, cols, label, n_classes, label_smoothing)
         g = tl.where(active[:, None], g, tl.where(counted, 0.0 * f, 0.0)[:, None])
         store_gradient(gradient, rows, n_classes, cols, g, in_rows[:, None] & in_cols)

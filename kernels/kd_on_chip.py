@@ -5,16 +5,29 @@ given weights) or two (confidence and entropy, whose weights are known only afte
 
     forward KL   Σ w_k p_k                     gradient (W q − Σ w_k p_k)/τ
     reverse KL   Σ w_k (t_k − max t_k)         gradient q ⊙ (W log q − Σ w_k log p_k − Σ w_k D_k)/τ
+    elementwise  Σ w_k of_student_k            gradient (Σ w_k of_student_k − q Σ w_k G_k)/τ
+    DKD          Σ w_k p̂_k                     gradient (q̂ Σ w_k (β − q_y + p_ky) − β Σ w_k p̂_k)/τ beside the target
 """
 
 import triton
 import triton.language as tl
 
-from .divergences import FORWARD_KL, divergence_from_sums
+from .divergences import DKD, FIRST_ELEMENTWISE, REVERSE_KL, divergence_from_sums
+from .dkd import (
+    cross_entropy_apart,
+    decoupled,
+    entropy_apart,
+    log_odds,
+    sigmoid,
+    smoothed_cross_entropy_apart,
+    softmax_at_one,
+    without_target,
+)
+from .elementwise import element, probabilities
 from .hard_label import hard_gradient, smoothed_cross_entropy
 from .logits import in_units, load_label, load_logits, load_used, store_gradient
 from .row_stats import INF, at_temperature_1, cross_term, entropy_term, nan_if_infinite, softmax_state
-from .rows import SPECIALIZED, at, counted_rows, store_row_loss, store_row_stats
+from .rows import SPECIALIZED, at, counted_rows, store_row_loss, store_row_stats, store_slopes
 from .weights import (
     CONFIDENCE,
     ENTROPY,
@@ -30,28 +43,47 @@ from .weights import (
 
 @triton.jit
 def absorb_teacher(
-    k, t, y, weight, s, ds, es, sum_s, inv_t, d, max_t, sum_t, values, plain, valued, largest,
+    k, t, y, weight, s, y_s, cols, label, max_s, ds, es, sum_s, beta, inv_t,
+    d, slopes, max_t, sum_t, values, plain, valued, largest,
     DIVERGENCE: tl.constexpr, RULE: tl.constexpr, PAIR: tl.constexpr, TAU: tl.constexpr,
 ):  # fmt: skip
     """Adds teacher k to the numbers of every row [R, K_PAD] and to the accumulators [R, C]."""
-    t = t.to(tl.float32)
+    t = without_target(t.to(tl.float32), cols, label, DIVERGENCE)
     max, dt, et, sum = softmax_state(t, inv_t)
-    if DIVERGENCE == FORWARD_KL:
-        cross = tl.sum(cross_term(t, et, dt, ds), 1)
-        x, unit = et, 1.0 / sum
-    else:
+    if DIVERGENCE >= FIRST_ELEMENTWISE:
+        p, log_p = probabilities(dt, et, sum, inv_t)
+        q, log_q = probabilities(ds, es, sum_s, inv_t)
+        x, of_teacher = element(p, log_p, q, log_q, beta, DIVERGENCE)
+        unit = tl.full(sum.shape, 1.0, tl.float32)
+        d = at(d, k, tl.sum(x + of_teacher, 1))
+        slopes = at(slopes, k, tl.sum(x, 1))
+    elif DIVERGENCE == REVERSE_KL:
         cross = tl.sum(cross_term(s, es, ds, dt), 1)
         x, unit = tl.where(t == -INF, 0.0, dt), tl.full(sum.shape, 1.0, tl.float32)
-    d = at(d, k, divergence_from_sums(cross, sum_s, sum, inv_t, DIVERGENCE))
+        d = at(d, k, divergence_from_sums(cross, sum_s, sum, inv_t, DIVERGENCE))
+    else:
+        cross = tl.sum(cross_term(t, et, dt, ds), 1)
+        x, unit = et, 1.0 / sum
+        kl = divergence_from_sums(cross, sum_s, sum, inv_t, DIVERGENCE)
+        if DIVERGENCE == DKD:
+            unit = tl.where(sum == 0, 0.0, unit)
+            odds, odds_s = log_odds(y, max, sum, inv_t), log_odds(y_s, max_s, sum_s, inv_t)
+            kl = decoupled(odds, odds_s, sum, kl, beta)
+            slopes = at(slopes, k, sigmoid(odds_s) - sigmoid(odds))
+        d = at(d, k, kl)
     max_t = at(max_t, k, max)
     sum_t = at(sum_t, k, sum)
 
     value = largest  # the cross-entropy or the entropy of the teacher, from which its weight will come
     if RULE == CONFIDENCE:
-        value = cross_entropy(tl.sum(at_temperature_1(et, dt, TAU), 1), max, y)
+        sum1 = tl.sum(at_temperature_1(et, dt, TAU), 1)
+        value = cross_entropy_apart(y, max, sum1) if DIVERGENCE == DKD else cross_entropy(sum1, max, y)
     if RULE == ENTROPY:
         e1 = at_temperature_1(et, dt, TAU)
-        value = entropy(tl.sum(e1, 1), tl.sum(entropy_term(e1, dt), 1))
+        sum1 = tl.sum(e1, 1)
+        value = entropy(sum1, tl.sum(entropy_term(e1, dt), 1))
+        if DIVERGENCE == DKD:
+            value = entropy_apart(y, max, sum1, value)
     values = at(values, k, value)
 
     if PAIR:
@@ -59,12 +91,13 @@ def absorb_teacher(
     else:
         more = plain + x * (weight * unit)[:, None]
         plain = tl.where(weight[:, None] != 0, more, plain) if RULE == GIVEN else more
-    return d, max_t, sum_t, values, plain, valued, largest
+    return d, slopes, max_t, sum_t, values, plain, valued, largest
 
 
 @triton.jit
 def kd_gradient(
-    factor, ds, es, sum_s, w, used, kd, sum_t, values, lanes, plain, valued, n_teachers, inv_t,
+    factor, ds, es, sum_s, cols, label, w, used, kd, slopes, sum_t, values, lanes, plain, valued,
+    n_teachers, beta, inv_t,
     DIVERGENCE: tl.constexpr, RULE: tl.constexpr, PAIR: tl.constexpr,
 ):  # fmt: skip
     """factor·∂(Σ w_k D_k)/∂s [R, C], 0 in a row without a used teacher; `kd` [R] is Σ w_k D_k."""
@@ -74,7 +107,21 @@ def kd_gradient(
     a, b = tl.full(sum_s.shape, 1.0, tl.float32), tl.full(sum_s.shape, 0.0, tl.float32)
     if PAIR:
         a, b = pair_coefficients(values, lanes, n_teachers, RULE)
-    if DIVERGENCE == FORWARD_KL:
+    if DIVERGENCE >= FIRST_ELEMENTWISE:
+        slope = tl.sum(tl.where(used, w * slopes, 0.0), 1)
+        g = plain * (factor * inv_t * a)[:, None] - es * (per_e * slope)[:, None]
+        if PAIR:
+            g -= valued * (factor * inv_t * b)[:, None]
+        return tl.where(some[:, None], g, 0.0)
+    elif DIVERGENCE == DKD:
+        at_target = tl.sum(tl.where(used, w * slopes, 0.0), 1)
+        of_others = tl.sum(tl.where(used & (sum_t != 0), w * beta, 0.0), 1) - at_target
+        per_e = tl.where((sum_s == 0) & (of_others == 0), 0.0, per_e * of_others)
+        g = es * per_e[:, None] - plain * (factor * inv_t * beta * a)[:, None]
+        if PAIR:
+            g += valued * (factor * inv_t * beta * b)[:, None]
+        return tl.where(cols == label.to(tl.int32)[:, None], (factor * inv_t * at_target)[:, None], g)
+    elif DIVERGENCE != REVERSE_KL:
         g = es * (per_e * total_w)[:, None] - plain * (factor * inv_t * a)[:, None]
         if PAIR:
             g += valued * (factor * inv_t * b)[:, None]
@@ -93,7 +140,7 @@ def kd_gradient(
 def kd_on_chip(
     student, student_strides, teachers, teacher_strides, target, row_weights, weights, weights_strides, items,
     row_loss, row_stats, gradient,
-    n_rows, inner, n_classes, n_teachers, ignore_index, inv_t, kd_scale, ce_weight, label_smoothing,
+    n_rows, inner, n_classes, n_teachers, ignore_index, beta, inv_t, kd_scale, ce_weight, label_smoothing,
     DIVERGENCE: tl.constexpr, RULE: tl.constexpr, PAIR: tl.constexpr, SKIP_ZERO: tl.constexpr,
     HAS_KD: tl.constexpr, HAS_CE: tl.constexpr, TAU: tl.constexpr, K_PAD: tl.constexpr,
     DTYPE: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -115,22 +162,28 @@ def kd_on_chip(
             tiles += (
                 load_used(
                     k, teachers, teacher_strides, weights, weights_strides, rows, inner, cols, counted, in_cols,
-                    legal, label, n_teachers, SKIP_ZERO, RULE == CONFIDENCE, DTYPE, UNIT,
+                    legal, label, n_teachers, SKIP_ZERO, (RULE == CONFIDENCE) | (DIVERGENCE == DKD), DTYPE, UNIT,
                 ),
             )  # fmt: skip
 
-    s = s.to(tl.float32)
+    s = without_target(s.to(tl.float32), cols, label, DIVERGENCE)
     max_s, ds, es, sum_s = softmax_state(s, inv_t)
+    y_s = tl.zeros((BLOCK_N,), tl.float32)
+    if ((DIVERGENCE == DKD) & HAS_KD) | HAS_CE:
+        y_s = load_label(student, student_strides, rows, inner, label, legal & active, UNIT)
     sum1_s = tl.zeros((BLOCK_N,), tl.float32)
     hard = tl.zeros((BLOCK_N,), tl.float32)
     if HAS_CE:
         sum1_s = tl.sum(at_temperature_1(es, ds, TAU), 1)
-        total = tl.sum(tl.where(in_cols, ds, 0.0), 1)
-        y = load_label(student, student_strides, rows, inner, label, legal, UNIT)
-        hard = smoothed_cross_entropy(sum1_s, max_s, y, total, n_classes, label_smoothing)
+        if DIVERGENCE == DKD:
+            total = tl.sum(tl.where(in_cols & (cols != label.to(tl.int32)[:, None]), ds, 0.0), 1)
+            hard = smoothed_cross_entropy_apart(sum1_s, max_s, y_s, total, n_classes, label_smoothing)
+        else:
+            total = tl.sum(tl.where(in_cols, ds, 0.0), 1)
+            hard = smoothed_cross_entropy(sum1_s, max_s, y_s, total, n_classes, label_smoothing)
 
     d = tl.zeros((BLOCK_N, K_PAD), tl.float32)
-    max_t, sum_t, values = d, d, d
+    max_t, sum_t, values, slopes = d, d, d, d
     plain = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     valued = plain
     largest = tl.full((BLOCK_N,), -INF, tl.float32)
@@ -139,17 +192,19 @@ def kd_on_chip(
             for k in range(n_teachers):
                 t, y, weight = load_used(
                     k, teachers, teacher_strides, weights, weights_strides, rows, inner, cols, counted, in_cols,
-                    legal, label, n_teachers, SKIP_ZERO, RULE == CONFIDENCE, DTYPE, UNIT,
+                    legal, label, n_teachers, SKIP_ZERO, (RULE == CONFIDENCE) | (DIVERGENCE == DKD), DTYPE, UNIT,
                 )  # fmt: skip
-                d, max_t, sum_t, values, plain, valued, largest = absorb_teacher(
-                    k, t, y, weight, s, ds, es, sum_s, inv_t, d, max_t, sum_t, values, plain, valued, largest,
+                d, slopes, max_t, sum_t, values, plain, valued, largest = absorb_teacher(
+                    k, t, y, weight, s, y_s, cols, label, max_s, ds, es, sum_s, beta, inv_t,
+                    d, slopes, max_t, sum_t, values, plain, valued, largest,
                     DIVERGENCE, RULE, PAIR, TAU,
                 )  # fmt: skip
         else:
             for k in tl.static_range(len(teachers)):
                 t, y, weight = tiles[k]
-                d, max_t, sum_t, values, plain, valued, largest = absorb_teacher(
-                    k, t, y, weight, s, ds, es, sum_s, inv_t, d, max_t, sum_t, values, plain, valued, largest,
+                d, slopes, max_t, sum_t, values, plain, valued, largest = absorb_teacher(
+                    k, t, y, weight, s, y_s, cols, label, max_s, ds, es, sum_s, beta, inv_t,
+                    d, slopes, max_t, sum_t, values, plain, valued, largest,
                     DIVERGENCE, RULE, PAIR, TAU,
                 )  # fmt: skip
         w = tl.where(lanes, rule_weights(w, values, lanes, n_teachers, RULE), 0.0)
@@ -161,15 +216,20 @@ def kd_on_chip(
         row_stats, d, w, max_t, sum_t, values, max_s, sum_s, sum1_s, hard, scale, counted, active, read,
         rows, n_teachers, n_rows, RULE,
     )  # fmt: skip
+    if DIVERGENCE >= FIRST_ELEMENTWISE:
+        store_slopes(row_stats, slopes, read, rows, n_teachers, n_rows)
 
     g = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     if HAS_KD:
         g = kd_gradient(
-            scale * kd_scale, ds, es, sum_s, w, used, kd, sum_t, values, lanes, plain, valued, n_teachers, inv_t,
-            DIVERGENCE, RULE, PAIR,
+            scale * kd_scale, ds, es, sum_s, cols, label, w, used, kd, slopes, sum_t, values, lanes, plain, valued,
+            n_teachers, beta, inv_t, DIVERGENCE, RULE, PAIR,
         )  # fmt: skip
     if HAS_CE:
         e1 = at_temperature_1(es, ds, TAU)
-        g += hard_gradient(scale * ce_weight, e1, sum1_s, cols, label, n_classes, label_smoothing)
+        one = sum1_s
+        if DIVERGENCE == DKD:
+            e1, one = softmax_at_one(e1, sum1_s, max_s, y_s, cols, label), tl.full((BLOCK_N,), 1.0, tl.float32)
+        g += hard_gradient(scale * ce_weight, e1, one, cols, label, n_classes, label_smoothing)
     g = tl.where(active[:, None], g, tl.where(counted, 0.0 * scale, 0.0)[:, None])
     store_gradient(gradient, rows, n_classes, cols, g, (rows < n_rows)[:, None] & in_cols)

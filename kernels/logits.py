@@ -241,7 +241,8 @@ def load_used(
     t = load_teacher(teachers, strides, k, rows, inner, cols, read[:, None] & in_cols, DTYPE, UNIT)
     y = weight
     if WITH_LABEL:
-        y = load_teacher(teachers, strides, k, rows, inner, label[:, None], legal[:, None], DTYPE, UNIT)
+        at_label = (legal & read)[:, None]
+        y = load_teacher(teachers, strides, k, rows, inner, label[:, None], at_label, DTYPE, UNIT)
         y = tl.sum(y.to(tl.float32), 1)
     return t, y, weight
 

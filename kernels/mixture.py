@@ -525,7 +525,7 @@ def divergence(
     """``MixtureDivergence``: KL(pbar‖q) [...], row_stats [6K + 5, N], and the gradient for an upstream of 1."""
     n_rows = student.shape[:-1].numel()
     value = student.new_empty(student.shape[:-1], dtype=torch.float32)
-    row_stats = student.new_empty((row_stats_size(len(teachers)), n_rows), dtype=torch.float32)
+    row_stats = student.new_empty((row_stats_size(len(teachers), "forward_kl"), n_rows), dtype=torch.float32)
     gradient = student.new_empty(student.shape if write_gradient else 0)
     if n_rows > 0:
         divergence_launch(

@@ -1,6 +1,6 @@
 """The rows of one program: which of them count, their numbers in `row_stats`, and vectors of K numbers a row.
 
-``row_stats`` is [6K + 5, N] float32 (``RowStats`` in csrc/kd.h); element (i, row) at i·N + row.
+``row_stats`` is [row_stats_size, N] float32 (``RowStats`` in csrc/kd.h); element (i, row) at i·N + row.
 """
 
 import torch
@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .divergences import ELEMENTWISE
 from .weights import CONFIDENCE, ENTROPY
 
 # Integers of a call that never make another kernel: only strides and sizes of 1 do, and UNIT speaks for alignment.
@@ -30,10 +31,11 @@ STUDENT_SUM_AT = tl.constexpr(1)
 STUDENT_SUM1_AT = tl.constexpr(2)
 STUDENT_CE_AT = tl.constexpr(3)
 SCALE_AT = tl.constexpr(4)
+SLOPE_AT = tl.constexpr(5)  # K rows after those
 
 
-def row_stats_size(n_teachers: int) -> int:
-    return 6 * n_teachers + 5
+def row_stats_size(n_teachers: int, divergence: str) -> int:
+    return (7 if divergence in ELEMENTWISE else 6) * n_teachers + 5
 
 
 def per_teacher_strides(weights: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -100,6 +102,14 @@ def store_of_row(row_stats, i, values, kept, rows, n_teachers, n_rows):
 @triton.jit
 def load_of_row(row_stats, i, rows, inside, n_teachers, n_rows):
     return tl.load(row_stats + (n_teachers * 6 + i).to(tl.int64) * n_rows + rows, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_slopes(row_stats, slopes, read, rows, n_teachers, n_rows):
+    """G_k of elementwise.py, [R, K_PAD]."""
+    ks = tl.arange(0, slopes.shape[1])[None, :]
+    pointers = row_stats + (n_teachers * 6 + SLOPE_AT + ks).to(tl.int64) * n_rows + rows[:, None]
+    tl.store(pointers, tl.where(read, slopes, 0.0), mask=(ks < n_teachers) & (rows < n_rows)[:, None])
 
 
 @triton.jit

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mtkd_fast.reference.divergences import DIVERGENCES
+
 MAX_TEACHERS = 64
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # as the kernels hold numbers
@@ -38,6 +40,36 @@ def temperature(value: object) -> None:
     number("temperature", value, above=0)
     if not SMALLEST <= value <= LARGEST:
         raise ValueError(f"temperature must be in [{SMALLEST:.2g}, {LARGEST:.2g}], got {value!r}")
+
+
+def divergence(name: object, beta: object, labels: Tensor | None) -> tuple[str, float]:
+    """(name, beta) as the ops take them: at the ends of beta's range by the name of what it is there, 0 if unused."""
+    one_of("divergence", name, tuple(DIVERGENCES))
+    found = DIVERGENCES[name]
+    if found.takes_target and labels is None:
+        raise ValueError(f"divergence={name!r} must come with target (it needs the label of each row), got None")
+    if found.beta is None:
+        if beta is not None:
+            raise ValueError(f"beta must be None for divergence={name!r}, which takes none, got {beta!r}")
+        return name, 0.0
+    beta = found.beta if beta is None else beta
+    number("beta", beta)
+    if not (0 <= beta < found.below and beta <= min(found.most, LARGEST)) or 0 < beta < SMALLEST:
+        if found.below < math.inf:
+            bounds = f"in [0, {found.below:g})"
+        else:
+            bounds = f"in [0, {found.most:g}]" if found.most < math.inf else "0 or more"
+        raise ValueError(f"beta of divergence={name!r} must be {bounds}, in the range of float32, got {beta!r}")
+    return dict(found.limits).get(beta, name), float(beta)
+
+
+def divergence_without_labels(name: object, beta: object) -> tuple[str, float]:
+    if name in DIVERGENCES and DIVERGENCES[name].takes_target:
+        raise ValueError(
+            f"divergence={name!r} needs the label of each row, which multi_teacher_divergence does not take; "
+            "multi_teacher_kd_loss(..., return_stats=True) has its value per teacher and row"
+        )
+    return divergence(name, beta, None)
 
 
 def flag(name: str, value: object) -> None:

@@ -23,8 +23,15 @@ except ImportError as error:
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # fixed when a Triton kernel is decorated, so read once
 NAMES = ("cpp", "triton", "reference")
-FUSED_DIVERGENCES = ("forward_kl", "reverse_kl")  # of kDivergences in csrc/divergences.h; others are the reference's
 FUSED_DISTANCES = ("mse", "smooth_l1", "cosine")  # of kDistances in csrc/distances.h; others are the reference's
+KLS = ("forward_kl", "reverse_kl")
+BEYOND_KL = ("jsd", "tvd", "skew_kl", "skew_reverse_kl", "dkd")
+FUSED_DIVERGENCES = {  # by implementation and device; the others are the reference's
+    ("cpp", "cpu"): (*KLS, *BEYOND_KL),
+    ("cpp", "cuda"): KLS,
+    ("triton", "cpu"): (*KLS, *BEYOND_KL),
+    ("triton", "cuda"): (*KLS, *BEYOND_KL),
+}
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -99,8 +106,8 @@ def _why_not(
         return None
     if forward_ad._current_level >= 0:
         return "forward-mode derivatives need implementation='reference'"
-    if divergence is not None and divergence not in FUSED_DIVERGENCES:
-        return f"divergence={divergence!r} has no fused kernel yet"
+    if divergence is not None and divergence not in FUSED_DIVERGENCES.get((implementation, device), ()):
+        return f"divergence={divergence!r} has no fused kernel there yet"
     if distance is not None and distance not in FUSED_DISTANCES:
         return f"distance={distance!r} has no fused kernel yet"
     available = _AVAILABLE[implementation]

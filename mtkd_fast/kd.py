@@ -7,7 +7,6 @@ from torch import Tensor
 
 from mtkd_fast import checks, dispatch
 from mtkd_fast.reference import kd as reference
-from mtkd_fast.reference.divergences import DIVERGENCES
 from mtkd_fast.reference.kd import KDStats
 
 
@@ -20,6 +19,7 @@ def multi_teacher_kd_loss(
     temperature: float = 1.0,
     temperature_squared: bool = True,
     divergence: str = "forward_kl",
+    beta: float | None = None,
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
     label_smoothing: float = 0.0,
@@ -38,14 +38,23 @@ def multi_teacher_kd_loss(
             and rows that two strides reach (all of a contiguous tensor, `logits[:, :-1]`, expanded rows).
         teacher_logits: K tensors [..., C], each with its own dtype and strides, or one [K, ..., C] tensor. 1 to 64
             teachers. A teacher that requires grad gets its gradient.
-        target: [...] integer labels. Needed for ``weights="confidence"`` and for ``ce_weight``.
+        target: [...] integer labels. Needed for ``weights="confidence"``, ``divergence="dkd"`` and ``ce_weight``.
         weights: "uniform" (1/K), "confidence" (CA-MKD: (1 − softmax_k CE_k)/(K−1)), "entropy" (EBKD:
             (1 − H_k/ΣH)/(K−1)), or a tensor [K] or [K, ...] used as it is, any sign and sum. Rules are constants; a
             tensor that requires grad gets D_k times its row's factors; one that does not lets a teacher of weight 0 go
             unread.
         temperature: τ > 0, of the divergence only: the weights and the hard label live at temperature 1.
         temperature_squared: multiply the divergences by τ², so that gradients keep their size (Hinton et al., 2015).
-        divergence: "forward_kl", KL(p‖q), or "reverse_kl", KL(q‖p); p the teacher, q the student.
+        divergence: p the teacher, q the student, both at temperature τ.
+            "forward_kl": KL(p‖q). "reverse_kl": KL(q‖p).
+            "jsd": β KL(p‖m) + (1 − β) KL(q‖m), m = βp + (1 − β)q (GKD, arXiv 2306.13649).
+            "skew_kl": KL(p‖βp + (1 − β)q). "skew_reverse_kl": KL(q‖(1 − β)p + βq) (DistiLLM, arXiv 2402.03898).
+            "tvd": ½ Σ |p − q|; classes with p = q have subgradient 0.
+            "dkd": TCKD + β·NCKD, the binary KL of (p_y, 1 − p_y) and the KL among the other classes (DKD, arXiv
+            2203.08679); needs ``target``. Its α is ``kd_weight``.
+        beta: β of "jsd" in [0, 1] (None: 0.5; 0 means forward KL and 1 reverse KL), of the skew divergences in [0, 1)
+            (None: 0.1, DistiLLM's; 0 means the KL itself), of "dkd" >= 0 (None: 8, the default of the official
+            code). The others take none.
         kd_weight, ce_weight: 0 removes the term; what it would have read is not read.
         label_smoothing: of the hard label, in [0, 1], as in ``torch.nn.functional.cross_entropy``.
         ignore_index: rows with this label do not count: they give 0, whatever they hold.
@@ -83,7 +92,7 @@ def multi_teacher_kd_loss(
     rule, given = checks.weights(weights, student, len(teachers), labels)
     checks.temperature(temperature)
     checks.flag("temperature_squared", temperature_squared)
-    checks.one_of("divergence", divergence, tuple(DIVERGENCES))
+    divergence, beta = checks.divergence(divergence, beta, labels)
     checks.number("kd_weight", kd_weight)
     checks.number("ce_weight", ce_weight)
     checks.number("label_smoothing", label_smoothing, low=0, high=1)
@@ -99,7 +108,7 @@ def multi_teacher_kd_loss(
     if isinstance(items, float):
         kd_scale, ce_weight, reduction, items = kd_scale / items, ce_weight / items, "sum", None
     arguments = (student, teachers, labels, given, row_weights, items)
-    options = (rule, divergence, temperature, kd_scale, ce_weight, label_smoothing, ignore_index, reduction)
+    options = (rule, divergence, beta, temperature, kd_scale, ce_weight, label_smoothing, ignore_index, reduction)
     loss, stats = _KD[chosen](arguments, options, return_stats)
     return (loss, stats()) if return_stats else loss
 
@@ -109,13 +118,15 @@ def multi_teacher_divergence(
     teacher_logits: Sequence[Tensor] | Tensor,
     *,
     divergence: str = "forward_kl",
+    beta: float | None = None,
     temperature: float = 1.0,
     class_dim: int = -1,
     implementation: str | None = None,
 ) -> Tensor:
     """The divergence of every teacher from the student, per row: [K, ...], without τ² and without weights.
 
-    Args: as in :func:`multi_teacher_kd_loss`.
+    Args: as in :func:`multi_teacher_kd_loss`. "dkd" is refused, since it needs labels: that function's
+        ``return_stats`` has its value per teacher and row.
 
     Gradient: to the student, and to every teacher that requires it.
 
@@ -125,16 +136,16 @@ def multi_teacher_divergence(
     """
     student = checks.student_logits(student_logits, class_dim)
     teachers = checks.teacher_logits(teacher_logits, student, class_dim)
-    checks.one_of("divergence", divergence, tuple(DIVERGENCES))
+    divergence, beta = checks.divergence_without_labels(divergence, beta)
     checks.temperature(temperature)
     chosen = dispatch.choose(implementation, student, *teachers, divergence=divergence)
     if chosen == "reference":
-        return reference.divergences(student, teachers, divergence=divergence, temperature=temperature)
+        return reference.divergences(student, teachers, divergence=divergence, beta=beta, temperature=temperature)
     if chosen == "triton":
         from mtkd_fast.triton_ops import kd as triton_kd
 
-        return triton_kd.divergence(student, teachers, divergence, temperature)
-    return torch.ops.mtkd_fast.kd_divergence(student, teachers, divergence, temperature)
+        return triton_kd.divergence(student, teachers, divergence, beta, temperature)
+    return torch.ops.mtkd_fast.kd_divergence(student, teachers, divergence, beta, temperature)
 
 
 def teacher_weights(
@@ -177,7 +188,8 @@ def teacher_weights(
 def _reference_kd(arguments: tuple, options: tuple, _: bool):
     student, _, labels, *_ = arguments
     names = (
-        "rule", "divergence", "temperature", "kd_scale", "ce_weight", "label_smoothing", "ignore_index", "reduction",
+        "rule", "divergence", "beta", "temperature", "kd_scale", "ce_weight", "label_smoothing", "ignore_index",
+        "reduction",
     )  # fmt: skip
     named = dict(zip(names, options, strict=True))
     if labels is not None and labels.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -193,7 +205,7 @@ def _cpp_kd(arguments: tuple, options: tuple, return_stats: bool):
 
 def _triton_kd(arguments: tuple, options: tuple, _: bool):
     student, _, labels, *_ = arguments
-    ignore_index = options[6]
+    ignore_index = options[7]
     if labels is not None and labels.device.type == "cpu" and not torch.compiler.is_compiling():
         checks.target_range(labels, student.shape[-1], ignore_index)
     from mtkd_fast.triton_ops import kd as triton_kd
@@ -206,9 +218,9 @@ _KD = {"reference": _reference_kd, "cpp": _cpp_kd, "triton": _triton_kd}
 
 
 def _stats(row_stats: Tensor, arguments: tuple, options: tuple) -> KDStats:
-    """Views of the op's [6K + 5, N] buffer (``RowStats`` in csrc/kd.h)."""
+    """Views of the op's buffer (``RowStats`` in csrc/kd.h)."""
     student, teachers, *_ = arguments
-    rule, _, _, kd_scale, ce_weight, *_ = options
+    rule, _, _, _, kd_scale, ce_weight, *_ = options
     n_teachers, rows = len(teachers), student.shape[:-1]
 
     def block(i: int, computed: bool) -> Tensor | None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases.kd import BF16, F16, F32, F64, check
+from cases.kd import BF16, F16, F32, F64, WITHOUT_TARGET, check
 from ddp_rank import train_one_rank
 
 from mtkd_fast import hint_loss, multi_teacher_divergence, multi_teacher_kd_loss
@@ -158,9 +158,10 @@ def test_no_grad_inside_a_graph_leaves_it_alone(backend, logits):
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_double_backward_through_the_reference_is_the_second_derivative(divergence):
     student = torch.randn(3, 5, dtype=F64, requires_grad=True)
-    teachers = [torch.randn(3, 5, dtype=F64) for _ in range(2)]
+    teachers, target = [torch.randn(3, 5, dtype=F64) for _ in range(2)], torch.randint(5, (3,))
     assert torch.autograd.gradgradcheck(
-        lambda s: multi_teacher_kd_loss(s, teachers, divergence=divergence, implementation="reference"), (student,)
+        lambda s: multi_teacher_kd_loss(s, teachers, target, divergence=divergence, implementation="reference"),
+        (student,),
     )
 
 
@@ -264,7 +265,7 @@ def test_divergence_is_differentiable_under_gradcheck_in_float64(backend):
     if not backend.float64:
         pytest.skip(f"{backend.name} computes in float32")
     leaves = [torch.randn(3, 5, dtype=F64, requires_grad=True) for _ in range(3)]
-    for divergence in DIVERGENCES:
+    for divergence in WITHOUT_TARGET:
         assert torch.autograd.gradcheck(
             lambda s, *t, d=divergence: backend.divergence(s, t, divergence=d, temperature=2.0), leaves
         )

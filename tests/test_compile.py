@@ -114,6 +114,14 @@ def test_given_weights_and_teachers_that_learn(implementation):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("divergence", ["jsd", "tvd", "skew_reverse_kl", "dkd"])
+def test_divergences_beyond_the_kls_in_one_graph(implementation, divergence):
+    beta = None if divergence == "tvd" else 0.25
+    eager = objective(implementation, divergence=divergence, beta=beta)
+    compiled = torch.compile(eager, fullgraph=True, backend="aot_eager")
+    assert_same_as_eager(compiled, eager, *draw())
+
+
 def test_divergence_in_one_graph(implementation):
     student, teachers, _ = draw()
 
@@ -183,17 +191,17 @@ def test_trap_32_export(implementation):
 # The registered ops.
 
 
-def values(requires_grad: bool) -> dict:
+def values(requires_grad: bool, divergence: str) -> dict:
     """One value for every argument name of the schemas."""
     student, teachers, target = draw()
     features = [torch.randn(N, 4, requires_grad=requires_grad), torch.randn(N, 3, 2, requires_grad=requires_grad)]
     options = dict(
         student=student.detach().requires_grad_(requires_grad), teachers=teachers, target=target,
         row_weights=torch.rand(N), num_items=torch.tensor(5.0), weights=torch.rand(K, N), upstream=torch.randn(N),
-        rule="given", divergence="forward_kl", temperature=2.0, kd_scale=4.0, ce_weight=0.5, label_smoothing=0.1,
-        ignore_index=-100, reduction="mean", needs=[True, False, True, True], skip_zero_weights=False,
-        write_gradient=True, keep_stats=True, stats=True,
-        gradient=torch.randn(N, C), scale=torch.rand(N), row_stats=torch.rand(row_stats_size(K), N),
+        rule="given", divergence=divergence, beta=0.5, temperature=2.0, kd_scale=4.0, ce_weight=0.5,
+        label_smoothing=0.1, ignore_index=-100, reduction="mean", needs=[True, False, True, True],
+        skip_zero_weights=False, write_gradient=True, keep_stats=True, stats=True,
+        gradient=torch.randn(N, C), scale=torch.rand(N), row_stats=torch.rand(row_stats_size(K, divergence), N),
     )  # fmt: skip
     hints = dict(
         student=features, teacher=[f.detach() + 1 for f in features], weights=torch.rand(2, N), reduction="mean",
@@ -205,8 +213,13 @@ def values(requires_grad: bool) -> dict:
     return {"kd": options, "hint": hints, "relation": relations, "mixture": mixtures}
 
 
-@pytest.mark.parametrize("name", [*FUSED, *PASSES])
-def test_trap_32_opcheck(name):
+@pytest.mark.parametrize(
+    ("name", "divergence"),
+    [(name, "forward_kl") for name in (*FUSED, *PASSES)]
+    + [(name, "jsd") for name in ("kd", "kd_divergence", "kd_forward", "kd_backward", "kd_triton_forward")]
+    + [(name, "dkd") for name in ("kd", "kd_backward", "kd_triton_backward")],
+)
+def test_trap_32_opcheck(name, divergence):
     """Schema, fake, autograd registration and AOT dispatch, by PyTorch's own check."""
     family = name.split("_")[0]
     if "triton" in name:
@@ -214,7 +227,7 @@ def test_trap_32_opcheck(name):
             pytest.skip("Triton does not run on this CPU")
         importlib.import_module(f"mtkd_fast.triton_ops.{family}")
     op = getattr(torch.ops.mtkd_fast, name).default
-    given = values(requires_grad=name in FUSED)[family]
+    given = values(name in FUSED, divergence)[family]
     if name == "kd":
         given["reduction"] = "none"
     arguments = tuple(given[argument.name] for argument in op._schema.arguments)

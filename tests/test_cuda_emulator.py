@@ -16,9 +16,9 @@ import emulator
 from emulator import hint, layout, machine, mixture, relation
 from traffic import relation_planes_bytes
 
+from mtkd_fast.dispatch import FUSED_DIVERGENCES
 from mtkd_fast.reference import hint as hint_reference
 from mtkd_fast.reference import kd as reference
-from mtkd_fast.reference.divergences import DIVERGENCES
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 FAULTS = Path(emulator.__file__).parent / "faults.cpp"
@@ -105,7 +105,7 @@ def test_the_structs_are_those_of_the_headers(name, struct):
 
 # ---------- kernels, by name
 
-OPTIONS = dict(ce_weight=0.7, label_smoothing=0.1, ignore_index=-100)
+OPTIONS = dict(beta=0.0, ce_weight=0.7, label_smoothing=0.1, ignore_index=-100)
 REGISTERS, SHARED, STREAM = "_registers", "_shared", "_stream"
 
 
@@ -143,7 +143,7 @@ def assert_close(got, right, tolerance):
     assert (got.double() - right).abs().max() <= tolerance * max(1.0, right.abs().max().item())
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", FUSED_DIVERGENCES["cpp", "cuda"])
 @pytest.mark.parametrize("rule", ["uniform", "given", "confidence", "entropy"])
 @pytest.mark.parametrize(
     ("variant", "classes", "dtypes"),
@@ -170,7 +170,7 @@ def test_every_forward_kernel(variant, classes, dtypes, rule, divergence):
     if variant == STREAM:
         student, teachers, target, _ = tensors
         got, *_ = emulator.backward(
-            student, teachers, target, row_stats[3:6], None, row_stats, divergence, 3.0, 9.0, 0.7, 0.1,
+            student, teachers, target, row_stats[3:6], None, row_stats, divergence, 0.0, 3.0, 9.0, 0.7, 0.1,
             [True, False, False, False],
         )  # fmt: skip
     assert_close(got / gradient.abs().max(), gradient / gradient.abs().max(), 4e-6 if dtypes[0] == F32 else 4e-3)
@@ -200,12 +200,12 @@ def test_many_teachers():
             assert_close(got / gradient.abs().max(), gradient / gradient.abs().max(), 4e-3)
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", FUSED_DIVERGENCES["cpp", "cuda"])
 def test_teacher_gradients(divergence):
     student, teachers, _, w = inputs(4, 77, 3, (F32, BF16, F32))
     options = dict(
-        rule="given", divergence=divergence, temperature=2.0, kd_scale=4.0, ce_weight=0.0, label_smoothing=0.0,
-        ignore_index=-100,
+        rule="given", divergence=divergence, temperature=2.0, kd_scale=4.0, beta=0.0, ce_weight=0.0,
+        label_smoothing=0.0, ignore_index=-100,
     )  # fmt: skip
     leaves = [x.double().requires_grad_() for x in (student, *teachers)]
     loss, _ = reference.kd(leaves[0], leaves[1:], None, w, None, None, reduction="sum", **options)
@@ -213,7 +213,9 @@ def test_teacher_gradients(divergence):
     _, row_stats, _ = emulator.forward(
         student, teachers, None, w, None, None, **options, skip_zero_weights=True, write_gradient=False
     )
-    got = emulator.backward(student, teachers, None, w, None, row_stats, divergence, 2.0, 4.0, 0.0, 0.0, [True] * 4)
+    got = emulator.backward(
+        student, teachers, None, w, None, row_stats, divergence, 0.0, 2.0, 4.0, 0.0, 0.0, [True] * 4
+    )
     for x, y in zip(got, right, strict=True):
         assert_close(x / y.abs().max(), y / y.abs().max(), 4e-6 if x.dtype == F32 else 4e-3)
 
@@ -261,8 +263,8 @@ def logits_bytes(n_teachers):
 def test_forward_reads_everything_once(variant, classes, dtypes):
     student, teachers, _, w = inputs(4, classes, 3, dtypes)
     options = dict(
-        rule="entropy", divergence="forward_kl", temperature=2.0, kd_scale=4.0, ce_weight=0.0, label_smoothing=0.0,
-        ignore_index=-100,
+        rule="entropy", divergence="forward_kl", temperature=2.0, kd_scale=4.0, beta=0.0, ce_weight=0.0,
+        label_smoothing=0.0, ignore_index=-100,
     )  # fmt: skip
     run_forward(student, teachers, torch.zeros(4).long(), w, options, variant, variant != STREAM)
     assert logits_bytes(3) == [x.numel() * x.element_size() for x in (student, *teachers)]
@@ -280,8 +282,8 @@ def test_what_weighs_nothing_is_not_read(variant, classes):
     student[3], teachers[0][3] = float("nan"), float("nan")
     teachers[1][:] = float("nan")
     options = dict(
-        rule="given", divergence="forward_kl", temperature=2.0, kd_scale=4.0, ce_weight=0.0, label_smoothing=0.0,
-        ignore_index=-100,
+        rule="given", divergence="forward_kl", temperature=2.0, kd_scale=4.0, beta=0.0, ce_weight=0.0,
+        label_smoothing=0.0, ignore_index=-100,
     )  # fmt: skip
     row_loss, row_stats, gradient = run_forward(student, teachers, target, w, options, variant, variant != STREAM)
     row = 4 * classes
@@ -310,7 +312,7 @@ def test_backward_reads_everything_once():
     target[:] = 1
     row_stats[-1, 2] = 0  # a row that does not count
     emulator.backward(
-        student, teachers, target, weights, torch.ones(()), row_stats, "forward_kl", 2.0, 4.0, 0.7, 0.1,
+        student, teachers, target, weights, torch.ones(()), row_stats, "forward_kl", 0.0, 2.0, 4.0, 0.7, 0.1,
         [True, True, False, False],
     )  # fmt: skip
     counted = 3

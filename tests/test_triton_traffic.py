@@ -24,8 +24,8 @@ from mtkd_fast.kernels import hint, kd, mixture, relation  # noqa: E402
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 OPTIONS = dict(
-    rule="uniform", divergence="forward_kl", temperature=2.0, kd_scale=4.0, ce_weight=0.0, label_smoothing=0.0,
-    ignore_index=-100, skip_zero_weights=True, write_gradient=False,
+    rule="uniform", divergence="forward_kl", beta=0.5, temperature=2.0, kd_scale=4.0, ce_weight=0.0,
+    label_smoothing=0.0, ignore_index=-100, skip_zero_weights=True, write_gradient=False,
 )  # fmt: skip
 
 
@@ -65,7 +65,14 @@ TEACHERS = pytest.mark.parametrize(
 
 @TEACHERS
 @pytest.mark.parametrize(
-    ("rule", "divergence"), [("uniform", "reverse_kl"), ("confidence", "forward_kl"), ("entropy", "forward_kl")]
+    ("rule", "divergence"),
+    [
+        ("uniform", "reverse_kl"),
+        ("confidence", "forward_kl"),
+        ("entropy", "forward_kl"),
+        ("confidence", "jsd"),
+        ("entropy", "dkd"),
+    ],
 )
 @pytest.mark.parametrize(("write_gradient", "n_classes"), [(True, 10), (True, 1000), (False, 9001)])
 def test_forward_reads_every_logit_once(monkeypatch, dtypes, rule, divergence, write_gradient, n_classes):
@@ -76,8 +83,9 @@ def test_forward_reads_every_logit_once(monkeypatch, dtypes, rule, divergence, w
         rule=rule, divergence=divergence, ce_weight=1.0, label_smoothing=0.1, write_gradient=write_gradient,
     )  # fmt: skip
     model = kd_bytes(
-        student, teachers, counted=3, label_of_student=True, label_of_teachers=rule == "confidence",
-        gradients=("student",) if write_gradient else (),
+        student, teachers, counted=3, label_of_student=True,
+        label_of_teachers=rule == "confidence" or divergence == "dkd",
+        sweeps=2 if divergence == "jsd" and not write_gradient else 1, gradients=("student",) if write_gradient else (),
     )  # fmt: skip
     assert large(found.loads) == model.loads
     assert large(found.stores) == model.stores
@@ -110,12 +118,13 @@ def test_terms_of_weight_0_are_not_read(monkeypatch):
 
 @TEACHERS
 @pytest.mark.parametrize(
-    ("of", "divergence"), [("student", "forward_kl"), ("teachers", "reverse_kl"), ("all", "forward_kl")]
+    ("of", "divergence"),
+    [("student", "forward_kl"), ("teachers", "reverse_kl"), ("all", "forward_kl"), ("all", "jsd")],
 )
 def test_backward_reads_every_logit_once(monkeypatch, dtypes, divergence, of):
     student, *teachers = logits(3, 2500, BF16, *dtypes)
     target = torch.tensor([0, -100, 7])
-    options = dict(divergence=divergence, temperature=2.0, kd_scale=4.0, ce_weight=1.0, label_smoothing=0.0)
+    options = dict(divergence=divergence, beta=0.5, temperature=2.0, kd_scale=4.0, ce_weight=1.0, label_smoothing=0.0)
     _, row_stats, _ = kd.forward(student, teachers, target, None, None, None, **(OPTIONS | options))
     weights = row_stats[len(teachers) : 2 * len(teachers)]
     names = (("student",) if of != "teachers" else ()) + tuple(

@@ -11,13 +11,14 @@ so that whatever they hold (NaN, inf) reaches neither the value nor the gradient
 Everything is plain differentiable PyTorch, in float32 or, when any logits are float64, in float64.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mtkd_fast.reference import weights as rules
-from mtkd_fast.reference.divergences import DIVERGENCES
+from mtkd_fast.reference.divergences import between
 
 
 class KDStats(NamedTuple):
@@ -45,6 +46,7 @@ def kd(
     *,
     rule: str,
     divergence: str,
+    beta: float,
     temperature: float,
     kd_scale: float,
     ce_weight: float,
@@ -76,7 +78,11 @@ def kd(
     w = d = ce = h = hard = None
     if kd_scale != 0:
         w, ce, h = teacher_weights(t.detach(), y, weights, rule)
-        d, kd_row = weighted_divergence(s, t, w, counts, divergence, temperature, routed=rule == "given")
+
+        def divergence_of(log_p: Tensor, log_q: Tensor) -> Tensor:
+            return between(divergence, log_p, log_q, beta, y)
+
+        d, kd_row = weighted_divergence(s, t, w, counts, divergence_of, temperature, routed=rule == "given")
         row_loss = row_loss + kd_scale * kd_row
     else:
         row_loss = row_loss + attached_zero(student, *teachers, *(() if weights is None else (weights,)))
@@ -114,14 +120,13 @@ def teacher_weights(
 
 
 def weighted_divergence(
-    s: Tensor, t: Tensor, w: Tensor, counts: Tensor, divergence: str, temperature: float, routed: bool
+    s: Tensor, t: Tensor, w: Tensor, counts: Tensor, divergence_of: Callable, temperature: float, routed: bool
 ) -> tuple[Tensor, Tensor]:
     """D_k [K, N] as they are, and Σ_k w_k D_k [N] in which a zero weight removes its term and its gradient.
 
     ``routed``: weights that the caller gave. A teacher of weight 0 is then not read at all (its D is 0), unless the
     weights want a gradient, which is D.
     """
-    divergence_of = DIVERGENCES[divergence]
     used = (w != 0) & counts
     log_q = (torch.where(used.any(0)[:, None], s, 0.0) / temperature).log_softmax(-1)
     d, terms = [], []
@@ -159,9 +164,9 @@ def reduce_rows(row_loss: Tensor, counts: Tensor, num_items: Tensor | None, redu
     return total / (counts.sum().clamp(min=1) if num_items is None else num_items.to(total.dtype).reshape(()))
 
 
-def divergences(student: Tensor, teachers: list[Tensor], *, divergence: str, temperature: float) -> Tensor:
+def divergences(student: Tensor, teachers: list[Tensor], *, divergence: str, beta: float, temperature: float) -> Tensor:
     """D_k for every teacher and row, [K, ...], differentiable in all logits."""
     dtype = compute_dtype(student, *teachers)
     log_q = (student.to(dtype) / temperature).log_softmax(-1)
-    divergence_of = DIVERGENCES[divergence]
-    return torch.stack([divergence_of((t.to(dtype) / temperature).log_softmax(-1), log_q) for t in teachers])
+    log_p = [(t.to(dtype) / temperature).log_softmax(-1) for t in teachers]
+    return torch.stack([between(divergence, x, log_q, beta) for x in log_p])

@@ -1,5 +1,5 @@
-"""The op kd. ``row_stats`` is one [6K + 5, N] buffer, N the flattened rows: see ``RowStats`` in csrc/kd.h. Without
-``stats`` or ``keep_stats`` only its last row, the scale, is defined.
+"""The op kd. ``row_stats`` is one buffer of N numbers, N the flattened rows, many times: see ``RowStats`` in csrc/kd.h.
+Without ``stats`` or ``keep_stats`` only its scale is defined. ``beta`` is 0 for a divergence that takes none.
 """
 
 import math
@@ -12,17 +12,21 @@ from mtkd_fast.schemas.library import declare, declare_pass
 
 _LOSS = (
     "Tensor student, Tensor[] teachers, Tensor? target, Tensor? weights, Tensor? row_weights, Tensor? num_items, "
-    "str rule, str divergence, float temperature, float kd_scale, float ce_weight, float label_smoothing, "
+    "str rule, str divergence, float beta, float temperature, float kd_scale, float ce_weight, float label_smoothing, "
     "int ignore_index, str reduction"
 )
 _BACKWARD = (
     "Tensor student, Tensor[] teachers, Tensor? target, Tensor weights, Tensor? upstream, Tensor row_stats, "
-    "str divergence, float temperature, float kd_scale, float ce_weight, float label_smoothing, bool[] needs"
+    "str divergence, float beta, float temperature, float kd_scale, float ce_weight, float label_smoothing, "
+    "bool[] needs"
 )
 
 
-def row_stats_size(n_teachers: int) -> int:
-    return 6 * n_teachers + 5
+ELEMENTWISE = ("jsd", "tvd", "skew_kl", "skew_reverse_kl")  # sums of φ(p, q) over the classes
+
+
+def row_stats_size(n_teachers: int, divergence: str) -> int:
+    return (7 if divergence in ELEMENTWISE else 6) * n_teachers + 5
 
 
 def n_rows(logits: Tensor) -> int:
@@ -30,10 +34,10 @@ def n_rows(logits: Tensor) -> int:
 
 
 def fake_kd_forward(student: Tensor, teachers: list[Tensor], *arguments: object) -> tuple[Tensor, Tensor, Tensor]:
-    *_, reduction, _, _, write_gradient = arguments
+    _, _, _, _, _, divergence, *_, reduction, _, _, write_gradient = arguments
     dtype = compute_dtype(student, *teachers)
     loss = student.new_empty(student.shape[:-1] if reduction == "none" else (), dtype=dtype)
-    row_stats = student.new_empty((row_stats_size(len(teachers)), n_rows(student)), dtype=dtype)
+    row_stats = student.new_empty((row_stats_size(len(teachers), divergence), n_rows(student)), dtype=dtype)
     gradient = student.new_empty(student.shape if write_gradient else (0,))
     return loss, row_stats, gradient
 
@@ -53,7 +57,7 @@ def fake_kd_rescale_(gradient: Tensor, upstream: Tensor, scale: Tensor) -> None:
 
 
 declare(f"kd({_LOSS}, bool stats) -> (Tensor loss, Tensor row_stats)")
-declare("kd_divergence(Tensor student, Tensor[] teachers, str divergence, float temperature) -> Tensor")
+declare("kd_divergence(Tensor student, Tensor[] teachers, str divergence, float beta, float temperature) -> Tensor")
 declare_pass(
     f"kd_forward({_LOSS}, bool skip_zero_weights, bool keep_stats, bool write_gradient) -> "
     "(Tensor loss, Tensor row_stats, Tensor gradient)",

@@ -30,7 +30,7 @@ def fake_mixture_divergence_forward(
     write_gradient = arguments[-1]
     dtype = compute_dtype(student, *teachers)
     divergence = student.new_empty(student.shape[:-1], dtype=dtype)
-    row_stats = student.new_empty((row_stats_size(len(teachers)), n_rows(student)), dtype=dtype)
+    row_stats = student.new_empty((row_stats_size(len(teachers), "forward_kl"), n_rows(student)), dtype=dtype)
     return divergence, row_stats, student.new_empty(student.shape if write_gradient else (0,))
 
 

@@ -14,7 +14,7 @@ ops = torch.ops.mtkd_fast
 
 def kd_forward(
     student, teachers, target, weights, row_weights, num_items,
-    rule, divergence, temperature, kd_scale, ce_weight, label_smoothing, ignore_index, reduction,
+    rule, divergence, beta, temperature, kd_scale, ce_weight, label_smoothing, ignore_index, reduction,
     skip_zero_weights, keep_stats, write_gradient,
 ):  # fmt: skip
     if target is not None:
@@ -24,7 +24,7 @@ def kd_forward(
         items = counted_rows(student, target, row_weights, ignore_index) if num_items is None else num_items
     row_loss, row_stats, gradient = kd_kernels.forward(
         student, teachers, target, weights, row_weights, items,
-        rule=rule, divergence=divergence, temperature=temperature, kd_scale=kd_scale, ce_weight=ce_weight,
+        rule=rule, divergence=divergence, beta=beta, temperature=temperature, kd_scale=kd_scale, ce_weight=ce_weight,
         label_smoothing=label_smoothing, ignore_index=ignore_index,
         skip_zero_weights=skip_zero_weights, write_gradient=write_gradient,
     )  # fmt: skip
@@ -57,10 +57,19 @@ def gradient_in_forward(student: Tensor, teachers: Sequence[Tensor]) -> bool:
     )
 
 
+def scales(row_stats: Tensor, n_teachers: int) -> Tensor:
+    """Row weight / items of every row."""
+    return row_stats[6 * n_teachers + 4]
+
+
 def weight_gradient(weights: Tensor, upstream: Tensor, row_stats: Tensor, kd_scale: float) -> Tensor:
     """∂L/∂w_k = upstream · scale · kd_scale · D_k. Rows that do not count, and weights of 0 on an infinite D, get 0."""
     n_teachers = weights.shape[0]
-    divergence, used, scale = row_stats[:n_teachers], row_stats[n_teachers : 2 * n_teachers], row_stats[-1]
+    divergence, used, scale = (
+        row_stats[:n_teachers],
+        row_stats[n_teachers : 2 * n_teachers],
+        scales(row_stats, n_teachers),
+    )
     per_row = divergence * (scale * upstream.reshape(-1) * kd_scale)
     per_row = per_row.masked_fill((scale == 0) | ((used == 0) & ~divergence.isfinite()), 0)
     return (per_row.sum(1) if weights.dim() == 1 else per_row.reshape(weights.shape)).to(weights.dtype)
@@ -71,7 +80,7 @@ class KDLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, options, student, target, weights, row_weights, num_items, *teachers):
-        _, *of_backward = options[:6]  # divergence, temperature, kd_scale, ce_weight, label_smoothing
+        _, *of_backward = options[:7]  # divergence, beta, temperature, kd_scale, ce_weight, label_smoothing
         in_forward = gradient_in_forward(student, teachers)
         weights_need = weights is not None and weights.requires_grad
         loss, row_stats, gradient = ops.kd_triton_forward(
@@ -91,7 +100,7 @@ class KDLoss(torch.autograd.Function):
         row_stats, gradient, target, weights, *logits = ctx.saved_tensors
         student_gradient, teacher_gradients = None, [None] * (len(ctx.needs_input_grad) - 6)
         if ctx.in_forward:
-            student_gradient = finish_gradient(gradient, upstream, row_stats[-1])
+            student_gradient = finish_gradient(gradient, upstream, scales(row_stats, len(teacher_gradients)))
         elif ctx.needs_input_grad[1] or any(ctx.needs_input_grad[6:]):
             student, *teachers = logits
             needs = [ctx.needs_input_grad[1], *ctx.needs_input_grad[6:]]
@@ -100,7 +109,7 @@ class KDLoss(torch.autograd.Function):
             student_gradient, *teacher_gradients = [g if need else None for g, need in zip(found, needs, strict=True)]
         weights_gradient = None
         if weights is not None:
-            weights_gradient = weight_gradient(weights, upstream, row_stats, ctx.options[2])
+            weights_gradient = weight_gradient(weights, upstream, row_stats, ctx.options[3])
         return refuse_double_backward(None, student_gradient, None, weights_gradient, None, None, *teacher_gradients)
 
 
@@ -123,9 +132,9 @@ def kd(student, teachers, target, weights, row_weights, num_items, *options) -> 
     return loss, row_stats
 
 
-def statistics(student: Tensor, teachers: Sequence[Tensor], divergence: str, temperature: float) -> Tensor:
+def statistics(student: Tensor, teachers: Sequence[Tensor], divergence: str, beta: float, temperature: float) -> Tensor:
     """row_stats of the divergences alone."""
-    options = ("uniform", divergence, temperature, 1.0, 0.0, 0.0, 0, "sum")
+    options = ("uniform", divergence, beta, temperature, 1.0, 0.0, 0.0, 0, "sum")
     return ops.kd_triton_forward(student, teachers, None, None, None, None, *options, False, True, False)[1]
 
 
@@ -133,26 +142,26 @@ class KDDivergence(torch.autograd.Function):
     """D_k [K, ...], differentiable in the student and the teachers."""
 
     @staticmethod
-    def forward(ctx, divergence, temperature, student, *teachers):
-        row_stats = statistics(student, teachers, divergence, temperature)
-        ctx.options = (divergence, temperature, 1.0, 0.0, 0.0)
+    def forward(ctx, divergence, beta, temperature, student, *teachers):
+        row_stats = statistics(student, teachers, divergence, beta, temperature)
+        ctx.options = (divergence, beta, temperature, 1.0, 0.0, 0.0)
         ctx.save_for_backward(row_stats, student, *teachers)
         return row_stats[: len(teachers)].clone().view(len(teachers), *student.shape[:-1])
 
     @staticmethod
     def backward(ctx, upstream):
         row_stats, student, *teachers = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad[2:])
+        needs = list(ctx.needs_input_grad[3:])
         weights = upstream.detach().reshape(len(teachers), -1)
         found = ops.kd_triton_backward(student, teachers, None, weights, None, row_stats, *ctx.options, needs)
         gradients = [g if need else None for g, need in zip(found, needs, strict=True)]
-        return refuse_double_backward(None, None, *gradients)
+        return refuse_double_backward(None, None, None, *gradients)
 
 
-def divergence(student: Tensor, teachers: Sequence[Tensor], divergence: str, temperature: float) -> Tensor:
+def divergence(student: Tensor, teachers: Sequence[Tensor], divergence: str, beta: float, temperature: float) -> Tensor:
     if torch.is_grad_enabled() and any(x.requires_grad for x in (student, *teachers)):
-        return KDDivergence.apply(divergence, temperature, student, *teachers)
-    row_stats = statistics(student, teachers, divergence, temperature)
+        return KDDivergence.apply(divergence, beta, temperature, student, *teachers)
+    row_stats = statistics(student, teachers, divergence, beta, temperature)
     return row_stats[: len(teachers)].clone().view(len(teachers), *student.shape[:-1])
 
 

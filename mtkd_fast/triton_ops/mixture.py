@@ -83,8 +83,9 @@ class MixtureDivergence(torch.autograd.Function):
             used = row_stats[len(teachers) : 2 * len(teachers)]
             needs = [True, *[False] * len(teachers)]
             of_student = ops.kd_triton_backward(
-                student, teachers, None, used, upstream, row_stats, "forward_kl", ctx.temperature, 1.0, 0.0, 0.0, needs
-            )[0]
+                student, teachers, None, used, upstream, row_stats, "forward_kl", 0.0, ctx.temperature, 1.0, 0.0, 0.0,
+                needs,
+            )[0]  # fmt: skip
         n_teachers = len(ctx.needs_input_grad) - 3
         return refuse_double_backward(None, of_student, of_weights, *[None] * n_teachers)
 

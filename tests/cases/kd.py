@@ -28,6 +28,7 @@ class Case:
     name: str
     why: str
     divergence: str = "forward_kl"
+    beta: float | None = None
     rows: tuple[int, ...] = (5,)
     classes: int = 33
     teachers: int = 3
@@ -89,7 +90,7 @@ class Result:
 DEFAULTS = {
     name: parameter.default
     for name, parameter in inspect.signature(mtkd_fast.multi_teacher_kd_loss).parameters.items()
-    if name in ("divergence", "temperature", "temperature_squared", "kd_weight", "ce_weight", "label_smoothing",
+    if name in ("divergence", "beta", "temperature", "temperature_squared", "kd_weight", "ce_weight", "label_smoothing",
                 "ignore_index", "reduction")
 }  # fmt: skip
 
@@ -368,6 +369,7 @@ def build(case: Case, device: str = "cpu") -> Inputs:
 
     options = DEFAULTS | dict(
         divergence=case.divergence,
+        beta=case.beta,
         temperature=case.temperature,
         temperature_squared=case.temperature_squared,
         kd_weight=kd_weight,
@@ -456,19 +458,60 @@ def _finite(x: Tensor) -> Tensor:
     return torch.where(x.isfinite(), x, 0.0).abs()
 
 
-def difference_of_probabilities(log_x: Tensor, log_y: Tensor, d: Tensor) -> Tensor:
+# Of log x, log y, D and what the divergence takes besides, beta and the target.
+
+
+def difference_of_probabilities(log_x: Tensor, log_y: Tensor, d: Tensor, *_) -> Tensor:
     """x - y"""
     return torch.maximum(log_x, log_y).exp().amax(-1)
 
 
-def deviation_of_log_ratio(log_x: Tensor, log_y: Tensor, d: Tensor) -> Tensor:
+def deviation_of_log_ratio(log_x: Tensor, log_y: Tensor, d: Tensor, *_) -> Tensor:
     """x (log x - log y - D)"""
     return (log_x.exp() * (_finite(log_x - log_y) + d[..., None])).amax(-1)
 
 
-GRADIENT_TERMS = {  # of (log p, log q, D) in the student and in the teacher; a divergence not named here has none
+def deviation_from_mixture(log_x: Tensor, log_y: Tensor, d: Tensor, *_) -> Tensor:
+    """x (log x - log m + slope), m between x and y; no slope exceeds max(1, D)"""
+    return deviation_of_log_ratio(log_x, torch.logaddexp(log_x, log_y) - math.log(2), d)
+
+
+def deviation_of_sign(log_x: Tensor, log_y: Tensor, d: Tensor, *_) -> Tensor:
+    """x (sign(x - y) - slope); where 4 ulp of the logarithms decide the sign, either is right."""
+    ulps = 4 * torch.finfo(F32).eps
+    blurred = (log_x - log_y).abs() <= ulps * torch.maximum(log_x.abs(), log_y.abs()).clamp(
+        min=math.log(log_x.shape[-1])
+    )
+    return log_x.exp().amax(-1) + torch.where(blurred & (log_x != log_y), log_x.exp(), 0.0).sum(-1) / ulps
+
+
+def with_target_apart(of_others, of_target):
+    """Terms of the other classes, times beta, and of the target: of its log-odds in x and in y."""
+
+    def terms(log_x: Tensor, log_y: Tensor, d: Tensor, beta: float, target: Tensor) -> Tensor:
+        at_target = torch.arange(log_x.shape[-1]) == target[..., None]
+        others = [x.masked_fill(at_target, -INF).log_softmax(-1) for x in (log_x, log_y)]
+        target_part = [torch.where(at_target, x, -INF).logsumexp(-1) for x in (log_x, log_y)]
+        return beta * of_others(*others, d / max(beta, 1.0)).nan_to_num(0.0) + of_target(*target_part)
+
+    return terms
+
+
+def log_odds(log_x: Tensor) -> Tensor:
+    return log_x - torch.log1p(-log_x.exp())
+
+
+GRADIENT_TERMS = {  # in the student and in the teacher, x the side's own; a divergence not named here has none
     "forward_kl": (difference_of_probabilities, deviation_of_log_ratio),
-    "reverse_kl": (lambda log_p, log_q, d: deviation_of_log_ratio(log_q, log_p, d), difference_of_probabilities),
+    "reverse_kl": (deviation_of_log_ratio, difference_of_probabilities),
+    "jsd": (deviation_from_mixture, deviation_from_mixture),
+    "tvd": (deviation_of_sign, deviation_of_sign),
+    "skew_kl": (deviation_from_mixture, deviation_from_mixture),
+    "skew_reverse_kl": (deviation_from_mixture, deviation_from_mixture),
+    "dkd": (
+        with_target_apart(difference_of_probabilities, lambda q, p: torch.ones_like(q)),
+        with_target_apart(deviation_of_log_ratio, lambda p, q: 1 + _finite(log_odds(p) - log_odds(q))),
+    ),
 }
 
 
@@ -477,6 +520,7 @@ def largest_terms(inputs: Inputs, exact: Result) -> dict[str, Tensor]:
     rows, n_classes = inputs.student.shape[:-1], inputs.student.shape[-1]
     o, stats = inputs.options, exact.stats
     log_sum = max(1.0, math.log(n_classes))  # what a log-sum-exp reaches
+    beta = DIVERGENCES[o["divergence"]].beta if o["beta"] is None else o["beta"]
 
     counts = torch.ones(rows, dtype=torch.bool)
     if inputs.target is not None:
@@ -495,6 +539,8 @@ def largest_terms(inputs: Inputs, exact: Result) -> dict[str, Tensor]:
     for name in STATS_OF_ROWS:
         if (stat := getattr(stats, name)) is not None:
             found[f"stats.{name}"] = _finite(stat).clamp(min=log_sum)
+    if stats.divergence is not None and o["divergence"] == "dkd":
+        found["stats.divergence"] = _finite(stats.divergence).clamp(min=max(1.0, beta) * log_sum)
     loss = torch.zeros(rows, dtype=F64)
     if stats.divergence is not None:
         kd_scale = abs(o["kd_weight"]) * (o["temperature"] ** 2 if o["temperature_squared"] else 1.0)
@@ -509,12 +555,15 @@ def largest_terms(inputs: Inputs, exact: Result) -> dict[str, Tensor]:
         if isinstance(inputs.weights, Tensor) and inputs.weights.dim() == 1:
             found["weights"] = found["weights"].reshape(len(d), -1).sum(1)
         log_q = (inputs.student / o["temperature"]).log_softmax(-1)
-        of_student, of_teacher = GRADIENT_TERMS.get(o["divergence"], (lambda *_: torch.zeros(rows),) * 2)
+        student_terms, teacher_terms = GRADIENT_TERMS.get(o["divergence"], (lambda *_: torch.zeros(rows),) * 2)
+        target = inputs.target
         for k, t in enumerate(inputs.teachers):
             log_p = (t / o["temperature"]).log_softmax(-1)
             scale = upstream * r * kd_scale * w[k] / o["temperature"]
-            found[f"teacher {k}"] = scale * of_teacher(log_p, log_q, size[k]).nan_to_num(0.0)
-            found["student"] = found["student"] + scale * of_student(log_p, log_q, size[k]).nan_to_num(0.0)
+            of_teacher = teacher_terms(log_p, log_q, size[k], beta, target).nan_to_num(0.0)
+            of_student = student_terms(log_q, log_p, size[k], beta, target).nan_to_num(0.0)
+            found[f"teacher {k}"] = scale * of_teacher
+            found["student"] = found["student"] + scale * of_student
     if stats.student_ce is not None:
         loss = loss + abs(o["ce_weight"]) * found["stats.student_ce"]
         found["student"] = found["student"] + upstream * r * abs(o["ce_weight"])  # softmax - one-hot: at most 1
@@ -561,10 +610,16 @@ def check(
 
 # The table.
 
+WITHOUT_TARGET = tuple(name for name, divergence in DIVERGENCES.items() if not divergence.takes_target)
+
 
 def allowed(chosen: dict) -> bool:
     """What the library refuses is no case here; test_public.py has it."""
     needs_labels = chosen.get("weights") == "confidence" or chosen.get("terms", (0, 0))[1] != 0
+    divergence = chosen.get("divergence")
+    needs_labels |= divergence is not None and DIVERGENCES[divergence].takes_target
+    if chosen.get("beta") is not None and divergence is not None and DIVERGENCES[divergence].beta is None:
+        return False
     if chosen.get("labels") == "none" and needs_labels:
         return False
     if chosen.get("weights") == "entropy" and chosen.get("values") == "cold":
@@ -574,6 +629,7 @@ def allowed(chosen: dict) -> bool:
 
 FACTORS = {
     "divergence": tuple(DIVERGENCES),
+    "beta": (None, 0.25),
     "weights": (*WEIGHT_RULES, *GIVEN),
     "values": (
         "normal", "cold", "near", "offset 500", "peaked teachers", "masked in both", "masked in teachers",
@@ -597,7 +653,7 @@ FACTORS = {
 }  # fmt: skip
 
 
-def pairwise(factors: dict[str, tuple], seed: int = 0) -> list[dict]:
+def pairwise(factors: dict[str, tuple], seed: int = 1) -> list[dict]:
     """Choices in which every allowed pair of levels of every two factors occurs: greedy, a row at a time."""
     draw = random.Random(seed)
     order = list(factors)
@@ -654,6 +710,8 @@ SIZES = (
          dtypes=(F32, BF16, F16, F32), wants=("student", "teachers", "weights")),
 )  # fmt: skip
 
+KLS = ("forward_kl", "reverse_kl")  # through which every rule meets every value; the others take turns
+
 HOSTILE = tuple(
     replace(case, name=f"{case.name}, {divergence}", divergence=divergence)
     for divergence in DIVERGENCES
@@ -661,8 +719,9 @@ HOSTILE = tuple(
         *(
             Case(f"{values}, {weights}", "hostile values under every weight rule", values=values, weights=weights,
                  rows=(3,), terms=(1.0, 1.0, 0.0))
-            for values in VALUES
-            for weights in (WEIGHT_RULES if values not in FACTORS["values"] else ())
+            for i, values in enumerate(VALUES)
+            for weights in (WEIGHT_RULES if divergence in KLS else WEIGHT_RULES[i % len(WEIGHT_RULES) :][:1])
+            if values not in FACTORS["values"]
         ),
         *(
             Case(f"{values} over tiles", "a whole tile without a finite logit", values=values, classes=5000, rows=(2,),

@@ -32,10 +32,10 @@ def arguments(struct: type[layout.KDArgs], student: Tensor, teachers: list[Tenso
 
 def forward_arguments(
     student, teachers, target, weights, row_weights, items,
-    *, rule, divergence, temperature, kd_scale, ce_weight, label_smoothing, ignore_index, skip_zero_weights,
+    *, rule, divergence, beta, temperature, kd_scale, ce_weight, label_smoothing, ignore_index, skip_zero_weights,
 ):  # fmt: skip
     args, inputs = arguments(
-        layout.KDForward, student, teachers, target, divergence=divergence, temperature=temperature,
+        layout.KDForward, student, teachers, target, divergence=divergence, beta=beta, temperature=temperature,
         kd_scale=kd_scale, ce_weight=ce_weight, label_smoothing=label_smoothing, ignore_index=ignore_index,
     )  # fmt: skip
     args.rule = layout.RULES[rule]
@@ -57,12 +57,12 @@ def fits_on_chip(classes: int) -> bool:
 
 def forward(
     student, teachers, target, weights, row_weights, items,
-    *, rule, divergence, temperature, kd_scale, ce_weight, label_smoothing, ignore_index,
+    *, rule, divergence, beta, temperature, kd_scale, ce_weight, label_smoothing, ignore_index,
     skip_zero_weights, write_gradient, keep_stats=True, variant="",
 ):  # fmt: skip
-    """-> row_loss [N], row_stats [6K + 5, N], gradient [..., C], which is empty if not asked for."""
+    """-> row_loss [N], row_stats, gradient [..., C], which is empty if not asked for."""
     args, inputs = forward_arguments(
-        student, teachers, target, weights, row_weights, items, rule=rule, divergence=divergence,
+        student, teachers, target, weights, row_weights, items, rule=rule, divergence=divergence, beta=beta,
         temperature=temperature, kd_scale=kd_scale, ce_weight=ce_weight, label_smoothing=label_smoothing,
         ignore_index=ignore_index, skip_zero_weights=skip_zero_weights,
     )  # fmt: skip
@@ -79,11 +79,11 @@ def forward(
 
 def backward(
     student, teachers, target, weights, upstream, row_stats,
-    divergence, temperature, kd_scale, ce_weight, label_smoothing, needs,
+    divergence, beta, temperature, kd_scale, ce_weight, label_smoothing, needs,
 ):  # fmt: skip
     """-> the gradients of the student and of each teacher; an empty one where none is needed."""
     args, inputs = arguments(
-        layout.KDBackward, student, teachers, target, divergence=divergence, temperature=temperature,
+        layout.KDBackward, student, teachers, target, divergence=divergence, beta=beta, temperature=temperature,
         kd_scale=kd_scale, ce_weight=ce_weight, label_smoothing=label_smoothing,
     )  # fmt: skip
     weights, args.weights_teacher_stride, args.weights_row_stride = layout.per_teacher(weights, args.rows)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 MAX_TEACHERS = 64
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-DIVERGENCES = {"forward_kl": 0, "reverse_kl": 1}
+DIVERGENCES = {"forward_kl": 0, "reverse_kl": 1}  # those with CUDA kernels
 DISTANCES = {"mse": 0, "smooth_l1": 1, "cosine": 2}
 RULES = {"uniform": 0, "given": 1, "confidence": 2, "entropy": 3}
 
@@ -36,6 +36,7 @@ class KDArgs(ctypes.Structure):
         ("row_weights", pointer),
         ("ignore_index", int64),
         ("divergence", ctypes.c_int),
+        ("beta", real),
         ("temperature", real),
         ("kd_scale", real),
         ("ce_weight", real),
