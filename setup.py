@@ -18,10 +18,12 @@ SOURCES = [
     "kd_cpu.cpp",
     "hint_cpu.cpp",
     "relation_cpu.cpp",
+    "mutual_cpu.cpp",
     "kd_ops.cpp",
     "kd_autograd.cpp",
     "hint_ops.cpp",
     "relation_ops.cpp",
+    "mutual_ops.cpp",
 ]
 CUDA_SOURCES = ["kd_cuda.cu", "hint_cuda.cu"]
 

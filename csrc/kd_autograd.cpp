@@ -20,8 +20,6 @@ using Forward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, TensorList, co
 using Backward = std::vector<Tensor>(const Tensor&, TensorList, const OptionalTensor&, const Tensor&,
                                      const OptionalTensor&, const Tensor&, c10::string_view, double, double, double,
                                      double, c10::List<bool>);
-using Rescale = Tensor(const Tensor&, const Tensor&, const Tensor&);
-using RescaleInPlace = void(const Tensor&, const Tensor&, const Tensor&);
 
 struct KDOptions {
   c10::string_view rule, divergence;
@@ -58,17 +56,6 @@ bool fits_on_chip(const Tensor& student, TensorList teachers, const KDOptions& o
 bool gradient_in_forward(const Tensor& student, TensorList teachers, const KDOptions& o) {
   return student.requires_grad() && !any_requires_grad(teachers) && student.scalar_type() != at::kHalf &&
          fits_on_chip(student, teachers, o);
-}
-
-// gradient·upstream. In place when the graph is not kept: then only hooks on saved tensors could still hold the buffer.
-Tensor finish_gradient(const Tensor& gradient, const Tensor& upstream, const Tensor& scale) {
-  static const auto rescale = op<Rescale>("mtkd_fast::kd_rescale");
-  static const auto rescale_ = op<RescaleInPlace>("mtkd_fast::kd_rescale_");
-  at::AutoDispatchBelowADInplaceOrView below;
-  if (is_traced(gradient) || torch::autograd::get_current_graph_task_keep_graph())
-    return rescale.call(gradient, upstream, scale);
-  rescale_.call(gradient, upstream, scale);
-  return gradient;
 }
 
 // ∂L/∂w_k = upstream·scale·kd_scale·D_k, in the shape of the weights. Rows that do not count, and teachers of weight 0
