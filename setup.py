@@ -25,7 +25,7 @@ SOURCES = [
     "relation_ops.cpp",
     "mutual_ops.cpp",
 ]
-CUDA_SOURCES = ["kd_cuda.cu", "hint_cuda.cu"]
+CUDA_SOURCES = ["kd_cuda.cu", "hint_cuda.cu", "mutual_cuda.cu"]
 
 
 def stop(sentence: str) -> None:

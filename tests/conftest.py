@@ -71,10 +71,11 @@ class EmulatedCuda(Backend):
     @contextmanager
     def active(self):
         import emulator
-        from emulator import hint
+        from emulator import hint, mutual
 
         from mtkd_fast.triton_ops import hint as triton_hint
         from mtkd_fast.triton_ops import kd as triton_kd
+        from mtkd_fast.triton_ops import mutual as triton_mutual
 
         def dense(features):  # as csrc/hint_ops.cpp hands them over
             return [x.contiguous() for x in features]
@@ -84,6 +85,9 @@ class EmulatedCuda(Backend):
             kd_triton_backward = staticmethod(emulator.backward)
             kd_triton_rescale = staticmethod(emulator.rescale)
             kd_triton_rescale_ = staticmethod(emulator.rescale_)
+
+            mutual_triton_forward = staticmethod(triton_mutual.mutual_forward)
+            mutual_triton_backward = staticmethod(mutual.backward)
 
             @staticmethod
             def hint_triton_forward(student, teacher, weights):
@@ -95,7 +99,8 @@ class EmulatedCuda(Backend):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(triton_kd, "kd_kernels", emulator)
-            for op in (triton_kd, triton_hint):
+            patch.setattr(triton_mutual, "mutual_kernels", mutual)
+            for op in (triton_kd, triton_hint, triton_mutual):
                 patch.setattr(op, "ops", Ops)
             yield
 

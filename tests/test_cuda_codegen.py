@@ -14,7 +14,7 @@ if not shutil.which("nvcc"):
 
 from emulator.build import CSRC, cache, digest
 
-SOURCES = (CSRC / "kd_cuda.cu", CSRC / "hint_cuda.cu")
+SOURCES = (CSRC / "kd_cuda.cu", CSRC / "hint_cuda.cu", CSRC / "mutual_cuda.cu")
 ARCHITECTURES = ("80", "90a", "100")
 FLAGS = (
     "-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-Werror", "all-warnings",

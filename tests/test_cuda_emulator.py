@@ -87,6 +87,8 @@ def test_faults_end_the_launch(faults, kernel, message):
         ("kd_backward", layout.KDBackward),
         ("kd_rescale", layout.KDRescale),
         ("hint", layout.Hint),
+        ("mutual_forward", layout.MutualForward),
+        ("mutual_backward", layout.MutualBackward),
     ],
 )
 def test_the_structs_are_those_of_the_headers(name, struct):

@@ -2,6 +2,7 @@
 #include "hint.h"
 #include "kd.h"
 #include "kd_variants.h"
+#include "mutual.h"
 
 using namespace mtkd_fast;
 
@@ -10,6 +11,8 @@ extern "C" {
 int64_t size_of_kd_forward() { return sizeof(KDForward<float>); }
 int64_t size_of_kd_backward() { return sizeof(KDBackward<float>); }
 int64_t size_of_kd_rescale() { return sizeof(KDRescale<float>); }
+int64_t size_of_mutual_forward() { return sizeof(MutualForward<float>); }
+int64_t size_of_mutual_backward() { return sizeof(MutualBackward<float>); }
 int64_t size_of_hint() { return sizeof(HintArgs<float>); }
 
 int fits_on_chip(const KDForward<float>* args) { return kd_fits_on_chip(*args, args->rule, 0); }
@@ -22,4 +25,7 @@ const char* kd_backward(const KDBackward<float>* args) { return kd_backward_cuda
 const char* kd_rescale(const KDRescale<float>* args) { return kd_rescale_cuda(*args, 0, nullptr); }
 const char* hint_forward(const HintArgs<float>* args) { return hint_forward_cuda(*args, 0, nullptr); }
 const char* hint_backward(const HintArgs<float>* args) { return hint_backward_cuda(*args, 0, nullptr); }
+int mutual_on_chip(const MutualForward<float>* args) { return mutual_fits_on_chip(*args); }
+const char* mutual_forward(const MutualForward<float>* args) { return mutual_forward_cuda(*args, 0, nullptr); }
+const char* mutual_backward(const MutualBackward<float>* args) { return mutual_backward_cuda(*args, 0, nullptr); }
 }
