@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from traffic import counted_in_interpreter, hint_bytes, kd_bytes, large, rescale_bytes
+from traffic import counted_in_interpreter, hint_bytes, kd_bytes, large, mutual_bytes, rescale_bytes
 
 triton = pytest.importorskip("triton")
 
@@ -11,7 +11,7 @@ from mtkd_fast import dispatch  # noqa: E402
 if not dispatch.INTERPRETED:
     pytest.skip("bytes are counted in Triton's interpreter (TRITON_INTERPRET=1)", allow_module_level=True)
 
-from mtkd_fast.kernels import hint, kd  # noqa: E402
+from mtkd_fast.kernels import hint, kd, mutual  # noqa: E402
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 OPTIONS = dict(
@@ -174,3 +174,41 @@ def test_hint_reads_both_sides_once():
     model = hint_bytes(student, teacher, used=[4, 0, 4], gradients=True)
     assert large(found.loads) == model.loads
     assert found.stores["rest"] == sum(g.numel() * g.element_size() for g in gradients)
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(BF16, F32, F16), (BF16,) * 6, (BF16, F32, F16) * 2], ids=["tuple", "table", "mixed table"]
+)
+@pytest.mark.parametrize("write_gradients", [True, False])
+@pytest.mark.parametrize("detach_peers", [True, False])
+def test_mutual_reads_and_writes_everything_once(dtypes, write_gradients, detach_peers):
+    m, n_classes = len(dtypes), 1000 if write_gradients else 3001
+    students = logits(3, n_classes, *dtypes)
+    pairs = torch.rand(m, m)
+    row_weights = torch.tensor([1.0, 0.0, 0.5])
+    pairs[-1], pairs[:, -1] = 0, 0  # the last student has no pair
+    needs = [i != 1 for i in range(m)]
+    row_loss, row_stats = torch.empty(3), torch.empty(mutual.row_stats_size(m), 3)
+    gradients = [torch.empty_like(z) if need else None for z, need in zip(students, needs, strict=True)]
+    watched = {f"student {i}": z for i, z in enumerate(students)}
+    watched |= {f"gradient {i}": g for i, g in enumerate(gradients) if g is not None}
+    options = dict(temperature=2.0, scale=4.0, detach_peers=detach_peers)
+
+    launch = mutual.forward_launch(
+        students, pairs, row_weights, None, row_loss, row_stats, gradients if write_gradients else [None] * m, **options
+    )
+    with counted_in_interpreter(watched) as found:
+        launch.run()
+    read = [2] * (m - 1) + [0]
+    model = mutual_bytes(students, read=read, gradients=[need and write_gradients for need in needs])
+    assert large(found.loads) == model.loads
+    assert large(found.stores) == model.stores
+    if write_gradients:
+        return
+
+    launch = mutual.backward_launch(students, pairs, None, row_stats, *options.values(), gradients)
+    with counted_in_interpreter(watched) as found:
+        launch.run()
+    model = mutual_bytes(students, read=read, gradients=needs)
+    assert large(found.loads) == model.loads
+    assert large(found.stores) == model.stores
