@@ -216,7 +216,9 @@ def mutual_on_chip(
     """A: loss, row_stats and gradients of one row of all students."""
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     n_classes = in_units(n_classes, UNIT)
-    counted, legal, _, row_weight, row_scale = counted_rows(None, row_weights, items, row, row < n_rows, 0, n_classes)
+    counted, legal, _label, row_weight, row_scale = counted_rows(
+        None, row_weights, items, row, row < n_rows, 0, n_classes
+    )
     a = load_pairs(pair_weights, n_students, M_PAD, False)
     a_t = load_pairs(pair_weights, n_students, M_PAD, True)
     read = readers(a, a_t, counted)
@@ -244,7 +246,9 @@ def mutual_streaming(
     """B, and the forward under no_grad: loss and row_stats, tile by tile."""
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     n_classes = in_units(n_classes, UNIT)
-    counted, legal, _, row_weight, row_scale = counted_rows(None, row_weights, items, row, row < n_rows, 0, n_classes)
+    counted, legal, _label, row_weight, row_scale = counted_rows(
+        None, row_weights, items, row, row < n_rows, 0, n_classes
+    )
     a = load_pairs(pair_weights, n_students, M_PAD, False)
     read = readers(a, load_pairs(pair_weights, n_students, M_PAD, True), counted)
 
