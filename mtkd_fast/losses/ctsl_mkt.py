@@ -108,10 +108,10 @@ class CTSLMKTLoss(DistillationLoss):
             )
             factor = self.mutual_weight * self.kl_weight
             loss = loss + factor * taught
-            rows = students[0].shape[:-1].numel() if counts is None else counts.sum()
             if return_losses:
-                per_student = divergences.flatten(1).sum(1) / (len(students) - 1)
-                losses = losses + factor * per_student / torch.as_tensor(rows, device=loss.device).clamp(min=1)
+                per_row = divergences.sum(1).flatten(1) / (len(students) - 1)
+                counted = max(per_row.shape[1], 1) if counts is None else counts.sum().clamp(min=1)
+                losses = losses + factor * per_row.sum(1) / counted
         return (loss, losses) if return_losses else loss
 
     def _alone(self, students: list[Tensor], target: Tensor | None, teachers: list[Tensor]) -> list[Tensor]:
