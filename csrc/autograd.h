@@ -41,4 +41,15 @@ inline bool is_traced(const Tensor& x) {
   return x.key_set().has(c10::DispatchKey::Python) || x.key_set().has(c10::DispatchKey::Functionalize) || x.is_meta();
 }
 
+// gradient·upstream. In place when the graph is not kept: then only hooks on saved tensors could still hold the buffer.
+inline Tensor finish_gradient(const Tensor& gradient, const Tensor& upstream, const Tensor& scale) {
+  static const auto rescale = op<Tensor(const Tensor&, const Tensor&, const Tensor&)>("mtkd_fast::kd_rescale");
+  static const auto rescale_ = op<void(const Tensor&, const Tensor&, const Tensor&)>("mtkd_fast::kd_rescale_");
+  at::AutoDispatchBelowADInplaceOrView below;
+  if (is_traced(gradient) || torch::autograd::get_current_graph_task_keep_graph())
+    return rescale.call(gradient, upstream, scale);
+  rescale_.call(gradient, upstream, scale);
+  return gradient;
+}
+
 }  // namespace mtkd_fast

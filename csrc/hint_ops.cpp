@@ -5,7 +5,6 @@
 namespace mtkd_fast {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
 using Forward = Tensor(TensorList, TensorList, const OptionalTensor&, c10::string_view);
 using Backward = std::vector<Tensor>(TensorList, TensorList, const Tensor&, const Tensor&, c10::List<bool>,
                                      c10::string_view);

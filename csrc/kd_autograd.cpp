@@ -11,8 +11,6 @@
 namespace mtkd_fast {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-
 using Forward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, TensorList, const OptionalTensor&,
                                                    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                                                    c10::string_view, c10::string_view, double, double, double, double,

@@ -1,21 +1,9 @@
-// How gradients follow from what a forward of the op `kd` has kept: its row_stats, and the student's gradient for an
-// upstream of 1.
+// How the gradient of the weights follows from the row_stats that a forward of the op `kd` has kept.
 #pragma once
 
 #include "autograd.h"
 
 namespace mtkd_fast {
-
-// gradient·upstream. In place when the graph is not kept: then only hooks on saved tensors could still hold the buffer.
-inline Tensor finish_gradient(const Tensor& gradient, const Tensor& upstream, const Tensor& scale) {
-  static const auto rescale = op<Tensor(const Tensor&, const Tensor&, const Tensor&)>("mtkd_fast::kd_rescale");
-  static const auto rescale_ = op<void(const Tensor&, const Tensor&, const Tensor&)>("mtkd_fast::kd_rescale_");
-  at::AutoDispatchBelowADInplaceOrView below;
-  if (is_traced(gradient) || torch::autograd::get_current_graph_task_keep_graph())
-    return rescale.call(gradient, upstream, scale);
-  rescale_.call(gradient, upstream, scale);
-  return gradient;
-}
 
 // ∂L/∂w_k = upstream·scale·kd_scale·D_k, in the shape of the weights. Rows that do not count, and teachers of weight 0
 // whose divergence is not finite, get 0.

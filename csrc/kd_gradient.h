@@ -125,22 +125,12 @@ void student_gradient(const KDArgs<T>& args, const Block<T>& block, int row, con
   }
 }
 
-// A gradient larger than a core's share of the last cache goes past the caches: 1.05 to 1.3 times as fast in all. Short
-// rows end in the middle of a line, which costs more than it saves.
-constexpr int64_t kStreamBytes = 8 << 20;
-constexpr int64_t kStreamColumns = 512;
-
-template <typename T>
-bool streams_gradient(const KDArgs<T>& args) {
-  return args.student.dtype == kNative<T> && args.classes >= kStreamColumns &&
-         args.rows * args.classes * int64_t{sizeof(T)} >= kStreamBytes;
-}
-
 template <typename T>
 void write_student_gradient(const KDArgs<T>& args, const Block<T>& block, int row, const Sweep<T>& sweep,
                             Scratch<T>& scratch, void* gradient) {
   const int64_t to = block.n[row] * args.classes;
-  const bool hard = args.ce_weight != 0, apart = args.divergence == Divergence::dkd, streams = streams_gradient(args);
+  const bool hard = args.ce_weight != 0, apart = args.divergence == Divergence::dkd,
+             streams = streams_gradient<T>(args.student, args.rows, args.classes);
   if (!hard && block.student.used[row] == 0) return zero_row<T>(args.student, gradient, block.n[row], args.classes);
   for (int64_t begin = 0; begin < args.classes; begin += kTileColumns) {
     const int count = tile_count(args.classes, begin);

@@ -1,18 +1,9 @@
 // The passes of the op `kd` on tensors: checks that keep memory safe, allocation, reduction. Autograd is in
 // kd_autograd.cpp; friendly errors and defaults are in mtkd_fast/checks.py and kd.py.
-#include "tensors.h"
+#include "row_tensors.h"
 
 namespace mtkd_fast {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
-
-template <typename Named, size_t kCount>
-auto by_name(const Named (&table)[kCount], c10::string_view name, const char* argument) {
-  for (const Named& entry : table)
-    if (name == entry.name) return entry.value;
-  TORCH_CHECK_VALUE(false, argument, " is not known to the fused kernels: '", name, "'");
-}
 
 template <typename T>
 void fill(KDArgs<T>& args, const Tensor& student, TensorList teachers, std::string_view divergence, double beta,
@@ -44,51 +35,12 @@ void fill(KDArgs<T>& args, const Tensor& student, TensorList teachers, std::stri
   args.label_smoothing = static_cast<T>(label_smoothing);
 }
 
-Tensor flat_rows(const Tensor& x, int64_t rows, const char* name) {
-  TORCH_CHECK_VALUE(x.numel() == rows, name, " must hold one number per row, ", rows, ", got ", x.numel());
-  return x.reshape({rows}).contiguous();
-}
-
 void check_labels(const Tensor& target, int64_t classes, int64_t ignore_index) {
   const int64_t* labels = target.const_data_ptr<int64_t>();
   for (int64_t n = 0; n < target.numel(); ++n)
     TORCH_CHECK_VALUE(labels[n] == ignore_index || (labels[n] >= 0 && labels[n] < classes),
                       "target must hold labels in [0, ", classes, ") or ignore_index = ", ignore_index, ", got ",
                       labels[n]);
-}
-
-// How many rows count, at least 1, as one number on the device. On the CPU in a plain loop: three small ops fewer.
-template <typename T>
-Tensor counted_rows(int64_t rows, const OptionalTensor& target, const OptionalTensor& row_weights, int64_t ignore_index,
-                    const at::TensorOptions& options) {
-  if (options.device().is_cpu()) {
-    const int64_t* labels = target ? target->const_data_ptr<int64_t>() : nullptr;
-    const T* weights = row_weights ? row_weights->template const_data_ptr<T>() : nullptr;
-    int64_t count = 0;
-    for (int64_t n = 0; n < rows; ++n) count += !(labels && labels[n] == ignore_index) && !(weights && weights[n] == 0);
-    Tensor items = at::empty({}, options);
-    *items.mutable_data_ptr<T>() = static_cast<T>(std::max<int64_t>(count, 1));
-    return items;
-  }
-  if (!target && !row_weights) return at::full({}, std::max<int64_t>(rows, 1), options);
-  Tensor counts = target ? target->ne(ignore_index) : row_weights->ne(0);
-  if (target && row_weights) counts = counts.logical_and(row_weights->ne(0));
-  return counts.sum().clamp_min(1).to(options.dtype());
-}
-
-// Σ row_loss / items. On the CPU in float64, in row order: the same whatever the number of threads.
-template <typename T>
-Tensor reduced_loss(const Tensor& row_loss, const OptionalTensor& items) {
-  if (!row_loss.is_cpu()) {
-    Tensor loss = row_loss.sum();
-    return items ? loss.div_(items->reshape({})) : loss;
-  }
-  const T* values = row_loss.const_data_ptr<T>();
-  double sum = 0;
-  for (int64_t n = 0; n < row_loss.numel(); ++n) sum += values[n];
-  Tensor loss = at::empty({}, row_loss.options());
-  *loss.mutable_data_ptr<T>() = static_cast<T>(items ? sum / *items->template const_data_ptr<T>() : sum);
-  return loss;
 }
 
 std::tuple<Tensor, Tensor, Tensor> kd_forward(const Tensor& student, TensorList teachers, const OptionalTensor& target,
@@ -182,8 +134,7 @@ std::vector<Tensor> kd_backward(const Tensor& student, TensorList teachers, cons
     args.upstream = nullptr;
     args.upstream_stride = 0;
     if (upstream) {
-      up = in_compute_dtype(*upstream, dtype);
-      up = up.dim() == 0 ? up.expand({args.rows}) : up.reshape({args.rows});
+      up = upstream_rows(*upstream, args.rows, dtype);
       args.upstream = up.const_data_ptr<T>();
       args.upstream_stride = up.stride(0);
     }
@@ -206,10 +157,9 @@ void rescale_into(const Tensor& gradient, const Tensor& upstream, const Tensor& 
     using T = decltype(zero);
     const int64_t rows = scale.numel();
     const Tensor scales = scale.contiguous();
-    Tensor up = in_compute_dtype(upstream, scale.scalar_type());
+    const Tensor up = upstream_rows(upstream, rows, scale.scalar_type());
     const bool in_place = out.is_same(gradient);
-    if (in_place && up.is_cpu() && up.dim() == 0 && *up.const_data_ptr<T>() == 1) return;  // do not wake a thread
-    up = up.dim() == 0 ? up.expand({rows}) : up.reshape({rows});
+    if (in_place && up.is_cpu() && upstream.dim() == 0 && *up.const_data_ptr<T>() == 1) return;  // do not wake a thread
     KDRescale<T> args;
     args.rows = rows;
     args.classes = gradient.size(-1);

@@ -1,11 +1,11 @@
 // The op `mixture` on tensors, and its autograd.
 #include "kd_autograd.h"
 #include "mixture.h"
+#include "row_tensors.h"
 
 namespace mtkd_fast {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
 using Forward = std::tuple<Tensor, Tensor>(TensorList, const OptionalTensor&, double, bool);
 using Backward = std::tuple<Tensor, std::vector<Tensor>>(TensorList, const OptionalTensor&, const Tensor&,
                                                          const Tensor&, double, bool, c10::List<bool>);

@@ -23,6 +23,7 @@ namespace mtkd_fast {
 
 using at::Tensor;
 using at::TensorList;
+using OptionalTensor = std::optional<Tensor>;
 
 inline DType dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -94,10 +95,6 @@ struct RowGrid {
   }
 };
 
-inline Logits logits(const Tensor& x, const RowGrid& grid, size_t i) {
-  return {x.const_data_ptr(), grid.outer_stride[i], grid.inner_stride[i], x.stride(-1), dtype_of(x)};
-}
-
 // Fresh memory costs a page fault for every 4 KB written, about a nanosecond a float: more than computing it. From 4 MB
 // on, memory is fresh at every call (the allocator gives it back at once), and in pages of 2 MB 5 times cheaper.
 inline void ask_for_huge_pages(const Tensor& x) {
@@ -109,26 +106,12 @@ inline void ask_for_huge_pages(const Tensor& x) {
 #endif
 }
 
-// Contiguous, in the shape and dtype of x; an empty tensor where it is not needed.
-inline Tensor empty_gradient(const Tensor& x, bool needed) {
-  const Tensor gradient = at::empty(needed ? x.sizes() : at::IntArrayRef{0}, x.options());
-  if (gradient.is_cpu()) ask_for_huge_pages(gradient);
-  return gradient;
-}
-
-struct Strided {  // [K, N] numbers, any strides
-  Tensor values;
-  int64_t teacher_stride, row_stride;
-};
-
-// Weights [K] or [K, ...] as [K, N].
-inline Strided per_teacher(const Tensor& weights, int64_t teachers, int64_t rows, at::ScalarType dtype) {
-  Tensor w = in_compute_dtype(weights, dtype);
-  TORCH_CHECK_VALUE(w.size(0) == teachers && (w.dim() == 1 || w.numel() == teachers * rows),
-                    "weights must have shape [K] or [K, ...]");
-  if (w.dim() == 1) return {w, w.stride(0), 0};
-  w = w.reshape({teachers, rows});
-  return {w, w.stride(0), w.stride(1)};
+// The entry of that name in a table of named values.
+template <typename Named, size_t kCount>
+auto by_name(const Named (&table)[kCount], c10::string_view name, const char* argument) {
+  for (const Named& entry : table)
+    if (name == entry.name) return entry.value;
+  TORCH_CHECK_VALUE(false, argument, " is not known to the fused kernels: '", name, "'");
 }
 
 constexpr int64_t kGrain = 16384;  // elements a thread should have before another is woken, some 5 µs of work

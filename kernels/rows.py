@@ -14,7 +14,7 @@ from .weights import CONFIDENCE, ENTROPY
 # Integers of a call that never make another kernel: only strides and sizes of 1 do, and UNIT speaks for alignment.
 SPECIALIZED = dict(
     do_not_specialize=[
-        "n_rows", "n_classes", "n_teachers", "ignore_index", "weights_strides", "upstream_stride",
+        "n_rows", "n_classes", "n_teachers", "n_students", "ignore_index", "weights_strides", "upstream_stride",
         "kept_stride", "weights_pair_stride", "weights_sample_stride",
     ],
     do_not_specialize_on_alignment=["inner", "student_strides", "teacher_strides", "elements"],

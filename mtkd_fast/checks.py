@@ -108,7 +108,9 @@ def rows_of_logits(name: str, value: Tensor, class_dim: int = -1) -> None:
         raise ValueError(f"{name} must have shape {expected} with C >= 1, got {tuple(value.shape)}")
 
 
-def teacher_sequence(value: object, argument: str = "teacher_logits") -> list[Tensor]:
+def teacher_sequence(
+    value: object, argument: str = "teacher_logits", models: str = "teachers", fewest: int = 1
+) -> list[Tensor]:
     """A sequence of K tensors, or one [K, ..., C] tensor, as a list; each a tensor of logits."""
     if isinstance(value, Tensor):
         if value.dim() < 2:
@@ -120,8 +122,8 @@ def teacher_sequence(value: object, argument: str = "teacher_logits") -> list[Te
         raise TypeError(
             f"{argument} must be a sequence of K tensors or one [K, ..., C] tensor, got {type(value).__name__}"
         )
-    if not 1 <= len(teachers) <= MAX_TEACHERS:
-        raise ValueError(f"{argument} must hold 1 to {MAX_TEACHERS} teachers, got {len(teachers)}")
+    if not fewest <= len(teachers) <= MAX_TEACHERS:
+        raise ValueError(f"{argument} must hold {fewest} to {MAX_TEACHERS} {models}, got {len(teachers)}")
     for k, teacher in enumerate(teachers):
         name = f"{argument}[{k}]"
         logits_dtype(name, tensor(name, teacher))
@@ -135,6 +137,30 @@ def teacher_logits(value: object, student: Tensor, class_dim: int = -1) -> list[
     for k, teacher in enumerate(teachers):
         logits_like(f"teacher_logits[{k}]", teacher, as_given, "student_logits")
     return [classes_last(teacher, class_dim) for teacher in teachers]
+
+
+def mutual_students(value: object) -> list[Tensor]:
+    """M tensors [..., C], or one [M, ..., C]: students that teach each other."""
+    students = teacher_sequence(value, "student_logits", "students", fewest=2)
+    if students[0].dim() == 0 or students[0].shape[-1] == 0:
+        raise ValueError(f"student_logits[0] must have shape [..., C] with C >= 1, got {tuple(students[0].shape)}")
+    for i, student in enumerate(students):
+        logits_like(f"student_logits[{i}]", student, students[0], "student_logits[0]")
+    return students
+
+
+def pair_weights(value: object, students: list[Tensor]) -> Tensor | None:
+    """Constants [M, M] for M students."""
+    if value is None:
+        return None
+    weight = tensor("pair_weights", value)
+    if not weight.is_floating_point():
+        raise TypeError(f"pair_weights must be floating point, got {weight.dtype}")
+    if tuple(weight.shape) != (len(students), len(students)):
+        raise ValueError(f"pair_weights must have shape {(len(students),) * 2}, got {tuple(weight.shape)}")
+    same_device("pair_weights", weight, students[0])
+    no_gradient("pair_weights", weight)
+    return weight
 
 
 def logits_like(name: str, value: Tensor, other: Tensor, of: str) -> None:

@@ -92,11 +92,12 @@ class EmulatedCuda(Backend):
     @contextmanager
     def active(self):
         import emulator
-        from emulator import hint, mixture, relation
+        from emulator import hint, mixture, mutual, relation
 
         from mtkd_fast.triton_ops import hint as triton_hint
         from mtkd_fast.triton_ops import kd as triton_kd
         from mtkd_fast.triton_ops import mixture as triton_mixture
+        from mtkd_fast.triton_ops import mutual as triton_mutual
         from mtkd_fast.triton_ops import relation as triton_relation
 
         def dense(features):  # as csrc/hint_ops.cpp hands them over
@@ -112,6 +113,9 @@ class EmulatedCuda(Backend):
             mixture_triton_backward = staticmethod(mixture.backward)
             mixture_triton_divergence_forward = staticmethod(mixture.divergence)
 
+            mutual_triton_forward = staticmethod(triton_mutual.mutual_forward)
+            mutual_triton_backward = staticmethod(mutual.backward)
+
             @staticmethod
             def hint_triton_forward(student, teacher, weights, distance):
                 return hint.forward(dense(student), dense(teacher), weights, distance)
@@ -122,8 +126,9 @@ class EmulatedCuda(Backend):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(triton_kd, "kd_kernels", emulator)
+            patch.setattr(triton_mutual, "mutual_kernels", mutual)
             patch.setattr(triton_relation, "relation_kernels", relation)
-            for op in (triton_kd, triton_hint, triton_mixture, triton_relation):
+            for op in (triton_kd, triton_hint, triton_mixture, triton_mutual, triton_relation):
                 patch.setattr(op, "ops", Ops)
             yield
 

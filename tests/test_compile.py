@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from cases.kd import BF16, F32
+from cases.kd import BF16, F16, F32
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
@@ -15,7 +15,9 @@ from mtkd_fast import (
     mixture_divergence,
     multi_teacher_divergence,
     multi_teacher_kd_loss,
+    mutual_kd_loss,
 )
+from mtkd_fast.schemas import mutual
 from mtkd_fast.schemas.kd import row_stats_size
 from mtkd_fast.schemas.library import FUSED, PASSES
 
@@ -160,6 +162,26 @@ def test_mixtures_in_one_graph(implementation):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("dtype", [F32, F16])
+def test_mutual_learning_in_one_graph(implementation, dtype):
+    """With gradients written in the forward, and (fp16) computed in the backward."""
+    students = [torch.randn(N, C).to(dtype).requires_grad_() for _ in range(3)]
+
+    def loss(*students):
+        return mutual_kd_loss(students, temperature=2.0, detach_peers=False, implementation=implementation)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter)
+    frames = []
+    for rows in (4, 9, 17):
+        students = [torch.randn(rows, C).to(dtype).requires_grad_() for _ in range(3)]
+        found, right = (torch.autograd.grad(2 * f(*students), students) for f in (compiled, loss))
+        for a, b in zip(found, right, strict=True):
+            torch.testing.assert_close(a, b)
+        frames.append(counter.frame_count)
+    assert frames == frames[:1] * 3
+
+
 def test_without_a_gradient(implementation):
     student, teachers, target = draw()
     eager = objective(implementation)
@@ -207,10 +229,17 @@ def values(requires_grad: bool, divergence: str) -> dict:
         student=features, teacher=[f.detach() + 1 for f in features], weights=torch.rand(2, N), reduction="mean",
         needs=[True, True], distance="cosine", kept=torch.rand(3, 2, N),
     )  # fmt: skip
+    student_logits = student
     student, teacher = torch.randn(N, 4, requires_grad=requires_grad), torch.randn(N, 3)
     relations = dict(student=student, teacher=teacher, relation="angle", write_gradient=True)
+    students = [z.detach().requires_grad_(requires_grad) for z in (student_logits, *teachers)]
+    mutuals = dict(
+        students=students, pair_weights=torch.rand(4, 4), row_weights=torch.rand(N), num_items=torch.tensor(5.0),
+        temperature=2.0, scale=4.0, detach_peers=False, reduction="none" if requires_grad else "mean", keep_stats=True,
+        needs=[True, False, True, True], upstream=torch.randn(N), row_stats=torch.rand(mutual.row_stats_size(4), N),
+    )  # fmt: skip
     mixtures = options | dict(upstream=torch.randn(N, C), row_stats=torch.rand(2 * K, N) + 1, needs=[True, False, True])
-    return {"kd": options, "hint": hints, "relation": relations, "mixture": mixtures}
+    return {"kd": options, "hint": hints, "relation": relations, "mixture": mixtures, "mutual": mutuals}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ if not shutil.which("g++"):
     pytest.skip("the CUDA emulator needs g++", allow_module_level=True)
 
 import emulator
-from emulator import hint, layout, machine, mixture, relation
+from emulator import hint, layout, machine, mixture, mutual, relation
 from traffic import relation_planes_bytes
 
 from mtkd_fast.dispatch import FUSED_DIVERGENCES
@@ -94,6 +94,8 @@ def test_faults_end_the_launch(faults, kernel, message):
         ("mixture_forward", layout.MixtureForward),
         ("mixture_backward", layout.MixtureBackward),
         ("mixture_divergence", layout.MixtureDivergence),
+        ("mutual_forward", layout.MutualForward),
+        ("mutual_backward", layout.MutualBackward),
     ],
 )
 def test_the_structs_are_those_of_the_headers(name, struct):
@@ -457,5 +459,45 @@ def test_the_order_of_threads_changes_no_mixture():
             results.append(
                 (probabilities, dots, *gradients, *mixture.divergence(student, teachers, w.abs(), 2.0, False, True))
             )
+    for other in results[1:]:
+        assert all(a.equal(b) for a, b in zip(results[0], other, strict=True))
+
+
+# ---------- mutual
+
+
+def classroom(m, classes, n=5):
+    g = torch.Generator().manual_seed(m)
+    kinds = (F32, BF16, F16)
+    students = [torch.randn(n, classes, generator=g).to(kinds[i % 3]) for i in range(m)]
+    row_weights = torch.ones(n)
+    row_weights[1] = 0
+    pairs = torch.rand(m, m, generator=g)
+    pairs[-1], pairs[:, -1] = 0, 0  # the last student has no pair
+    return students, pairs, row_weights
+
+
+@pytest.mark.parametrize(("m", "classes"), [(3, 10), (4, 1000), (4, 9000), (9, 300), (9, 2000)])
+def test_mutual_reads_and_writes_everything_once_in_any_order_of_threads(m, classes):
+    students, pairs, row_weights = classroom(m, classes)
+    whole = mutual.fits_on_chip(m, classes)
+    assert whole == (classes <= 1000)
+    options = dict(temperature=2.0, scale=4.0, detach_peers=False)
+    rows = len(row_weights)
+    read = {f"student{i}": (rows - 1) * classes * z.element_size() for i, z in enumerate(students[:-1])}
+    read[f"student{m - 1}"] = 0
+    results = []
+    for order in ORDERS:
+        with emulator.use_order(order, seed=2):
+            row_loss, row_stats, gradients = mutual.forward(
+                students, pairs, row_weights, None, **options, needs=[whole] * m
+            )
+            assert {name: machine.traffic()[name][0] for name in read} == read
+            if not whole:
+                gradients = mutual.backward(students, pairs, None, row_stats, *options.values(), [True] * m)
+                assert {name: machine.traffic()[name][0] for name in read} == read
+            for i, z in enumerate(students):
+                assert machine.traffic()[f"gradient{i}"] == (0, z.numel() * z.element_size())
+        results.append((row_loss, row_stats, *gradients))
     for other in results[1:]:
         assert all(a.equal(b) for a, b in zip(results[0], other, strict=True))

@@ -162,6 +162,29 @@ def launch_of_mixture(kernel: MixtureKernel):
     )
 
 
+MUTUAL = {  # launch, students, classes, detach_peers
+    "mutual A, M=3": ("on chip", 3, 1000, True),
+    "mutual A, M=2, peers learn": ("on chip", 2, 4096, False),
+    "mutual A, table": ("on chip", 6, 1000, True),
+    "mutual B forward": ("streaming", 3, 32000, True),
+    "mutual B forward, table": ("streaming", 9, 32000, True),
+    "mutual B backward": ("backward", 3, 32000, False),
+    "mutual B backward, table": ("backward", 9, 32000, False),
+}
+
+
+def mutual_launch(launch: str, m: int, n_classes: int, detach_peers: bool):
+    from mtkd_fast.kernels import mutual
+
+    students = [torch.empty(64, n_classes, dtype=BF16) for _ in range(m)]
+    gradients = [None if launch == "streaming" else torch.empty_like(z) for z in students]
+    row_stats, one = torch.empty(mutual.row_stats_size(m), 64), torch.ones(())
+    options = dict(temperature=2.0, scale=4.0, detach_peers=detach_peers)
+    if launch == "backward":
+        return mutual.backward_launch(students, None, one, row_stats, *options.values(), gradients)
+    return mutual.forward_launch(students, None, None, one, torch.empty(64), row_stats, gradients, **options)
+
+
 def entries_launch(number: int):
     from mtkd_fast.kernels import logits
 
@@ -245,6 +268,11 @@ def main() -> None:
         found[f"{name} {batch} sm_{arch}"] = disassembled(compiled(relation_launch(name, batch), arch))
     for name, arch in MIXTURES_COMPILED:
         found[f"{name} sm_{arch}"] = disassembled(compiled(launch_of_mixture(MIXTURES[name]), arch))
+    for name, kernel in MUTUAL.items():
+        launch = mutual_launch(*kernel)
+        threads, a = 32 * launch.num_warps, launch.arguments
+        tile = {"columns": a["BLOCK_C"] // threads, "elements": a["BLOCK_C"] * a["M_PAD"] // threads}
+        found[name] = disassembled(compiled(launch, 90)) | tile
     for varied in ("n_rows", "temperature"):
         kernels = [KERNELS["A, C=1000"]._replace(**{varied: value}) for value in (77, 4096, 3)]
         found[varied] = len({str(bound(launch_of(kernel), 90)[2][1]) for kernel in kernels})
@@ -302,6 +330,16 @@ def test_one_exponential_an_element_read(built, name, arch):
     rows = max(1, 256 // kernel.n_classes)
     of_targets = 12 * kernel.n_teachers if kernel.divergence == "dkd" else 0
     assert 0 <= found["MUFU.EX2"] - per_element * found["elements"] <= (24 + of_targets) * rows
+
+
+@pytest.mark.parametrize("name", MUTUAL)
+def test_mutual(built, name):
+    """No spills, wide loads, one exponential an element and a few a row, whatever the number of pairs."""
+    found, (_, m, *_) = built[name], MUTUAL[name]
+    assert found["LDL"] == found["STL"] == found["stack"] == 0
+    read = m * found["columns"] if m <= 4 else found["elements"]  # a table is read by one load for all students
+    assert found["LDG.E.128"] == read * BF16.itemsize // 16
+    assert read <= found["MUFU.EX2"] <= found["elements"] + 24
 
 
 @pytest.mark.parametrize("varied", ["n_rows", "temperature"])

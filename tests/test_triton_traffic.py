@@ -8,6 +8,7 @@ from traffic import (
     kd_bytes,
     large,
     mixture_bytes,
+    mutual_bytes,
     relation_angle_bytes,
     relation_planes_bytes,
     rescale_bytes,
@@ -20,7 +21,13 @@ from mtkd_fast import dispatch  # noqa: E402
 if not dispatch.INTERPRETED:
     pytest.skip("bytes are counted in Triton's interpreter (TRITON_INTERPRET=1)", allow_module_level=True)
 
-from mtkd_fast.kernels import hint, kd, mixture, relation  # noqa: E402
+from mtkd_fast.kernels import (  # noqa: E402
+    hint,
+    kd,
+    mixture,
+    mutual,
+    relation,
+)
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 OPTIONS = dict(
@@ -265,3 +272,41 @@ def test_mixture_divergence_sweeps_twice_and_once_more_for_the_weights(dtypes, s
     sweeps = 2 if skip else 3
     assert large(found.loads) == mixture_bytes(teachers, used=[3] * len(teachers), sweeps=sweeps, student=student)
     assert found.stores["rest"] == gradient.numel() * 2 + (row_stats.numel() + 3) * 4
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(BF16, F32, F16), (BF16,) * 6, (BF16, F32, F16) * 2], ids=["tuple", "table", "mixed table"]
+)
+@pytest.mark.parametrize("write_gradients", [True, False])
+@pytest.mark.parametrize("detach_peers", [True, False])
+def test_mutual_reads_and_writes_everything_once(dtypes, write_gradients, detach_peers):
+    m, n_classes = len(dtypes), 1000 if write_gradients else 3001
+    students = logits(3, n_classes, *dtypes)
+    pairs = torch.rand(m, m)
+    row_weights = torch.tensor([1.0, 0.0, 0.5])
+    pairs[-1], pairs[:, -1] = 0, 0  # the last student has no pair
+    needs = [i != 1 for i in range(m)]
+    row_loss, row_stats = torch.empty(3), torch.empty(mutual.row_stats_size(m), 3)
+    gradients = [torch.empty_like(z) if need else None for z, need in zip(students, needs, strict=True)]
+    watched = {f"student {i}": z for i, z in enumerate(students)}
+    watched |= {f"gradient {i}": g for i, g in enumerate(gradients) if g is not None}
+    options = dict(temperature=2.0, scale=4.0, detach_peers=detach_peers)
+
+    launch = mutual.forward_launch(
+        students, pairs, row_weights, None, row_loss, row_stats, gradients if write_gradients else [None] * m, **options
+    )
+    with counted_in_interpreter(watched) as found:
+        launch.run()
+    read = [2] * (m - 1) + [0]
+    model = mutual_bytes(students, read=read, gradients=[need and write_gradients for need in needs])
+    assert large(found.loads) == model.loads
+    assert large(found.stores) == model.stores
+    if write_gradients:
+        return
+
+    launch = mutual.backward_launch(students, pairs, None, row_stats, *options.values(), gradients)
+    with counted_in_interpreter(watched) as found:
+        launch.run()
+    model = mutual_bytes(students, read=read, gradients=needs)
+    assert large(found.loads) == model.loads
+    assert large(found.stores) == model.stores

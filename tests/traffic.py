@@ -91,6 +91,13 @@ def mixture_bytes(
     return {name: n for name, n in loads.items() if n}
 
 
+def mutual_bytes(students: list[Tensor], *, read: list[int], gradients: list[bool]) -> Traffic:
+    """One read of ``read[i]`` rows of each student, one write of every wanted gradient."""
+    loads = {f"student {i}": size(z, rows) for i, (z, rows) in enumerate(zip(students, read, strict=True))}
+    stores = {f"gradient {i}": size(z) for i, (z, wanted) in enumerate(zip(students, gradients, strict=True)) if wanted}
+    return Traffic({name: n for name, n in loads.items() if n}, stores)
+
+
 @contextmanager
 def counted_in_interpreter(tensors: dict[str, Tensor]):
     """Yields the Traffic of the kernels run inside, by the tensor that each unmasked lane touches."""

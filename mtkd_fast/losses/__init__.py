@@ -6,6 +6,7 @@ from mtkd_fast.losses.aekd import AEKDLoss
 from mtkd_fast.losses.amtml import AMTMLKDLoss, GroupHints, InstanceWeights
 from mtkd_fast.losses.average import AverageKDLoss
 from mtkd_fast.losses.ca_mkd import CAMKDLoss
+from mtkd_fast.losses.ctsl_mkt import CTSLMKTLoss
 from mtkd_fast.losses.dgkd import DGKDLoss, GuideSampler, dense_chain
 from mtkd_fast.losses.entropy import EntropyKDLoss
 from mtkd_fast.losses.fitnet import FitNetKDLoss
@@ -16,6 +17,7 @@ __all__ = [
     "AdaptiveDistillationLoss",
     "AverageKDLoss",
     "CAMKDLoss",
+    "CTSLMKTLoss",
     "DGKDLoss",
     "EntropyKDLoss",
     "FitNetKDLoss",

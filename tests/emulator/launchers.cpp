@@ -3,6 +3,7 @@
 #include "kd.h"
 #include "kd_variants.h"
 #include "mixture.h"
+#include "mutual.h"
 #include "relation.h"
 
 using namespace mtkd_fast;
@@ -12,6 +13,8 @@ extern "C" {
 int64_t size_of_kd_forward() { return sizeof(KDForward<float>); }
 int64_t size_of_kd_backward() { return sizeof(KDBackward<float>); }
 int64_t size_of_kd_rescale() { return sizeof(KDRescale<float>); }
+int64_t size_of_mutual_forward() { return sizeof(MutualForward<float>); }
+int64_t size_of_mutual_backward() { return sizeof(MutualBackward<float>); }
 int64_t size_of_hint() { return sizeof(HintArgs<float>); }
 int64_t size_of_relation_planes() { return sizeof(RelationPlanes); }
 int64_t size_of_relation_angle() { return sizeof(RelationAngle); }
@@ -38,4 +41,7 @@ const char* mixture_backward(const MixtureBackward<float>* args) { return mixtur
 const char* mixture_divergence(const MixtureDivergence<float>* args) {
   return mixture_divergence_cuda(*args, 0, nullptr);
 }
+int mutual_on_chip(const MutualForward<float>* args) { return mutual_fits_on_chip(*args); }
+const char* mutual_forward(const MutualForward<float>* args) { return mutual_forward_cuda(*args, 0, nullptr); }
+const char* mutual_backward(const MutualBackward<float>* args) { return mutual_backward_cuda(*args, 0, nullptr); }
 }

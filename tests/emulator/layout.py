@@ -184,6 +184,39 @@ class MixtureDivergence(Mixture):
     _fields_ = (("student", Logits), ("divergence", pointer), ("row_stats", pointer), ("gradient", pointer))
 
 
+class MutualArgs(ctypes.Structure):
+    _fields_ = (
+        ("rows", int64),
+        ("inner", int64),
+        ("classes", int64),
+        ("students", ctypes.c_int),
+        ("student", Logits * MAX_TEACHERS),
+        ("gradient", pointer * MAX_TEACHERS),
+        ("pair_weights", pointer),
+        ("temperature", real),
+        ("scale", real),
+        ("detach_peers", ctypes.c_bool),
+    )
+
+
+class MutualForward(MutualArgs):
+    _fields_ = (
+        ("row_weights", pointer),
+        ("items", pointer),
+        ("row_loss", pointer),
+        ("row_stats", pointer),
+        ("keep_stats", ctypes.c_bool),
+    )
+
+
+class MutualBackward(MutualArgs):
+    _fields_ = (
+        ("upstream", pointer),
+        ("upstream_stride", int64),
+        ("row_stats", pointer),
+    )
+
+
 def address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 

@@ -1,0 +1,353 @@
+// The op `mutual` in one instruction set (see instruction_sets.h), a row of all M students at a time.
+//
+// The forward sweeps over the columns in tiles: every student's tile is exponentiated once, then all pairs are summed
+// while the tiles are in cache. If gradients are asked for, a second sweep finds the exponentials there too, or, in
+// rows of several tiles, computes them again from logits in cache. The backward starts from the numbers kept.
+
+namespace mtkd_fast {
+namespace MTKD_ISA {
+
+#include "vec.h"
+//
+#include "vec_math.h"
+//
+#include "row_formulas.h"
+//
+#include "tile.h"
+
+constexpr int64_t kTilesBytes = 64 << 10;  // of all students' tiles, which pairs read M − 1 times
+
+// The students in one row, and a thread's memory for them.
+template <typename T>
+class Students {
+ public:
+  const int count, columns;              // columns: of a tile
+  const T inv_t, to_exp2;                // 1/τ, log2(e)/τ
+  alignas(64) T max[kMaxTeachers] = {};  // the states of row_stats.h
+  alignas(64) T sum[kMaxTeachers] = {};  // Σ e^{(z−max)/τ}
+  alignas(64) T log_sum[kMaxTeachers] = {};
+  bool learns[kMaxTeachers], teaches[kMaxTeachers];  // some a_ij, some a_ji is not 0
+  Tile<T> widened, out;
+
+  explicit Students(const MutualArgs<T>& args)
+      : count(args.students),
+        columns(columns_of(args.students)),
+        inv_t(1 / args.temperature),
+        to_exp2(static_cast<T>(kLog2E / args.temperature)),
+        pitch_(columns + kLanes<T>),  // rows of exactly 4 KB would all map to the same sets of the cache
+        pairs_(int64_t{count} * count) {
+    const size_t bytes = (2 * count * pitch_ + 3 * pairs_) * sizeof(T);
+    memory_.reset(static_cast<T*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
+    if (!memory_) throw std::bad_alloc();
+    for (int i = 0; i < count; ++i) {
+      for (int j = 0; j < count; ++j) weight(i, j) = i == j ? T(0) : given_weight(args, i, j);
+    }
+    for (int i = 0; i < count; ++i) {
+      learns[i] = teaches[i] = false;
+      for (int j = 0; j < count; ++j) {
+        learns[i] = learns[i] || weight(i, j) != 0;
+        teaches[i] = teaches[i] || weight(j, i) != 0;
+      }
+    }
+  }
+
+  bool reads(int i) const { return learns[i] || teaches[i]; }
+  bool paired(int i, int j) { return weight(i, j) != 0 || weight(j, i) != 0; }
+
+  T* shifted(int i) { return memory_.get() + i * pitch_; }           // z − max of the tile
+  T* exps(int i) { return memory_.get() + (count + i) * pitch_; }    // e^{(z−max)/τ}
+  T& weight(int i, int j) { return numbers(0)[i * count + j]; }      // a_ij
+  T& cross(int i, int j) { return numbers(1)[i * count + j]; }       // Σ e_i·((z_i−max) − (z_j−max))
+  T& divergence(int i, int j) { return numbers(2)[i * count + j]; }  // D_ij = KL(p_j ‖ p_i)
+
+ private:
+  static int columns_of(int count) {
+    const int64_t fit = kTilesBytes / (2 * count * static_cast<int64_t>(sizeof(T)));
+    return static_cast<int>(std::clamp<int64_t>(fit / 128 * 128, 128, kTileColumns));
+  }
+  static T given_weight(const MutualArgs<T>& args, int i, int j) {
+    return args.pair_weights ? args.pair_weights[i * args.students + j] : T(1) / (args.students - 1);
+  }
+  T* numbers(int block) { return memory_.get() + 2 * count * pitch_ + block * pairs_; }
+
+  struct Free {
+    void operator()(T* p) const { std::free(p); }
+  };
+  const int64_t pitch_, pairs_;
+  std::unique_ptr<T, Free> memory_;
+};
+
+inline int64_t row_start(const Logits& x, int64_t n, int64_t inner) {
+  return n / inner * x.outer_stride + n % inner * x.inner_stride;
+}
+
+template <typename T>
+struct Extremes {  // NaN is not seen
+  T low, high;
+};
+
+template <typename T>
+Extremes<T> extremes(const Vectors<T>& x) {
+  Vec<T> high = splat(-infinity<T>()), low = splat(infinity<T>());
+  for (int i = 0; i < x.whole; i += kLanes<T>) {
+    const Vec<T> v = load(x.values + i);
+    high = v > high ? v : high;
+    low = v < low ? v : low;
+  }
+  T lowest = -max_of<T>(-low);
+  if (x.rest) {
+    high = x.last > high ? x.last : high;
+    for (int i = x.whole; i < x.whole + x.rest; ++i) lowest = x.values[i] < lowest ? x.values[i] : lowest;
+  }
+  return {lowest, max_of<T>(high)};
+}
+
+// shifted(i) and exps(i) of a tile, relative to `max`; both 0 in what the last vector holds past the row. Returns the
+// sum of the exponentials.
+template <typename T>
+T exponentiate(Students<T>& students, int i, const Vectors<T>& x, T max) {
+  const T offset = offset_of(max);
+  T *shifted = students.shifted(i), *exps = students.exps(i);
+  Vec<T> sum{};
+  const auto put = [&](int at, Vec<T> z) {
+    const Vec<T> d = z - offset, e = exp2_of<T>(d * students.to_exp2);
+    store(shifted + at, d);
+    store(exps + at, e);
+    sum += e;
+  };
+  for (int at = 0; at < x.whole; at += kLanes<T>) put(at, load(x.values + at));
+  if (x.rest) {
+    put(x.whole, x.last);
+    for (int at = x.rest; at < kLanes<T>; ++at) shifted[x.whole + at] = 0;
+  }
+  return sum_of<T>(sum);
+}
+
+template <typename T>
+Vectors<T> tile_of(const MutualArgs<T>& args, Students<T>& students, int i, int64_t n, int64_t begin, int count) {
+  const Logits& z = args.student[i];
+  return Vectors<T>(read_tile(z, row_start(z, n, args.inner), begin, count, students.widened.values), count);
+}
+
+// What a tile adds to cross(i, j) and cross(j, i). With care where a logit may be −inf: see cross_term.
+template <typename T, bool kCareful>
+void cross_sums(Students<T>& students, int i, int j, int count) {
+  const T *di = students.shifted(i), *dj = students.shifted(j), *ei = students.exps(i), *ej = students.exps(j);
+  Vec<T> of_i{}, of_j{};
+  for (int c = 0; c < count; c += kLanes<T>) {
+    const Vec<T> a = load(di + c), b = load(dj + c), ratio = a - b, e = load(ei + c), f = load(ej + c);
+    if constexpr (kCareful) {
+      of_i += a == -infinity<T>() ? Vec<T>{} : ratio == infinity<T>() ? ratio : e * ratio;
+      of_j += b == -infinity<T>() ? Vec<T>{} : ratio == -infinity<T>() ? -ratio : -f * ratio;
+    } else {
+      of_i += e * ratio;
+      of_j -= f * ratio;
+    }
+  }
+  students.cross(i, j) += sum_of<T>(of_i);
+  students.cross(j, i) += sum_of<T>(of_j);
+}
+
+// One tile of every student, and of every pair.
+template <typename T>
+void absorb(const MutualArgs<T>& args, Students<T>& students, int64_t n, int64_t begin, int count) {
+  Raise<T> raise[kMaxTeachers];
+  T sum_before[kMaxTeachers];
+  bool careful[kMaxTeachers];
+  for (int i = 0; i < students.count; ++i) {
+    if (!students.reads(i)) continue;
+    const Vectors<T> x = tile_of(args, students, i, n, begin, count);
+    const Extremes<T> found = extremes(x);
+    const T max = larger(students.max[i], found.high);
+    raise[i] = Raise<T>(students.max[i], max, students.inv_t);
+    careful[i] = found.low == -infinity<T>();
+    sum_before[i] = students.sum[i];
+    students.sum[i] = students.sum[i] * raise[i].factor + exponentiate(students, i, x, max);
+    students.max[i] = max;
+  }
+  for (int i = 0; i < students.count; ++i) {
+    for (int j = i + 1; j < students.count; ++j) {
+      if (!students.paired(i, j)) continue;
+      T &ij = students.cross(i, j), &ji = students.cross(j, i);
+      if (begin == 0) {
+        ij = ji = 0;
+      } else {
+        ij = raise_cross(ij, sum_before[i], raise[i], raise[j]);
+        ji = raise_cross(ji, sum_before[j], raise[j], raise[i]);
+      }
+      if (careful[i] || careful[j])
+        cross_sums<T, true>(students, i, j, count);
+      else
+        cross_sums<T, false>(students, i, j, count);
+    }
+  }
+}
+
+template <typename T>
+void take_logarithms(Students<T>& students) {
+  for (int i = 0; i < students.count; i += kLanes<T>) store(students.log_sum + i, log_of(load(students.sum + i)));
+}
+
+// Every D_ij; the row's Σ a_ij D_ij.
+template <typename T>
+T finish(Students<T>& students) {
+  take_logarithms(students);
+  T loss = 0;
+  for (int i = 0; i < students.count; ++i) {
+    for (int j = 0; j < students.count; ++j) {
+      T& d = students.divergence(i, j);
+      d = 0;
+      if (students.weight(i, j) == 0) continue;
+      d = kl_from_sums(students.cross(j, i), students.sum[j], students.log_sum[j], students.sum[i], students.log_sum[i],
+                       students.inv_t);
+      loss += students.weight(i, j) * d;
+    }
+  }
+  return loss;
+}
+
+// ------------------------------------------------------------------------------------------------------------ gradient
+
+constexpr int kGroup = 4;  // vectors at a time
+
+// One tile of student i's gradient, from everybody's shifted() and exps(). `factor` is scale·upstream/τ.
+template <typename T>
+void gradient_tile(Students<T>& students, int i, bool detach_peers, T factor, int count, T* out) {
+  constexpr int kL = kLanes<T>;
+  const T per_e = factor / students.sum[i];
+  T learnt = 0, constant = 0;  // Σ_j a_ij, and what does not depend on the column of Σ_j a_ji (log p_i − log p_j) − E_i
+  for (int j = 0; j < students.count; ++j) {
+    learnt += students.weight(i, j);
+    if (const T taught = students.weight(j, i); taught != 0)
+      constant += taught * (students.log_sum[j] - students.log_sum[i] - students.divergence(j, i));
+  }
+  const bool to_peers = !detach_peers && students.teaches[i];
+  const T *own = students.exps(i), *d = students.shifted(i);
+  for (int at = 0; at < count; at += kGroup * kL) {
+    Vec<T> g[kGroup] = {};
+    if (students.learns[i]) {
+      Vec<T> shares[kGroup] = {};  // of all peers, before they meet what they are to cancel
+      for (int j = 0; j < students.count; ++j) {
+        if (students.weight(i, j) == 0) continue;
+        const T share = students.weight(i, j) * factor / students.sum[j];
+        const T* e = students.exps(j) + at;
+        for (int u = 0; u < kGroup; ++u) shares[u] += share * load(e + u * kL);
+      }
+      for (int u = 0; u < kGroup; ++u) g[u] = learnt * per_e * load(own + at + u * kL) - shares[u];
+    }
+    if (to_peers) {
+      Vec<T> log_ratio[kGroup] = {};
+      for (int j = 0; j < students.count; ++j) {
+        if (students.weight(j, i) == 0) continue;
+        const T taught = students.weight(j, i) * students.inv_t;
+        for (int u = 0; u < kGroup; ++u)
+          log_ratio[u] += taught * (load(d + at + u * kL) - load(students.shifted(j) + at + u * kL));
+      }
+      for (int u = 0; u < kGroup; ++u) {
+        const Vec<T> e = load(own + at + u * kL);
+        g[u] += e == 0 ? Vec<T>{} : per_e * e * (log_ratio[u] + constant);
+      }
+    }
+    for (int u = 0; u < kGroup; ++u) store(out + at + u * kL, g[u]);
+  }
+}
+
+template <typename T>
+void zero_gradients(const MutualArgs<T>& args, int64_t n) {
+  for (int i = 0; i < args.students; ++i)
+    if (args.gradient[i]) zero_row<T>(args.student[i], args.gradient[i], n, args.classes);
+}
+
+// Row n of every gradient. `in_cache`: the row is one tile, whose exponentials are those of the last sweep.
+template <typename T>
+void write_gradients(const MutualArgs<T>& args, Students<T>& students, int64_t n, T factor, bool in_cache) {
+  const auto has_gradient = [&](int i) { return students.learns[i] || (!args.detach_peers && students.teaches[i]); };
+  for (int i = 0; i < students.count; ++i)
+    if (args.gradient[i] && !has_gradient(i)) zero_row<T>(args.student[i], args.gradient[i], n, args.classes);
+  for (int64_t begin = 0; begin < args.classes; begin += students.columns) {
+    const int count = static_cast<int>(std::min<int64_t>(students.columns, args.classes - begin));
+    for (int i = 0; i < students.count && !in_cache; ++i)
+      if (students.reads(i)) exponentiate(students, i, tile_of(args, students, i, n, begin, count), students.max[i]);
+    for (int i = 0; i < students.count; ++i) {
+      if (!args.gradient[i] || !has_gradient(i)) continue;
+      T* out = students.out.values;
+      gradient_tile(students, i, args.detach_peers, factor, count, out);
+      const int64_t to = n * args.classes + begin;
+      if (streams_gradient<T>(args.student[i], args.rows, args.classes))
+        stream_tile(static_cast<T*>(args.gradient[i]) + to, count, out);
+      else
+        write_tile(args.gradient[i], args.student[i].dtype, to, count, out);
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------- rows
+
+template <typename T>
+void skip_row(const MutualForward<T>& args, int64_t n) {
+  for (int i = 0; i < MutualStats{args.students}.size(); ++i) args.row_stats[i * args.rows + n] = 0;
+  args.row_loss[n] = 0;
+  zero_gradients(args, n);
+}
+
+template <typename T>
+void write_stats(const MutualForward<T>& args, Students<T>& students, int64_t n, T scale) {
+  const MutualStats at{args.students};
+  T* out = args.row_stats + n;
+  out[at.scale() * args.rows] = scale;
+  if (!args.keep_stats) return;
+  for (int i = 0; i < args.students; ++i) {
+    for (int j = 0; j < args.students; ++j) out[at.divergence(i, j) * args.rows] = students.divergence(i, j);
+    out[at.max(i) * args.rows] = students.reads(i) ? students.max[i] : T(0);
+    out[at.sum(i) * args.rows] = students.sum[i];
+  }
+}
+
+template <typename T>
+void mutual_forward(const MutualForward<T>& args, int64_t begin, int64_t end) {
+  Students<T> students(args);
+  const bool gradients = std::any_of(args.gradient, args.gradient + args.students, [](void* p) { return p; });
+  for (int64_t n = begin; n < end; ++n) {
+    const T row_weight = args.row_weights ? args.row_weights[n] : T(1);
+    if (row_weight == 0) {
+      skip_row(args, n);
+      continue;
+    }
+    std::fill_n(students.max, students.count, -infinity<T>());
+    std::fill_n(students.sum, students.count, T(0));
+    for (int64_t at = 0; at < args.classes; at += students.columns)
+      absorb(args, students, n, at, static_cast<int>(std::min<int64_t>(students.columns, args.classes - at)));
+    args.row_loss[n] = row_weight * args.scale * finish(students);
+    const T scale = args.items ? row_weight / *args.items : row_weight;
+    write_stats(args, students, n, scale);
+    if (gradients)
+      write_gradients(args, students, n, scale * args.scale * students.inv_t, args.classes <= students.columns);
+  }
+  stream_fence();
+}
+
+template <typename T>
+void mutual_backward(const MutualBackward<T>& args, int64_t begin, int64_t end) {
+  const MutualStats at{args.students};
+  Students<T> students(args);
+  for (int64_t n = begin; n < end; ++n) {
+    const T* in = args.row_stats + n;
+    const T scale = in[at.scale() * args.rows];
+    if (scale == 0) {
+      zero_gradients(args, n);
+      continue;
+    }
+    for (int i = 0; i < args.students; ++i) {
+      for (int j = 0; j < args.students; ++j) students.divergence(i, j) = in[at.divergence(i, j) * args.rows];
+      students.max[i] = in[at.max(i) * args.rows];
+      students.sum[i] = in[at.sum(i) * args.rows];
+    }
+    take_logarithms(students);
+    const T upstream = args.upstream ? args.upstream[n * args.upstream_stride] : T(1);
+    write_gradients(args, students, n, scale * upstream * args.scale * students.inv_t, /*in_cache=*/false);
+  }
+  stream_fence();
+}
+
+}  // namespace MTKD_ISA
+}  // namespace mtkd_fast

@@ -1,0 +1,81 @@
+// What the ops on rows of logits share, as tensors: gradients, numbers of a row, the reduction of the loss.
+#pragma once
+
+#include <algorithm>
+
+#include "tensors.h"
+
+namespace mtkd_fast {
+
+inline Logits logits(const Tensor& x, const RowGrid& grid, size_t i) {
+  return {x.const_data_ptr(), grid.outer_stride[i], grid.inner_stride[i], x.stride(-1), dtype_of(x)};
+}
+
+inline Tensor flat_rows(const Tensor& x, int64_t rows, const char* name) {
+  TORCH_CHECK_VALUE(x.numel() == rows, name, " must hold one number per row, ", rows, ", got ", x.numel());
+  return x.reshape({rows}).contiguous();
+}
+
+// Contiguous, in the shape and dtype of x; an empty tensor where it is not needed.
+inline Tensor empty_gradient(const Tensor& x, bool needed) {
+  const Tensor gradient = at::empty(needed ? x.sizes() : at::IntArrayRef{0}, x.options());
+  if (gradient.is_cpu()) ask_for_huge_pages(gradient);
+  return gradient;
+}
+
+struct Strided {  // [K, N] numbers, any strides
+  Tensor values;
+  int64_t teacher_stride, row_stride;
+};
+
+// Weights [K] or [K, ...] as [K, N].
+inline Strided per_teacher(const Tensor& weights, int64_t teachers, int64_t rows, at::ScalarType dtype) {
+  Tensor w = in_compute_dtype(weights, dtype);
+  TORCH_CHECK_VALUE(w.size(0) == teachers && (w.dim() == 1 || w.numel() == teachers * rows),
+                    "weights must have shape [K] or [K, ...]");
+  if (w.dim() == 1) return {w, w.stride(0), 0};
+  w = w.reshape({teachers, rows});
+  return {w, w.stride(0), w.stride(1)};
+}
+
+// One number, or one a row, as [rows] in the compute dtype; stride 0 for one number.
+inline Tensor upstream_rows(const Tensor& upstream, int64_t rows, at::ScalarType dtype) {
+  const Tensor up = in_compute_dtype(upstream, dtype);
+  return up.dim() == 0 ? up.expand({rows}) : up.reshape({rows});
+}
+
+// How many rows count, at least 1, as one number on the device. On the CPU in a plain loop: three small ops fewer.
+template <typename T>
+Tensor counted_rows(int64_t rows, const OptionalTensor& target, const OptionalTensor& row_weights, int64_t ignore_index,
+                    const at::TensorOptions& options) {
+  if (options.device().is_cpu()) {
+    const int64_t* labels = target ? target->const_data_ptr<int64_t>() : nullptr;
+    const T* weights = row_weights ? row_weights->template const_data_ptr<T>() : nullptr;
+    int64_t count = 0;
+    for (int64_t n = 0; n < rows; ++n) count += !(labels && labels[n] == ignore_index) && !(weights && weights[n] == 0);
+    Tensor items = at::empty({}, options);
+    *items.mutable_data_ptr<T>() = static_cast<T>(std::max<int64_t>(count, 1));
+    return items;
+  }
+  if (!target && !row_weights) return at::full({}, std::max<int64_t>(rows, 1), options);
+  Tensor counts = target ? target->ne(ignore_index) : row_weights->ne(0);
+  if (target && row_weights) counts = counts.logical_and(row_weights->ne(0));
+  return counts.sum().clamp_min(1).to(options.dtype());
+}
+
+// Σ row_loss / items. On the CPU in float64, in row order: the same whatever the number of threads.
+template <typename T>
+Tensor reduced_loss(const Tensor& row_loss, const OptionalTensor& items) {
+  if (!row_loss.is_cpu()) {
+    Tensor loss = row_loss.sum();
+    return items ? loss.div_(items->reshape({})) : loss;
+  }
+  const T* values = row_loss.const_data_ptr<T>();
+  double sum = 0;
+  for (int64_t n = 0; n < row_loss.numel(); ++n) sum += values[n];
+  Tensor loss = at::empty({}, row_loss.options());
+  *loss.mutable_data_ptr<T>() = static_cast<T>(items ? sum / *items->template const_data_ptr<T>() : sum);
+  return loss;
+}
+
+}  // namespace mtkd_fast
