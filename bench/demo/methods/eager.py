@@ -90,6 +90,84 @@ def dgkd(learner: Learner, batch: Batch, student: Outputs) -> Tensor:
     return loss
 
 
+def distances(x: Tensor) -> Tensor:
+    """[B, B], Euclidean."""
+    squares = x.square().sum(1)
+    return (squares[:, None] + squares - 2 * x @ x.T).clamp(min=1e-12).sqrt() * (1 - torch.eye(len(x), device=x.device))
+
+
+def rkd_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    with torch.no_grad():
+        t = distances(teacher)
+        t = t / t[t > 0].mean()
+    s = distances(student)
+    return F.smooth_l1_loss(s / s[s > 0].mean(), t)
+
+
+def cosines(x: Tensor) -> Tensor:
+    """[B, B, B], at vertex i between j and k."""
+    directions = F.normalize(x[None] - x[:, None], dim=2)
+    return torch.bmm(directions, directions.transpose(1, 2))
+
+
+def rkd_angle(student: Tensor, teacher: Tensor) -> Tensor:
+    with torch.no_grad():
+        t = cosines(teacher)
+    return F.smooth_l1_loss(cosines(student), t)
+
+
+def amtml(learner: Learner, batch: Batch, student: Outputs) -> Tensor:
+    share, tau, weights = 0.7, 5.0, learner.criterion.weights
+    scores = torch.stack([(student.pooled * theta * weights.W).sum(1) for theta in weights.theta], 1)
+    mu = F.softmax(scores, 1)
+    p = torch.stack([F.softmax(t.logits / tau, 1) for t in batch.teachers], 1)
+    mixture = (mu[:, :, None] * p).sum(1)
+    loss = 2 * share * tau**2 * F.kl_div(F.log_softmax(student.logits / tau, 1), mixture, reduction="batchmean")
+    loss = loss + (1 - share) * F.cross_entropy(student.logits, batch.labels)
+    loss = loss + rkd_distance(student.logits, mixture.detach()) + rkd_angle(student.logits, mixture.detach())
+    for adapt, teacher in zip(learner.criterion.hints.adapters, batch.teachers, strict=True):
+        adapted = adapt(F.normalize(student.maps[1], dim=1))
+        loss = loss + F.mse_loss(adapted, F.normalize(teacher.maps[1], dim=1))
+    return loss + 0.1 * (weights.W.square().sum() + weights.theta.square().sum())
+
+
+def attention(f: Tensor) -> Tensor:
+    """[B, S]"""
+    a = f.square().sum(1).flatten(1)
+    return a / (a.norm(dim=1, keepdim=True) + 1e-6)
+
+
+def gram(f: Tensor) -> Tensor:
+    """[B, C, C]"""
+    x = F.normalize(f.flatten(2), dim=2)
+    return torch.bmm(x, x.transpose(1, 2))
+
+
+def adaptive(learner: Learner, batch: Batch, student: Outputs) -> Tensor:
+    teacher = batch.teachers[0]
+    pairs = list(zip(student.maps, teacher.maps, strict=True))
+    adapted = [adapt(f, g) for adapt, (f, g) in zip(learner.adapters, pairs, strict=True)]
+    paths = torch.stack(
+        [
+            sum(F.mse_loss(gram(f), gram(g)) for f, (_, g) in zip(adapted, pairs, strict=True)),
+            F.mse_loss(student.logits, teacher.logits),
+            sum(F.mse_loss(attention(f), attention(g)) for f, g in pairs),
+            divergence(student.logits, teacher.logits).mean(),
+        ]
+    )
+    alpha = learner.criterion.alpha
+    return F.cross_entropy(student.logits, batch.labels) + ((-alpha).exp() * paths + alpha).sum()
+
+
+def ctsl_mkt(learner: Learner, batch: Batch, *students: Outputs) -> Tensor:
+    loss = 0.0
+    for k, student in enumerate(students):
+        z, peer, tau = student.logits, students[1 - k].logits.detach(), 4.0
+        loss = loss + F.cross_entropy(z, batch.labels) + divergence(z, batch.alone[k], tau).mean() / tau**2
+        loss = loss + rkd_distance(z, peer) + 2 * rkd_angle(z, peer) + divergence(z, peer, 1.0).mean()
+    return loss
+
+
 LOSSES = {
     "hard labels": hard_labels,
     "AVER": average,
@@ -97,5 +175,8 @@ LOSSES = {
     "AE-KD": adaptive_ensemble,
     "FitNet-MKD": fitnet,
     "CA-MKD": ca_mkd,
+    "AMTML-KD": amtml,
     "DGKD": dgkd,
+    "Adaptive Distillation": adaptive,
+    "CTSL-MKT": ctsl_mkt,
 }

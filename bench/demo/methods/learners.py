@@ -10,15 +10,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtkd_fast import AEKDLoss, AverageKDLoss, CAMKDLoss, DGKDLoss, EntropyKDLoss, FitNetKDLoss, HintAdapter
+from mtkd_fast import (
+    AdaptiveDistillationLoss,
+    AEKDLoss,
+    AMTMLKDLoss,
+    AverageKDLoss,
+    CAMKDLoss,
+    CTSLMKTLoss,
+    DGKDLoss,
+    EntropyKDLoss,
+    FitNetKDLoss,
+    GroupHints,
+    HintAdapter,
+    attention_transfer_loss,
+    hint_loss,
+    multi_teacher_kd_loss,
+    nst_loss,
+)
 
 from .networks import STUDENT, TEACHER, ConvNet, Outputs
+
+PEER_SEED = 7919
 
 
 class Batch(NamedTuple):
     labels: Tensor
     teachers: list[Outputs]  # three of one size
     guides: list[Tensor]  # logits of DGKD's chain: the first teacher and its assistants
+    alone: list[Tensor]  # logits of CTSL-MKT's two students when they were taught by labels alone
 
 
 class School(NamedTuple):
@@ -99,6 +118,58 @@ class DGKD(Learner):
         return self.criterion(student.logits, batch.guides, batch.labels)
 
 
+class AMTML(Learner):
+    """Hints at the last stage; the first of the method's two stages."""
+
+    def prepare(self, school: School, implementation: str | None) -> None:
+        k = len(school.teachers)
+        hints = GroupHints(STUDENT, [TEACHER[1]] * k, groups=[1] * k)
+        self.criterion = AMTMLKDLoss(k, STUDENT[1], hints, seed=1, implementation=implementation)
+
+    def loss(self, batch: Batch, student: Outputs) -> Tensor:
+        return self.criterion(
+            student.logits, [t.logits for t in batch.teachers], batch.labels, student.pooled,
+            student.maps, [t.maps[1] for t in batch.teachers],
+        )  # fmt: skip
+
+
+class Adaptive(Learner):
+    """The code's four paths from the first teacher."""
+
+    def prepare(self, school: School, implementation: str | None) -> None:
+        self.criterion = AdaptiveDistillationLoss(
+            ("NST", "logits", "attention", "soft target"), implementation=implementation
+        )
+        pairs = zip(STUDENT, TEACHER, strict=True)
+        self.adapters = nn.ModuleList(HintAdapter(*pair, bias=False, relu=False) for pair in pairs)
+        self.implementation = implementation
+
+    def loss(self, batch: Batch, student: Outputs) -> Tensor:
+        teacher, how = batch.teachers[0], dict(implementation=self.implementation)
+        adapted = [adapt(f, g) for adapt, f, g in zip(self.adapters, student.maps, teacher.maps, strict=True)]
+        paths = {
+            "NST": nst_loss(adapted, teacher.maps),
+            "logits": hint_loss([student.logits], [teacher.logits], **how),
+            "attention": attention_transfer_loss(student.maps, teacher.maps, **how),
+            "soft target": multi_teacher_kd_loss(student.logits, [teacher.logits], temperature=4.0, **how),
+        }
+        return self.criterion(student.logits, batch.labels, paths)
+
+
+class CTSLMKT(Learner):
+    """The student and a peer of its size, from other first weights."""
+
+    def prepare(self, school: School, implementation: str | None) -> None:
+        self.criterion = CTSLMKTLoss(implementation=implementation)
+        self.peer = ConvNet(STUDENT, school.seed + PEER_SEED, school.device)
+
+    def outputs(self, images: Tensor) -> tuple[Outputs, ...]:
+        return self.student(images), self.peer(images)
+
+    def loss(self, batch: Batch, *students: Outputs) -> Tensor:
+        return self.criterion([s.logits for s in students], batch.labels, batch.alone)
+
+
 def adapters(school: School, stage: int) -> nn.ModuleList:
     """One a teacher; every method's are drawn from the same seed."""
     with torch.random.fork_rng(devices=[]):
@@ -113,5 +184,8 @@ METHODS: dict[str, Callable[..., Learner]] = {
     "AE-KD": on_logits(AEKDLoss),
     "FitNet-MKD": FitNet,
     "CA-MKD": CAMKD,
+    "AMTML-KD": AMTML,
     "DGKD": DGKD,
+    "Adaptive Distillation": Adaptive,
+    "CTSL-MKT": CTSLMKT,
 }

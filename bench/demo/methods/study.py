@@ -9,8 +9,8 @@ from mtkd_fast import DGKDLoss, dense_chain
 
 from ..digits import Digits, Split
 from ..training import BATCH, hard_labels, one_thread
-from .learners import METHODS, Batch, Learner, School
-from .networks import ASSISTANTS, TEACHER, ConvNet, Outputs
+from .learners import METHODS, PEER_SEED, Batch, Learner, School
+from .networks import ASSISTANTS, STUDENT, TEACHER, ConvNet, Outputs
 
 N_TEACHERS = 3
 LEARNING_RATE = 5e-3
@@ -29,10 +29,11 @@ class Lessons(NamedTuple):
     labels: Tensor
     teachers: list[Outputs]
     guides: list[Tensor]
+    alone: list[Tensor]
 
     def batch(self, index: Tensor) -> Batch:
         said = [t.apply(lambda x: x[index]) for t in self.teachers]
-        return Batch(self.labels[index], said, [g[index] for g in self.guides])
+        return Batch(self.labels[index], said, [g[index] for g in self.guides], [z[index] for z in self.alone])
 
 
 def run_split(data: Digits, seed: int, budget: Budget, device: str) -> dict[str, float]:
@@ -67,20 +68,24 @@ def prepared(data: Digits, split: Split, seed: int, budget: Budget, device: str)
     for model in (*teachers, *assistants):
         model.eval().requires_grad_(False)
     guides = [logits_of(model, images) for model in chain]
-    return School(teachers, seed, device), Lessons(images, labels, [t(images) for t in teachers], guides)
+    alone = [
+        taught_by_labels(ConvNet(STUDENT, seed + shift, device), images, labels, budget.student_steps, seed)
+        for shift in (0, PEER_SEED)
+    ]
+    lessons = Lessons(images, labels, [t(images) for t in teachers], guides, [logits_of(z, images) for z in alone])
+    return School(teachers, seed, device), lessons
 
 
 def taught(data: Digits, split: Split, seed: int, budget: Budget, device: str) -> ConvNet:
     g = torch.Generator().manual_seed(seed)
     chosen = split.train[torch.randint(len(split.train), (len(split.train),), generator=g).to(split.train.device)]
-    images, labels = data.images[chosen], data.labels[chosen]
     teacher = ConvNet(TEACHER, seed, device)
+    return taught_by_labels(teacher, data.images[chosen], data.labels[chosen], budget.teacher_steps, seed)
 
-    def loss(i: Tensor) -> Tensor:
-        return hard_labels(teacher(images[i]).logits, [], labels[i])
 
-    train(teacher, loss, len(labels), budget.teacher_steps, seed)
-    return teacher
+def taught_by_labels(model: ConvNet, images: Tensor, labels: Tensor, steps: int, seed: int) -> ConvNet:
+    train(model, lambda i: hard_labels(model(images[i]).logits, [], labels[i]), len(labels), steps, seed)
+    return model
 
 
 def learn(learner: Learner, lessons: Lessons, steps: int, seed: int) -> None:
