@@ -17,20 +17,20 @@ inline Vec<T> exp_at_one(Vec<T> e, Vec<T> x) {
   if constexpr (kAtOne == AtOne::same) return e;
   if constexpr (kAtOne == AtOne::square) return e * e;
   if constexpr (kAtOne == AtOne::fourth) return (e * e) * (e * e);
-  return exp2_of<T>(x * T(kLog2E));
+  return exp_of(x);
 }
 
 // What the sweeps over the columns need to know.
 template <typename T>
 struct Sweep {
-  T inv_t;    // 1/τ
-  T to_exp2;  // log2(e)/τ
+  T inv_t;  // 1/τ
+  TemperedExp<T> exp;
   AtOne student_at_one, teacher_at_one;
   bool entropy;
 
   Sweep(const KDArgs<T>& args, bool hard, bool teacher_weights, bool entropy)
       : inv_t(1 / args.temperature),
-        to_exp2(static_cast<T>(kLog2E / args.temperature)),
+        exp(args.temperature),
         student_at_one(at_one(args.temperature, hard)),
         teacher_at_one(at_one(args.temperature, teacher_weights)),
         entropy(entropy) {}

@@ -32,7 +32,7 @@ void student_tile(const KDArgs<T>& args, const Block<T>& block, int row, const S
   for_each_vector(Vectors<T>(s, count), false, [&](int i, Vec<T> x, auto) {
     x -= max;
     store(log_q + i, x * sweep.inv_t - log_sum);
-    store(q + i, to_q * exp2_of<T>(x * sweep.to_exp2));
+    store(q + i, to_q * sweep.exp(x));
   });
 }
 
@@ -47,7 +47,7 @@ inline void for_each_element(const KDArgs<T>& args, const Block<T>& block, int r
   const T* t = read_tile(teacher, block.start(teacher, row), begin, count, scratch.widened(row));
   for_each_vector(Vectors<T>(t, count), false, [&](int i, Vec<T> x, auto) {
     x -= max;
-    const Vec<T> p = to_p * exp2_of<T>(x * sweep.to_exp2), log_p = x * sweep.inv_t - log_sum;
+    const Vec<T> p = to_p * sweep.exp(x), log_p = x * sweep.inv_t - log_sum;
     step(i, p, element<kDivergence>(p, log_p, load(q + i), load(log_q + i), args.beta));
   });
 }

@@ -44,9 +44,8 @@ void add_share(const Vectors<T>& tile, const KDArgs<T>& args, const Block<T>& bl
   const T max = offset_of(block.teacher_state[k].max[row]);
   if (args.divergence != Divergence::reverse_kl) {
     const T factor = teacher.factor[row];
-    for_each_vector(tile, false, [&](int i, Vec<T> x, auto) {
-      store(share + i, load(share + i) + factor * exp2_of<T>((x - max) * sweep.to_exp2));
-    });
+    for_each_vector(tile, false,
+                    [&](int i, Vec<T> x, auto) { store(share + i, load(share + i) + factor * sweep.exp(x - max)); });
   } else {
     const T weight = teacher.weight[row], log_sum = teacher.log_sum[row];
     for_each_vector(tile, false, [&](int i, Vec<T> x, auto) {
@@ -104,7 +103,7 @@ void student_gradient(const KDArgs<T>& args, const Block<T>& block, int row, con
     x -= max;
     const Vec<T> scaled = x * sweep.inv_t;
     const Vec<T> log_q = scaled == -infinity<T>() ? Vec<T>{} : scaled - log_sum;
-    put(i, x, exp2_of<T>(x * sweep.to_exp2), log_q);
+    put(i, x, sweep.exp(x), log_q);
   });
 }
 
@@ -181,13 +180,13 @@ void write_teacher_gradient(const KDBackward<T>& args, const Block<T>& block, in
     for_each_vector(tile_s, false, [&](int i, Vec<T> x, auto) { store(scratch.share.values + i, x - max_s); });
     const T* t = read_classes(teacher, block, row, begin, count, scratch.widened(0));
     for_each_vector(Vectors<T>(t, count), false, [&](int i, Vec<T> x_t, auto) {
-      const Vec<T> dt = x_t - max_t, ds = load(scratch.share.values + i), p = to_p * exp2_of<T>(dt * sweep.to_exp2);
+      const Vec<T> dt = x_t - max_t, ds = load(scratch.share.values + i), p = to_p * sweep.exp(dt);
       Vec<T> gradient;
       if (args.divergence != Divergence::reverse_kl)
         gradient = p == 0 ? Vec<T>{}
                           : p * ((per_ratio == 0 ? Vec<T>{} : per_ratio * ((dt - ds) * sweep.inv_t - log_sums)) - less);
       else
-        gradient = p - to_q * exp2_of<T>(ds * sweep.to_exp2);
+        gradient = p - to_q * sweep.exp(ds);
       store(scratch.out.values + i, scale * gradient);
     });
     if (block.apart_in(row, begin, count)) scratch.out.values[block.apart[row] - begin] = scale * pull;

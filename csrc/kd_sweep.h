@@ -122,7 +122,7 @@ void absorb_student(const KDArgs<T>& args, Block<T>& block, const Sweep<T>& swee
     for_each_vector(s, false, [&](int i, Vec<T> x, auto) {
       ahead.prefetch(i);
       x -= max;
-      const Vec<T> e = exp2_of<T>(x * sweep.to_exp2);
+      const Vec<T> e = sweep.exp(x);
       store(shifted + i, x);
       store(exps + i, e);
       sum += e;
@@ -185,7 +185,7 @@ void absorb_teacher(const KDArgs<T>& args, Block<T>& block, int k, const Sweep<T
       ahead.prefetch(i);
       dt -= max;
       const Vec<T> ds = load(student_shifted + i);
-      const Vec<T> e = exp2_of<T>(dt * sweep.to_exp2);
+      const Vec<T> e = sweep.exp(dt);
       store(exps + i, e);
       sum += e;
       // cross_term of row_stats.h, a vector at a time

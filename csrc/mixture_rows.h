@@ -50,7 +50,7 @@ struct Member {
   void set_state(T row_max, T row_sum) {
     max = row_max, sum = row_sum, offset = offset_of(row_max), to_p = 1 / row_sum, share = weight * to_p;
   }
-  Vec<T> exponential(int i, T to_exp2) const { return exp2_of<T>((vector_at(tile, i) - offset) * to_exp2); }
+  Vec<T> exponential(int i, const TemperedExp<T>& exp) const { return exp(vector_at(tile, i) - offset); }
 };
 
 // What a thread keeps: the members of a row, those of a weight other than 0 first, and tiles of other dtypes widened.
@@ -64,7 +64,7 @@ class Row {
 
   explicit Row(const MixtureArgs<T>& args)
       : inv_t(1 / args.temperature),
-        to_exp2(static_cast<T>(kLog2E / args.temperature)),
+        exp(args.temperature),
         args_(args),
         pitch_(args.classes < kTileColumns ? args.classes : kTileColumns),
         widened_(new T[(args.teachers + 1) * pitch_]) {}
@@ -108,7 +108,7 @@ class Row {
       sum *= Raise<T>(max, to, inv_t).factor;
       max = to;
       x.offset = offset_of(max);
-      for (int i = 0; i < count; i += kLanes<T>) total += x.exponential(i, to_exp2);
+      for (int i = 0; i < count; i += kLanes<T>) total += x.exponential(i, exp);
       sum += sum_of<T>(total);
     }
     x.set_state(max, sum);
@@ -128,10 +128,10 @@ class Row {
     Vec<T> mixture{};
     for (int m = 0; m < used; ++m) {
       Member<T>& x = member[m];
-      x.e = x.exponential(i, to_exp2);
+      x.e = x.exponential(i, exp);
       mixture += x.share * x.e;
     }
-    for (int m = used; m < members; ++m) member[m].e = member[m].exponential(i, to_exp2);
+    for (int m = used; m < members; ++m) member[m].e = member[m].exponential(i, exp);
     return mixture;
   }
 
@@ -150,7 +150,8 @@ class Row {
     return sum < 0 ? splat(std::numeric_limits<T>::quiet_NaN()) : result;
   }
 
-  const T inv_t, to_exp2;
+  const T inv_t;
+  const TemperedExp<T> exp;
 
  private:
   void add(int k, T w) {
@@ -218,7 +219,7 @@ void write_teacher_gradient(const MixtureBackward<T>& args, int64_t n, Member<T>
     row.read(row.student, begin, count);
     const T share = x.share * row.inv_t;
     for (int i = 0; i < count; i += kLanes<T>)
-      store(row.out + i, share * x.exponential(i, row.to_exp2) * (vector_at(row.student.tile, i) - x.dot));
+      store(row.out + i, share * x.exponential(i, row.exp) * (vector_at(row.student.tile, i) - x.dot));
     write_tile(args.teacher_gradient[x.k], x.logits->dtype, n * args.classes + begin, count, row.out);
   }
 }
@@ -241,7 +242,7 @@ void backward_row(const MixtureBackward<T>& args, int64_t n, Row<T>& row) {
       const Vec<T> g = first_lanes<T>(vector_at(row.student.tile, i), count - i);
       for (int m = 0; m < row.members; ++m) {
         Member<T>& x = row.member[m];
-        x.partial += x.exponential(i, row.to_exp2) * g;
+        x.partial += x.exponential(i, row.exp) * g;
       }
     }
     add_partials(row);
@@ -298,7 +299,7 @@ void second_sweep(const MixtureDivergence<T>& args, int64_t n, Row<T>& row) {
     for (int i = 0; i < count; i += kLanes<T>) {
       const Vec<T> shifted = vector_at(s.tile, i) - s.offset;
       const Vec<T> mixture = absorb(row, i, count - i, shifted * row.inv_t - log_sum);
-      if (args.gradient) store(row.out + i, of_student * exp2_of<T>(shifted * row.to_exp2) - row.inv_t * mixture);
+      if (args.gradient) store(row.out + i, of_student * row.exp(shifted) - row.inv_t * mixture);
     }
     add_partials(row);
     if (args.gradient) write_tile(args.gradient, args.student.dtype, n * args.classes + begin, count, row.out);

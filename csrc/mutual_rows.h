@@ -21,8 +21,9 @@ constexpr int64_t kTilesBytes = 64 << 10;  // of all students' tiles, which pair
 template <typename T>
 class Students {
  public:
-  const int count, columns;              // columns: of a tile
-  const T inv_t, to_exp2;                // 1/τ, log2(e)/τ
+  const int count, columns;  // columns: of a tile
+  const T inv_t;             // 1/τ
+  const TemperedExp<T> exp;
   alignas(64) T max[kMaxTeachers] = {};  // the states of row_stats.h
   alignas(64) T sum[kMaxTeachers] = {};  // Σ e^{(z−max)/τ}
   alignas(64) T log_sum[kMaxTeachers] = {};
@@ -33,7 +34,7 @@ class Students {
       : count(args.students),
         columns(columns_of(args.students)),
         inv_t(1 / args.temperature),
-        to_exp2(static_cast<T>(kLog2E / args.temperature)),
+        exp(args.temperature),
         pitch_(columns + kLanes<T>),  // rows of exactly 4 KB would all map to the same sets of the cache
         pairs_(int64_t{count} * count) {
     const size_t bytes = (2 * count * pitch_ + 3 * pairs_) * sizeof(T);
@@ -110,7 +111,7 @@ T exponentiate(Students<T>& students, int i, const Vectors<T>& x, T max) {
   T *shifted = students.shifted(i), *exps = students.exps(i);
   Vec<T> sum{};
   const auto put = [&](int at, Vec<T> z) {
-    const Vec<T> d = z - offset, e = exp2_of<T>(d * students.to_exp2);
+    const Vec<T> d = z - offset, e = students.exp(d);
     store(shifted + at, d);
     store(exps + at, e);
     sum += e;

@@ -1,6 +1,7 @@
 // Exponentials and logarithms of a register (vec.h). Included once per instruction set.
 
-constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.693147180559945309417232121458;
+constexpr long double kLog2E = 1.44269504088896340735992468100189L;
+constexpr double kLn2 = 0.693147180559945309417232121458;
 
 // 2^f on [−1/2, 1/2]. float: minimax of degree 6, 2e-9 relative; double: Taylor of degree 13, 4e-18.
 inline Vec<float> exp2_fraction(Vec<float> f) {
@@ -33,12 +34,13 @@ struct FloatFormat<double> {
   static constexpr double round_magic = 6755399441055744.0, smallest_exponent = -1022.0;  // 1.5·2^52
 };
 
-// 2^y for y <= 0; below the smallest normal number 0; NaN stays NaN. 14 instructions.
-template <typename T>
-inline Vec<T> exp2_of(Vec<T> y) {
+// 2^y for y <= 0; below the smallest normal number 0; NaN stays NaN. 14 instructions. `low`: digits that y has no room
+// for; what they are is no matter where the result is 0.
+template <typename T, typename... Low>
+inline Vec<T> exp2_of(Vec<T> y, Low... low) {
   using F = FloatFormat<T>;
   const Vec<T> shifted = y + F::round_magic;  // its low mantissa bits are the nearest integer
-  const Vec<T> fraction = y - (shifted - F::round_magic);
+  const Vec<T> fraction = ((y - (shifted - F::round_magic)) + ... + low);
   const Vec<T> power = (Vec<T>)(((Bits<T>)shifted << F::mantissa_bits) + F::one);
   const Vec<T> result = exp2_fraction(fraction) * power;
   return y < F::smallest_exponent ? Vec<T>{} : result;
@@ -54,9 +56,26 @@ inline Vec<float> exp2_of<float>(Vec<float> y) {
 }
 #endif
 
+// e^{x/τ} for x <= 0, as 2^{x·log2(e)/τ}. A double takes the factor in two parts: rounded to one, it would be that of
+// another temperature, an error that all elements share.
+template <typename T>
+class TemperedExp {
+ public:
+  explicit TemperedExp(T temperature)
+      : high_(static_cast<T>(kLog2E / temperature)), low_(static_cast<T>(kLog2E / temperature - high_)) {}
+
+  Vec<T> operator()(Vec<T> x) const {
+    if constexpr (std::is_same_v<T, double>) return exp2_of<T>(x * high_, x * low_);
+    return exp2_of<T>(x * high_);
+  }
+
+ private:
+  T high_, low_;
+};
+
 using mtkd_fast::exp_of, mtkd_fast::log_of;
-inline Vec<float> exp_of(Vec<float> x) { return exp2_of<float>(x * float(kLog2E)); }
-inline Vec<double> exp_of(Vec<double> x) { return exp2_of<double>(x * kLog2E); }
+inline Vec<float> exp_of(Vec<float> x) { return TemperedExp<float>(1)(x); }
+inline Vec<double> exp_of(Vec<double> x) { return TemperedExp<double>(1)(x); }
 
 // ln x for a normal x > 0; −inf for 0, NaN for NaN and +inf. x = 2^n·m with m in [√½, √2), and with s = (m−1)/(m+1)
 // ln m = 2s·(1 + s²/3 + s⁴/5 + …), s² <= 0.0295: 5 terms are good to 2e-9 relative, 12 to 3e-20.

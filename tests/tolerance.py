@@ -28,6 +28,20 @@ def ulp(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
     return info.eps * torch.exp2(exponent.double())
 
 
+def plain_in_float64(plain32: Tensor | None, exact32: Tensor | None, exact: Tensor | None) -> Tensor | None:
+    """Plain PyTorch's result in float64, whose error float64 cannot show: as if it were that of float32, in proportion
+    to the epsilons. A number's own error counts, or, since a number may be right by chance, the tensor's largest error
+    as a share of its largest number.
+    """
+    if exact is None:
+        return None
+    error = torch.where(exact32.isfinite() & plain32.isfinite(), plain32.double() - exact32, 0.0).abs()
+    largest = torch.where(exact32.isfinite(), exact32, 0.0).abs().amax() if exact32.numel() else error.new_zeros(())
+    share = torch.where(largest > 0, error.amax() / largest, 0.0) if error.numel() else largest
+    ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    return torch.where(exact.isfinite(), exact + torch.maximum(error, share * exact.abs()) * ratio, exact)
+
+
 def kind(x: Tensor) -> Tensor:
     """0 for a finite number, 1 for NaN, 2 for +inf, 3 for -inf."""
     return x.isnan() * 1 + x.isposinf() * 2 + x.isneginf() * 3

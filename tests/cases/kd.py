@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations
 
 import torch
-from tolerance import assert_numbers_close, assert_rows_close
+from tolerance import assert_numbers_close, assert_rows_close, plain_in_float64
 from torch import Tensor
 
 import mtkd_fast
@@ -424,28 +424,35 @@ def oracle(case: Case) -> Oracle:
 
 
 def oracle_of(inputs: Inputs) -> Oracle:
-    exact = evaluate(inputs.cast(F64), "reference")
+    exact = evaluate(relative_to_maxima(inputs.cast(F64)), "reference")
     in32 = inputs.cast(F32)
     plain = evaluate(in32, "reference")
     if F64 in (inputs.student.dtype, *(t.dtype for t in inputs.teachers)):
-        plain = errs_like(plain, evaluate(in32.cast(F64), "reference"), exact)
+        plain = in_float64(plain, evaluate(in32.cast(F64), "reference"), exact)
     leaves = {"student": inputs.student, **{f"teacher {k}": t for k, t in enumerate(inputs.teachers)}}
     leaves["weights"] = inputs.weights
     plain.gradients = {name: x.to(leaves[name].dtype) for name, x in plain.gradients.items()}
     return Oracle(exact, plain, largest_terms(inputs.cast(F64), exact))
 
 
-def errs_like(plain32: Result, exact32: Result, exact: Result) -> Result:
-    """Plain PyTorch in float64, whose own error float64 cannot show: that of float32, in proportion to the epsilons."""
-    ratio = torch.finfo(F64).eps / torch.finfo(F32).eps
+def relative_to_maxima(inputs: Inputs) -> Inputs:
+    """The same softmaxes without the offset of a row, whose digits the oracle would lose when it divides by τ."""
 
-    def combine(p, e, x):
-        return None if x is None else torch.where(x.isfinite(), x + (p.double() - e) * ratio, x)
+    def shifted(x: Tensor) -> Tensor:
+        highest = torch.where(x.isfinite(), x, -INF).amax(-1, keepdim=True)
+        return x - torch.where(highest.isfinite(), highest, 0.0)
 
+    return replace(inputs, student=shifted(inputs.student), teachers=[shifted(t) for t in inputs.teachers])
+
+
+def in_float64(plain32: Result, exact32: Result, exact: Result) -> Result:
     return Result(
-        combine(plain32.loss, exact32.loss, exact.loss),
-        {name: combine(plain32.gradients[name], exact32.gradients[name], x) for name, x in exact.gradients.items()},
-        mtkd_fast.KDStats(*map(combine, plain32.stats, exact32.stats, exact.stats)),
+        plain_in_float64(plain32.loss, exact32.loss, exact.loss),
+        {
+            name: plain_in_float64(plain32.gradients[name], exact32.gradients[name], x)
+            for name, x in exact.gradients.items()
+        },
+        mtkd_fast.KDStats(*map(plain_in_float64, plain32.stats, exact32.stats, exact.stats)),
     )
 
 
@@ -653,7 +660,7 @@ FACTORS = {
 }  # fmt: skip
 
 
-def pairwise(factors: dict[str, tuple], seed: int = 1) -> list[dict]:
+def pairwise(factors: dict[str, tuple], seed: int = 0) -> list[dict]:
     """Choices in which every allowed pair of levels of every two factors occurs: greedy, a row at a time."""
     draw = random.Random(seed)
     order = list(factors)

@@ -6,7 +6,7 @@ import zlib
 from dataclasses import dataclass, field, replace
 
 import torch
-from tolerance import assert_numbers_close, assert_rows_close, ulp
+from tolerance import assert_numbers_close, assert_rows_close, plain_in_float64
 from torch import Tensor
 
 import mtkd_fast
@@ -194,26 +194,13 @@ def oracle_of(inputs: Inputs) -> Oracle:
     in32 = inputs.cast(F32)
     plain = evaluate(in32, "reference")
     if any(z.dtype == F64 for z in inputs.students):
-        plain = errs_like(plain, evaluate(in32.cast(F64), "reference"), exact)
+        exact32 = evaluate(in32.cast(F64), "reference")
+        plain.loss = plain_in_float64(plain.loss, exact32.loss, exact.loss)
+        plain.divergences = plain_in_float64(plain.divergences, exact32.divergences, exact.divergences)
+        for i, x in exact.gradients.items():
+            plain.gradients[i] = plain_in_float64(plain.gradients[i], exact32.gradients[i], x)
     plain.gradients = {i: x.to(inputs.students[i].dtype) for i, x in plain.gradients.items()}
     return Oracle(exact, plain, largest_terms(inputs.cast(F64), exact))
-
-
-def errs_like(plain32: Result, exact32: Result, exact: Result) -> Result:
-    """Plain PyTorch in float64, whose own error float64 cannot show: that of float32, in proportion to the epsilons,
-    and at least the ulp that the oracle, in float64 itself, may be off.
-    """
-    ratio = torch.finfo(F64).eps / torch.finfo(F32).eps
-
-    def combine(p, e, x):
-        error = ((p.double() - e) * ratio).abs().maximum(ulp(x, F64))
-        return torch.where(x.isfinite(), x + error, x)
-
-    return Result(
-        combine(plain32.loss, exact32.loss, exact.loss),
-        {i: combine(plain32.gradients[i], exact32.gradients[i], x) for i, x in exact.gradients.items()},
-        combine(plain32.divergences, exact32.divergences, exact.divergences),
-    )
 
 
 def largest_terms(inputs: Inputs, exact: Result) -> Result:
