@@ -16,14 +16,16 @@ SOURCES = [
     "module.cpp",
     "cpu_capability.cpp",
     "kd_cpu.cpp",
+    "attention_cpu.cpp",
     "hint_cpu.cpp",
     "relation_cpu.cpp",
     "kd_ops.cpp",
     "kd_autograd.cpp",
+    "attention_ops.cpp",
     "hint_ops.cpp",
     "relation_ops.cpp",
 ]
-CUDA_SOURCES = ["kd_cuda.cu", "hint_cuda.cu"]
+CUDA_SOURCES = ["kd_cuda.cu", "hint_cuda.cu", "attention_cuda.cu"]
 
 
 def stop(sentence: str) -> None:

@@ -24,7 +24,6 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # fixed when a Triton kernel is decorated, so read once
 NAMES = ("cpp", "triton", "reference")
 FUSED_DIVERGENCES = ("forward_kl", "reverse_kl")  # of kDivergences in csrc/divergences.h; others are the reference's
-FUSED_DISTANCES = ("mse", "smooth_l1", "cosine")  # of kDistances in csrc/distances.h; others are the reference's
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -73,7 +72,6 @@ def choose(
     implementation: str | None,
     *tensors: Tensor,
     divergence: str | None = None,
-    distance: str | None = None,
     cpu_op: str | None = None,
 ) -> str:
     """The name of the implementation that runs on these tensors (all on one device).
@@ -81,7 +79,7 @@ def choose(
     ``cpu_op`` names an op whose only kernels are those in C++ for the CPU.
     """
     device = tensors[0].device.type
-    options = divergence, distance, cpu_op
+    options = divergence, cpu_op
     if implementation is None:
         return _best(device, tensors, *options)
     if implementation not in NAMES:
@@ -97,7 +95,6 @@ def _why_not(
     device: str,
     tensors: tuple[Tensor, ...],
     divergence: str | None,
-    distance: str | None,
     cpu_op: str | None,
 ) -> str | None:
     if implementation == "reference":
@@ -106,8 +103,6 @@ def _why_not(
         return "forward-mode derivatives need implementation='reference'"
     if divergence is not None and divergence not in FUSED_DIVERGENCES:
         return f"divergence={divergence!r} has no fused kernel yet"
-    if distance is not None and distance not in FUSED_DISTANCES:
-        return f"distance={distance!r} has no fused kernel yet"
     if cpu_op is not None and (device != "cpu" or implementation == "triton"):
         return f"the op {cpu_op} has kernels for the CPU only, in C++"
     available = _AVAILABLE[implementation]

@@ -71,8 +71,9 @@ class EmulatedCuda(Backend):
     @contextmanager
     def active(self):
         import emulator
-        from emulator import hint
+        from emulator import attention, hint
 
+        from mtkd_fast.triton_ops import attention as triton_attention
         from mtkd_fast.triton_ops import hint as triton_hint
         from mtkd_fast.triton_ops import kd as triton_kd
 
@@ -85,6 +86,9 @@ class EmulatedCuda(Backend):
             kd_triton_rescale = staticmethod(emulator.rescale)
             kd_triton_rescale_ = staticmethod(emulator.rescale_)
 
+            attention_triton_forward = staticmethod(attention.forward)
+            attention_triton_backward = staticmethod(attention.backward)
+
             @staticmethod
             def hint_triton_forward(student, teacher, weights, distance):
                 return hint.forward(dense(student), dense(teacher), weights, distance)
@@ -95,7 +99,7 @@ class EmulatedCuda(Backend):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(triton_kd, "kd_kernels", emulator)
-            for op in (triton_kd, triton_hint):
+            for op in (triton_kd, triton_hint, triton_attention):
                 patch.setattr(op, "ops", Ops)
             yield
 

@@ -116,7 +116,7 @@ def test_divergence_in_one_graph(implementation):
     assert_same_as_eager(torch.compile(mean, fullgraph=True, backend="aot_eager"), mean, student, teachers)
 
 
-@pytest.mark.parametrize("distance", ["mse", "smooth_l1", "cosine"])
+@pytest.mark.parametrize("distance", ["mse", "smooth_l1", "cosine", "attention"])
 def test_hints_in_one_graph(implementation, distance):
     student, teacher = torch.randn(N, 4, 3, requires_grad=True), torch.randn(N, 4, 3)
 
@@ -177,7 +177,12 @@ def values(requires_grad: bool) -> dict:
     )  # fmt: skip
     student, teacher = torch.randn(N, 4, requires_grad=requires_grad), torch.randn(N, 3)
     relations = dict(student=student, teacher=teacher, relation="angle", write_gradient=True)
-    return {"kd": options, "hint": hints, "relation": relations}
+    student, teacher = [torch.randn(N, 4, 3), torch.randn(N, 2, 2, 2)], [torch.randn(N, 5, 3), torch.randn(N, 2, 2, 2)]
+    attention = dict(
+        student=student, teacher=teacher, features=student, weights=torch.rand(2, N), needs=[True, False],
+        slopes=[torch.rand(N, 3), torch.rand(N, 4)],
+    )  # fmt: skip
+    return {"kd": options, "hint": hints, "attention": attention, "relation": relations}
 
 
 @pytest.mark.parametrize("name", [*FUSED, *PASSES])

@@ -33,7 +33,8 @@ def test_the_cuda_build_compiles_links_and_loads(tmp_path):
 import torch, mtkd_fast._C as built, mtkd_fast
 assert built.cuda and "9.0" in built.cuda_architectures
 assert mtkd_fast.implementations()["cpp"].devices == ("cpu", "cuda")
-for op in ("kd_forward", "kd_backward", "kd_rescale", "hint_forward", "hint_backward"):
+passes = ("kd_forward", "kd_backward", "kd_rescale", "hint_forward", "hint_backward")
+for op in (*passes, "attention_forward", "attention_backward"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"mtkd_fast::{op}", "CUDA"), op
 x = torch.randn(4, 10, requires_grad=True)
 mtkd_fast.multi_teacher_kd_loss(x, [torch.randn(4, 10)], implementation="cpp").backward()

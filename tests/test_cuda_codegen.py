@@ -14,7 +14,7 @@ if not shutil.which("nvcc"):
 
 from emulator.build import CSRC, cache, digest
 
-SOURCES = (CSRC / "kd_cuda.cu", CSRC / "hint_cuda.cu")
+SOURCES = (CSRC / "kd_cuda.cu", CSRC / "hint_cuda.cu", CSRC / "attention_cuda.cu")
 ARCHITECTURES = ("80", "90a", "100")
 FLAGS = (
     "-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-Werror", "all-warnings",
@@ -143,6 +143,14 @@ def test_resident_rows_come_in_by_asynchronous_copies(architecture):
 def test_hint_loads_16_bytes(architecture):
     for name, code in instructions(SOURCES[1], architecture).items():
         assert [x for x in code if re.search(r"LDG\.E\.128", x)], name
+
+
+def test_attention_loads_and_stores_16_bytes(architecture):
+    for name, code in kernels(SOURCES[2], architecture, "attention_energy").items():
+        assert len([x for x in code if re.search(r"LDG\.E\.128", x)]) >= 4, name
+    for name, code in kernels(SOURCES[2], architecture, "attention_gradient").items():
+        assert [x for x in code if re.search(r"LDG\.E\.128", x)], name
+        assert [x for x in code if re.search(r"STG\.E\.128", x)], name
 
 
 def test_exponentials_of_the_streaming_forward(architecture):

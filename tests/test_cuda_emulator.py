@@ -13,7 +13,7 @@ if not shutil.which("g++"):
     pytest.skip("the CUDA emulator needs g++", allow_module_level=True)
 
 import emulator
-from emulator import hint, layout, machine
+from emulator import attention, hint, layout, machine
 
 from mtkd_fast.reference import hint as hint_reference
 from mtkd_fast.reference import kd as reference
@@ -87,6 +87,8 @@ def test_faults_end_the_launch(faults, kernel, message):
         ("kd_backward", layout.KDBackward),
         ("kd_rescale", layout.KDRescale),
         ("hint", layout.Hint),
+        ("attention_maps", layout.AttentionMaps),
+        ("attention_pairs", layout.AttentionPairs),
     ],
 )
 def test_the_structs_are_those_of_the_headers(name, struct):
@@ -349,3 +351,30 @@ def test_the_cosine_reads_a_sample_of_extreme_norm_twice():
     student[0][1] *= 1e-20
     hint.forward(student, teacher, None, "cosine")
     assert machine.traffic()["student0"] == machine.traffic()["teacher0"] == (5 * 100 * 4, 0)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(3, 2, 1), (70, 7, 7), (9, 33, 67), (24, 16, 16)])
+def test_attention(shape, form, order):
+    n, positions = 3, shape[1:]
+    student = torch.randn(n, *shape).contiguous(memory_format=form)
+    teacher = torch.randn(n, 5, *positions).half()
+    weights = torch.rand(1, n)
+    weights[0, 1] = 0
+    student[1] = float("nan")
+    exact = student.double().requires_grad_()
+    right = torch.where(weights[0] == 0, 0.0, hint_reference.attention(exact, teacher.double()))
+    per_sample = student[0].numel() * 4
+    with machine.use_order(order, seed=3):
+        attention.energies([student], weights)
+        assert machine.traffic()["map0"] == ((n - 1) * per_sample, 0)
+        distance, slopes = attention.forward([student], [teacher], weights)
+        assert_close(distance[0] / right.max(), right.detach() / right.max().detach(), 2e-6)
+        (gradient,) = attention.backward([student], slopes[:1], weights, [True])
+    assert machine.traffic()["map0"] == ((n - 1) * per_sample, 0)
+    assert machine.traffic()["gradient0"] == (0, n * per_sample)
+    assert machine.traffic()["slopes0"][1] == 0
+    wanted = torch.autograd.grad(right.sum(), exact, retain_graph=True)[0] * weights[0].double().view(-1, 1, 1, 1)
+    wanted[1] = 0
+    assert_close(gradient / wanted.abs().max(), wanted / wanted.abs().max(), 4e-6)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
-KERNELS = (CSRC / "kd_cuda.cu", CSRC / "hint_cuda.cu", HERE / "launchers.cpp")
+KERNELS = (CSRC / "kd_cuda.cu", CSRC / "hint_cuda.cu", CSRC / "attention_cuda.cu", HERE / "launchers.cpp")
 FLAGS = (
     "-std=c++17", "-O2", "-fPIC", "-shared", "-DMTKD_EMULATOR", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
     "-U_FORTIFY_SOURCE",  # which refuses a longjmp to another stack

@@ -1,4 +1,6 @@
-// The launchers of csrc/kd.h and csrc/hint.h under names that ctypes finds, and the sizes of what they are handed.
+// The launchers of csrc/kd.h, hint.h and attention.h under names that ctypes finds, and the sizes of what they are
+// handed.
+#include "attention.h"
 #include "hint.h"
 #include "kd.h"
 #include "kd_variants.h"
@@ -11,6 +13,8 @@ int64_t size_of_kd_forward() { return sizeof(KDForward<float>); }
 int64_t size_of_kd_backward() { return sizeof(KDBackward<float>); }
 int64_t size_of_kd_rescale() { return sizeof(KDRescale<float>); }
 int64_t size_of_hint() { return sizeof(HintArgs<float>); }
+int64_t size_of_attention_maps() { return sizeof(AttentionMaps<float>); }
+int64_t size_of_attention_pairs() { return sizeof(AttentionPairs<float>); }
 
 int fits_on_chip(const KDForward<float>* args) { return kd_fits_on_chip(*args, args->rule, 0); }
 
@@ -22,4 +26,7 @@ const char* kd_backward(const KDBackward<float>* args) { return kd_backward_cuda
 const char* kd_rescale(const KDRescale<float>* args) { return kd_rescale_cuda(*args, 0, nullptr); }
 const char* hint_forward(const HintArgs<float>* args) { return hint_forward_cuda(*args, 0, nullptr); }
 const char* hint_backward(const HintArgs<float>* args) { return hint_backward_cuda(*args, 0, nullptr); }
+const char* attention_energy(const AttentionMaps<float>* args) { return attention_energy_cuda(*args, 0, nullptr); }
+const char* attention_distance(const AttentionPairs<float>* args) { return attention_distance_cuda(*args, 0, nullptr); }
+const char* attention_gradient(const AttentionMaps<float>* args) { return attention_gradient_cuda(*args, 0, nullptr); }
 }
