@@ -134,13 +134,24 @@ attention_energy(MTKD_PARAM(MapsKernelArgs) args) {
   }
 }
 
-MTKD_DEVICE void gradient_of_chunk(const FeatureMap<float>& map, int64_t first, int64_t chunk, int64_t limit, bool read,
-                                   const float* factors) {
-  float x[kChunk] = {};
-  if (read) decode(load_chunk(elements_from(map, first), chunk, limit), map.dtype, x);
+// Chunks of kAtOnce stretches of a map, loaded before any is stored: `chunk` of the `limit[u]` elements from
+// `first[u]`.
+MTKD_DEVICE void write_gradient(const FeatureMap<float>& map, const int64_t* first, const int64_t* limit, int64_t chunk,
+                                bool read, const float (*factors)[kChunk], int factors_step) {
+  RawChunk raw[kAtOnce];
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i) x[i] *= factors[i];
-  store_chunk(output_row(map.gradient, first, 1, map.dtype), chunk, limit, x);
+  for (int u = 0; u < kAtOnce; ++u) {
+    raw[u] = read && chunk * kChunk < limit[u] ? load_chunk(elements_from(map, first[u]), chunk, limit[u]) : RawChunk{};
+  }
+#pragma unroll
+  for (int u = 0; u < kAtOnce; ++u) {
+    if (chunk * kChunk >= limit[u]) continue;
+    float x[kChunk];
+    decode(raw[u], map.dtype, x);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) x[i] *= factors[u * factors_step][i];
+    store_chunk(output_row(map.gradient, first[u], 1, map.dtype), chunk, limit[u], x);
+  }
 }
 
 // Eight columns a thread of a tile of kRowsOfBlock rows.
@@ -149,36 +160,44 @@ MTKD_DEVICE void gradient_of_rows(const FeatureMap<float>& map, int64_t sample, 
   const int64_t begin = part % tiles * kTile, count = lesser(row - begin, kTile);
   const int64_t mine = device::thread_index() * kChunk;
   const bool read = twice_weight != 0;
-  float factors[kChunk] = {};
+  float factors[1][kChunk] = {};
   int64_t p = (begin + mine) % map.positions;
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) {
     if (read && mine + i < count) {
-      factors[i] = twice_weight * device::load(map.of_positions + sample * map.positions + p);
+      factors[0][i] = twice_weight * device::load(map.of_positions + sample * map.positions + p);
     }
     p = p + 1 < map.positions ? p + 1 : 0;
   }
-  for (int64_t at = part / tiles * kRowsOfBlock * row + begin, u = 0; u < kRowsOfBlock; ++u, at += row) {
-    const int64_t limit = lesser(count, elements - at);
-    if (mine < limit) {
-      gradient_of_chunk(map, sample * elements + at, device::thread_index(), limit, read, factors);
+  int64_t at = part / tiles * kRowsOfBlock * row + begin;
+  for (int rows = 0; rows < kRowsOfBlock; rows += kAtOnce) {
+    int64_t first[kAtOnce], limit[kAtOnce];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u, at += row) {
+      first[u] = sample * elements + at;
+      limit[u] = lesser(count, elements - at);
     }
+    write_gradient(map, first, limit, device::thread_index(), read, factors, 0);
   }
 }
 
 MTKD_DEVICE void gradient_of_positions(const FeatureMap<float>& map, int64_t sample, int64_t part, float twice_weight) {
   const LaneGroup group(lanes_of(map), nullptr);
-  const int64_t first = part * positions_of_block(map) + group.index_in_block();
-  const int64_t chunks = parts_of(map.channels, kChunk);
   const bool read = twice_weight != 0;
+  int64_t first[kAtOnce], limit[kAtOnce];
+  float factors[kAtOnce][kChunk];
+#pragma unroll
   for (int u = 0; u < kAtOnce; ++u) {
-    const int64_t p = sample * map.positions + first + u * (kThreads / group.size());
-    if (p >= (sample + 1) * map.positions) continue;
-    const float factor = read ? twice_weight * device::load(map.of_positions + p) : 0.0f;
-    const float factors[kChunk] = {factor, factor, factor, factor, factor, factor, factor, factor};
-    for (int64_t chunk = group.rank(); chunk < chunks; chunk += group.size()) {
-      gradient_of_chunk(map, p * map.channels, chunk, map.channels, read, factors);
-    }
+    const int64_t p = part * positions_of_block(map) + group.index_in_block() + u * (kThreads / group.size());
+    const int64_t at = sample * map.positions + p;
+    first[u] = at * map.channels;
+    limit[u] = p < map.positions ? map.channels : 0;
+    const float factor = read && p < map.positions ? twice_weight * device::load(map.of_positions + at) : 0.0f;
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) factors[u][i] = factor;
+  }
+  for (int64_t chunk = group.rank(); chunk * kChunk < map.channels; chunk += group.size()) {
+    write_gradient(map, first, limit, chunk, read, factors, 1);
   }
 }
 

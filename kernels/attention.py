@@ -56,8 +56,9 @@ def attention_energy(
 ):  # fmt: skip
     """The energies of a block of positions; nothing is read or written where the weight is 0."""
     channels, positions = sizes(channels, positions, LAST, UNIT)
-    sample = tl.program_id(0).to(tl.int64)
-    p = tl.program_id(2) * BLOCK_S + tl.arange(0, BLOCK_S)
+    blocks = tl.cdiv(positions, BLOCK_S)
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    p = tl.program_id(0) % blocks * BLOCK_S + tl.arange(0, BLOCK_S)
     for k in tl.static_range(len(maps)):
         if tl.program_id(1) == k:
             used = weight_of(weights, weights_pair_stride, weights_sample_stride, pairs[k], sample) != 0
@@ -77,8 +78,9 @@ def attention_gradient(
 ):  # fmt: skip
     """2·weight·slope·f of a block of positions; 0, and nothing read, where the weight is 0."""
     channels, positions = sizes(channels, positions, LAST, UNIT)
-    sample = tl.program_id(0).to(tl.int64)
-    p = tl.program_id(2) * BLOCK_S + tl.arange(0, BLOCK_S)
+    blocks = tl.cdiv(positions, BLOCK_S)
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    p = tl.program_id(0) % blocks * BLOCK_S + tl.arange(0, BLOCK_S)
     for k in tl.static_range(len(maps)):
         if tl.program_id(1) == k:
             weight = weight_of(weights, weights_pair_stride, weights_sample_stride, pairs[k], sample)
@@ -219,7 +221,7 @@ def map_launches(
             BLOCK_C=block_c,
             BLOCK_S=block_s,
         )
-        grid = (first.features.shape[0], len(group), triton.cdiv(first.positions, block_s))
+        grid = (first.features.shape[0] * triton.cdiv(first.positions, block_s), len(group))
         yield Launch(kernel, grid, arguments | weights_of(weights) | written, warps_for(block_c * block_s))
 
 

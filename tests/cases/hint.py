@@ -281,7 +281,9 @@ def terms_of_attention(case: Case, x: Inputs, exact: Result, weights: Tensor, up
     terms["loss"] = per_sample
     if case.reduction != "none":
         terms["loss"] = per_sample.sum() / (n if case.reduction == "mean" else 1)
-    terms["weights"] = (distances * up).sum() if x.weights is not None and x.weights.dim() == 1 else distances.max()
+    terms["weights"] = (
+        (distances * up).sum() if x.weights is not None and x.weights.dim() == 1 else (distances * up).max()
+    )
     return terms
 
 
