@@ -8,7 +8,7 @@ memory, one longer than that, odd ends, one teacher and many, aligned and not.
 
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -19,10 +19,10 @@ from mtkd_fast import (
     mixture_divergence,
     multi_teacher_divergence,
     multi_teacher_kd_loss,
+    mutual_kd_loss,
     rkd_angle_loss,
     rkd_distance_loss,
 )
-from mtkd_fast.dispatch import FUSED_DISTANCES
 
 SHAPES = ((3, 10, 1), (33, 100, 3), (5, 1000, 8), (2, 1023, 2), (3, 4096, 3), (2, 32001, 3), (1, 131073, 2))
 HALVES = (torch.bfloat16, torch.float16)
@@ -90,10 +90,34 @@ def value_only(x: Rows, rule: str) -> None:
         finite(rule, multi_teacher_kd_loss(x.student, x.teachers, x.target, weights=weights, implementation="cpp"))
 
 
-def hints(x: Rows, distance: str) -> None:
-    student = [t.detach().requires_grad_() for t in x.teachers]
+def as_they_are(x: Tensor) -> Tensor:
+    return x
+
+
+def one_channel(x: Tensor) -> Tensor:
+    return x[:, None]
+
+
+def one_position(x: Tensor) -> Tensor:
+    return x[..., None]
+
+
+def five_channels(x: Tensor) -> Tensor:
+    return x[:, : x.shape[1] // 5 * 5].unflatten(1, (5, -1))
+
+
+FEATURES = {
+    "mse": (as_they_are,),
+    "smooth_l1": (as_they_are,),
+    "cosine": (as_they_are,),
+    "attention": (one_channel, one_position, five_channels),
+}
+
+
+def hints(x: Rows, distance: str, features: Callable[[Tensor], Tensor]) -> None:
+    student = [features(t).detach().requires_grad_() for t in x.teachers]
     weights = x.weights.detach().requires_grad_()
-    teacher = [x.student] * len(student)
+    teacher = [features(x.student)] * len(student)
     hint_loss(student, teacher, weights=weights, distance=distance, implementation="cpp").backward()
     finite(f"hint {distance}", student[0].grad)
     finite(f"hint {distance} weights", weights.grad)
@@ -117,6 +141,14 @@ def mixtures(x: Rows) -> None:
         finite("gradients of mixtures", tensor.grad)
 
 
+def mutual(x: Rows) -> None:
+    for detach_peers in (True, False):
+        students = [z.detach().requires_grad_() for z in (x.student, *x.teachers)]
+        mutual_kd_loss(students, temperature=2.0, detach_peers=detach_peers, implementation="cpp").backward()
+        for z in students:
+            finite("gradients of mutual learning", z.grad)
+
+
 def inputs(shapes=SHAPES) -> list[tuple[tuple[int, int, int], torch.dtype]]:
     """Every shape in float32 and in one of the half precisions, by turns: the tools are slow."""
     halves = zip(shapes, itertools.cycle(HALVES), strict=False)
@@ -135,10 +167,12 @@ def launches(device: str, shapes=SHAPES) -> Iterator[str]:
             divergences(x, divergence)
         for rule in RULES:
             value_only(x, rule)
-        for distance in FUSED_DISTANCES:
-            hints(x, distance)
+        for distance, forms in FEATURES.items():
+            for form in forms:
+                hints(x, distance, form)
         relations(x)
         mixtures(x)
+        mutual(x)
         yield f"{dtype} {shape}"
 
 

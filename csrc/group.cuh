@@ -15,6 +15,21 @@ MTKD_DEVICE float sum_lanes(float x, int width) {
   return x;
 }
 
+struct SumOfLanes {
+  int width;
+  MTKD_DEVICE float operator()(float x) const { return sum_lanes(x, width); }
+};
+
+// Merges a state of sums, which says how it absorbs another.
+struct AddLanes {
+  template <typename Sums>
+  MTKD_DEVICE void operator()(Sums& x, int width) const {
+    Sums total;
+    total.absorb(x, SumOfLanes{width});
+    x = total;
+  }
+};
+
 // The largest; NaN is passed over, as in `larger`.
 MTKD_DEVICE float max_lanes(float x, int width) {
   for (int lanes = width / 2; lanes > 0; lanes /= 2) x = fmaxf(x, device::shuffle_xor(x, lanes));

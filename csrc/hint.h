@@ -5,6 +5,7 @@
 
 #include "distances.h"
 #include "kd.h"
+#include "pair_weights.h"
 
 namespace mtkd_fast {
 
@@ -18,14 +19,12 @@ struct FeaturePair {
   void* gradient;  // [samples, elements], stride `elements`, the student's dtype; backward only
 };
 
-// weights: element (k, n) at k·pair_stride + n·sample_stride, or null for ones.
 template <typename acc_t>
 struct HintArgs {
   int64_t samples;
   int pairs;
   FeaturePair pair[kMaxTeachers];
-  const acc_t* weights;
-  int64_t weights_pair_stride, weights_sample_stride;
+  PairWeights<acc_t> weights;
   Distance distance;
   acc_t* kept;  // [kept_numbers(distance), pairs, samples]: see Kept. Forward writes it, backward reads it.
 };

@@ -4,6 +4,7 @@
 #include "chunk.cuh"
 #include "group.cuh"
 #include "hint.h"
+#include "pair_weights.cuh"
 
 namespace mtkd_fast {
 namespace {
@@ -19,28 +20,9 @@ struct HintKernelArgs : HintArgs<float> {
   int64_t stretches;  // of the largest sample; backward only
 };
 
-MTKD_DEVICE float weight_of(const HintArgs<float>& args, int pair, int64_t sample) {
-  if (args.weights == nullptr) return 1.0f;
-  return device::load(args.weights + pair * args.weights_pair_stride + sample * args.weights_sample_stride);
-}
-
 MTKD_DEVICE InputRow feature_row(const void* data, int64_t stride, DType dtype, int64_t sample) {
   return input_row(Logits{data, stride, 0, 1, dtype}, {sample, 0});
 }
-
-struct SumOfLanes {
-  int width;
-  MTKD_DEVICE float operator()(float x) const { return sum_lanes(x, width); }
-};
-
-struct AddLanes {
-  template <typename Sums>
-  MTKD_DEVICE void operator()(Sums& x, int width) const {
-    Sums total;
-    total.absorb(x, SumOfLanes{width});
-    x = total;
-  }
-};
 
 // One chunk of both sides; 0 beyond the last element, which adds 0 to every sum.
 struct PairChunk {
@@ -111,7 +93,7 @@ hint_forward(MTKD_PARAM(HintKernelArgs) args) {
     const int pair = static_cast<int>(i / args.samples);
     const int64_t sample = i % args.samples;
     Kept<float> kept{};
-    if (weight_of(args, pair, sample) != 0) kept = sample_distance<kDistance>(group, args.pair[pair], sample);
+    if (weight_of(args.weights, pair, sample) != 0) kept = sample_distance<kDistance>(group, args.pair[pair], sample);
     if (group.rank() == 0) {
       device::store(kept_number(args, 0, i), kept.distance);
       if constexpr (kept_numbers(kDistance) > 1) {
@@ -137,7 +119,7 @@ MTKD_DEVICE DistanceGradient<kDistance, float> gradient_of(const HintKernelArgs&
 template <Distance kDistance>
 MTKD_DEVICE void backward_stretch(const HintKernelArgs& args, const FeaturePair& pair, int k, int64_t sample,
                                   int64_t stretch) {
-  const float weight = weight_of(args, k, sample);
+  const float weight = weight_of(args.weights, k, sample);
   const DistanceGradient<kDistance, float> gradient = gradient_of<kDistance>(args, k, sample, weight);
   const InputRow student = feature_row(pair.student, pair.student_stride, pair.student_dtype, sample);
   const InputRow teacher = feature_row(pair.teacher, pair.teacher_stride, pair.teacher_dtype, sample);

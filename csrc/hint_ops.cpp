@@ -1,6 +1,7 @@
 // The op `hint` on tensors, and its autograd.
 #include "autograd.h"
 #include "hint.h"
+#include "pairs.h"
 
 namespace mtkd_fast {
 namespace {
@@ -8,6 +9,8 @@ namespace {
 using Forward = Tensor(TensorList, TensorList, const OptionalTensor&, c10::string_view);
 using Backward = std::vector<Tensor>(TensorList, TensorList, const Tensor&, const Tensor&, c10::List<bool>,
                                      c10::string_view);
+using AttentionForward = std::tuple<Tensor, std::vector<Tensor>>(TensorList, TensorList, const OptionalTensor&);
+using AttentionBackward = std::vector<Tensor>(TensorList, TensorList, const Tensor&, c10::List<bool>);
 
 bool dense_alike(const Tensor& f, const Tensor& g) {
   return f.strides() == g.strides() && f.is_non_overlapping_and_dense();
@@ -19,18 +22,12 @@ Distance distance_by_name(c10::string_view name) {
   TORCH_CHECK_VALUE(false, "distance is not known to the fused kernels: '", name, "'");
 }
 
-at::ScalarType dtype_of_pairs(TensorList student, TensorList teacher) {
-  const bool wide =
-      compute_dtype(student[0], student) == at::kDouble || compute_dtype(teacher[0], teacher) == at::kDouble;
-  return wide ? at::kDouble : at::kFloat;
-}
-
 // The arguments but for what a pass writes, and the tensors that they point into: pairs of different memory layout are
 // copied to a common one.
 template <typename T>
 struct Arguments : HintArgs<T> {
   std::vector<Tensor> student, teacher;
-  Tensor weights_kept;
+  OptionalTensor weights_kept;
 
   Arguments(TensorList students, TensorList teachers, const OptionalTensor& weights, c10::string_view name) {
     this->distance = distance_by_name(name);
@@ -38,16 +35,8 @@ struct Arguments : HintArgs<T> {
     this->pairs = static_cast<int>(students.size());
     this->kept = nullptr;
     for (int k = 0; k < this->pairs; ++k) add(students[k], teachers[k]);
-    this->weights = nullptr;
-    this->weights_pair_stride = this->weights_sample_stride = 0;
-    if (!weights) return;
-    weights_kept = in_compute_dtype(*weights, std::is_same_v<T, double> ? at::kDouble : at::kFloat);
-    const Tensor& w = weights_kept;
-    TORCH_CHECK_VALUE(w.size(0) == this->pairs && (w.dim() == 1 || (w.dim() == 2 && w.size(1) == this->samples)),
-                      "weights must have shape [K] or [K, N]");
-    this->weights = w.template const_data_ptr<T>();
-    this->weights_pair_stride = w.stride(0);
-    this->weights_sample_stride = w.dim() == 1 ? 0 : w.stride(1);
+    weights_kept = in_compute_dtype(weights, dtype_as<T>());
+    this->weights = pair_weights<T>(weights_kept, this->pairs, this->samples);
   }
 
  private:
@@ -68,18 +57,11 @@ struct Arguments : HintArgs<T> {
 template <typename Body>
 auto with_arguments(TensorList student, TensorList teacher, const OptionalTensor& weights, c10::string_view distance,
                     Body body) {
-  TORCH_CHECK_VALUE(!student.empty() && student.size() == teacher.size() && student.size() <= kMaxTeachers,
-                    "student_features and teacher_features must hold 1 to ", kMaxTeachers, " pairs");
+  check_pairs(student, teacher);
   return with_compute_type(dtype_of_pairs(student, teacher), [&](auto zero) {
     Arguments<decltype(zero)> args(student, teacher, weights, distance);
     return body(args);
   });
-}
-
-int64_t mean_elements(TensorList features) {
-  int64_t elements = 0;
-  for (const Tensor& f : features) elements += f.numel();
-  return elements / std::max<int64_t>(1, static_cast<int64_t>(features.size()) * features[0].size(0));
 }
 
 Tensor hint_forward(TensorList student, TensorList teacher, const OptionalTensor& weights, c10::string_view distance) {
@@ -132,45 +114,73 @@ Tensor sides_changed(const Tensor& kept) {
   return at::stack({kept.select(0, 0), kept.select(0, 2), kept.select(0, 1)});
 }
 
+// What a forward leaves: first the distances, [1, K, N] or with what else is kept of a sample below them; then, of
+// "attention", the slopes of every student and of every teacher.
+variable_list forward_pass(TensorList student, TensorList teacher, const OptionalTensor& weights,
+                           c10::string_view distance) {
+  if (distance != "attention") {
+    static const auto forward_op = op<Forward>("mtkd_fast::hint_forward");
+    return {forward_op.call(student, teacher, weights, distance)};
+  }
+  static const auto forward_op = op<AttentionForward>("mtkd_fast::attention_forward");
+  auto [distances, slopes] = forward_op.call(student, teacher, weights);
+  variable_list left{distances.unsqueeze(0)};
+  left.insert(left.end(), slopes.begin(), slopes.end());
+  return left;
+}
+
+// The gradients of one side, `left` what the forward left, or of the other with the sides changed.
+std::vector<Tensor> backward_pass(TensorList features, TensorList others, const Tensor& weights, TensorList left,
+                                  const c10::List<bool>& needs, c10::string_view distance, bool changed) {
+  if (distance != "attention") {
+    static const auto backward_op = op<Backward>("mtkd_fast::hint_backward");
+    return backward_op.call(features, others, weights, changed ? sides_changed(left[0]) : left[0], needs, distance);
+  }
+  static const auto backward_op = op<AttentionBackward>("mtkd_fast::attention_backward");
+  const TensorList slopes = left.slice(1 + (changed ? features.size() : 0), features.size());
+  return backward_op.call(features, slopes, weights, needs);
+}
+
 struct Hint : public torch::autograd::Function<Hint> {
   static Tensor forward(AutogradContext* ctx, const TensorList& student, const TensorList& teacher,
                         const OptionalTensor& weights, const c10::string_view& distance,
                         const c10::string_view& reduction) {
-    static const auto forward_op = op<Forward>("mtkd_fast::hint_forward");
     at::AutoDispatchBelowADInplaceOrView below;
     const bool weights_need = weights && weights->requires_grad();
-    const Tensor kept = forward_op.call(student, teacher, weights_need ? std::nullopt : weights, distance);
-    variable_list saved{kept, weights ? *weights : Tensor()};
+    const variable_list left = forward_pass(student, teacher, weights_need ? std::nullopt : weights, distance);
+    variable_list saved{weights ? *weights : Tensor()};
     saved.insert(saved.end(), student.begin(), student.end());
     saved.insert(saved.end(), teacher.begin(), teacher.end());
+    saved.insert(saved.end(), left.begin(), left.end());
     ctx->save_for_backward(saved);
+    ctx->saved_data["pairs"] = static_cast<int64_t>(student.size());
     ctx->saved_data["mean"] = reduction == "mean";
     ctx->saved_data["distance"] = std::string(distance);
-    return reduced(weighted_sum(kept.select(0, 0), weights), reduction);
+    return reduced(weighted_sum(left[0].select(0, 0), weights), reduction);
   }
 
-  static void fill_gradients(TensorList features, TensorList others, const Tensor& weights, const Tensor& kept,
-                             c10::string_view distance, variable_list& gradients, int64_t at) {
-    static const auto backward_op = op<Backward>("mtkd_fast::hint_backward");
+  static void fill_gradients(TensorList features, TensorList others, const Tensor& weights, TensorList left,
+                             c10::string_view distance, bool changed, variable_list& gradients, int64_t at) {
     c10::List<bool> needs;
     for (const Tensor& f : features) needs.push_back(f.requires_grad());
     if (!any_requires_grad(features)) return;
-    const std::vector<Tensor> found = backward_op.call(features, others, weights, kept, needs, distance);
+    const std::vector<Tensor> found = backward_pass(features, others, weights, left, needs, distance, changed);
     for (size_t k = 0; k < features.size(); ++k)
       if (needs[k]) gradients[at + k] = found[k];
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& upstreams) {
     const variable_list saved = ctx->get_saved_variables();
-    const Tensor &kept = saved[0], &weights = saved[1];
     const std::string name = ctx->saved_data["distance"].toStringRef();
-    const int64_t pairs = (static_cast<int64_t>(saved.size()) - 2) / 2;
-    const c10::SymInt samples = kept.sym_size(2);
-    const TensorList student(saved.data() + 2, pairs), teacher(saved.data() + 2 + pairs, pairs);
+    const int64_t pairs = ctx->saved_data["pairs"].toInt();
+    const Tensor& weights = saved[0];
+    const TensorList all(saved), student = all.slice(1, pairs), teacher = all.slice(1 + pairs, pairs);
+    const TensorList left = all.slice(1 + 2 * pairs);
+    const c10::SymInt samples = left[0].sym_size(2);
     variable_list gradients(2 * pairs + 3);
     {
       at::AutoDispatchBelowADInplaceOrView below;
-      const Tensor distance = kept.select(0, 0);
+      const Tensor distance = left[0].select(0, 0);
       Tensor upstream = upstreams[0].detach().expand_symint({samples});
       if (ctx->saved_data["mean"].toBool()) upstream = upstream / at::Scalar(samples.max(1));
       const Tensor up = upstream.unsqueeze(0).expand_symint({pairs, samples});
@@ -185,8 +195,8 @@ struct Hint : public torch::autograd::Function<Hint> {
           gradients[2 * pairs] = (given.dim() == 1 ? per_sample.sum(1) : per_sample).to(weights.scalar_type());
         }
       }
-      fill_gradients(student, teacher, w, kept, name, gradients, 0);
-      fill_gradients(teacher, student, w, sides_changed(kept), name, gradients, pairs);
+      fill_gradients(student, teacher, w, left, name, false, gradients, 0);
+      fill_gradients(teacher, student, w, left, name, true, gradients, pairs);
     }
     refuse_double_backward(gradients);
     return gradients;
@@ -198,9 +208,8 @@ Tensor hint(TensorList student, TensorList teacher, const OptionalTensor& weight
   if (at::GradMode::is_enabled() &&
       (any_requires_grad(student) || any_requires_grad(teacher) || (weights && weights->requires_grad())))
     return Hint::apply(student, teacher, weights, distance, reduction);
-  static const auto forward_op = op<Forward>("mtkd_fast::hint_forward");
-  const Tensor kept = forward_op.call(student, teacher, weights, distance);
-  return reduced(weighted_sum(kept.select(0, 0), weights), reduction);
+  const Tensor distances = forward_pass(student, teacher, weights, distance)[0].select(0, 0);
+  return reduced(weighted_sum(distances, weights), reduction);
 }
 
 }  // namespace

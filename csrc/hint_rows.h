@@ -9,11 +9,6 @@ namespace MTKD_ISA {
 //
 #include "distance_sums.h"
 
-template <typename T>
-T pair_weight(const HintArgs<T>& args, int64_t pair, int64_t sample) {
-  return args.weights ? args.weights[pair * args.weights_pair_stride + sample * args.weights_sample_stride] : T(1);
-}
-
 // A sample of a pair, read a tile of both sides at a time.
 template <typename T>
 struct SamplePair {
@@ -30,11 +25,6 @@ struct SamplePair {
     const Logits teacher{pair.teacher, 0, 0, 1, pair.teacher_dtype};
     return read_tile(teacher, sample * pair.teacher_stride, begin, count(begin), g_tile.values);
   }
-};
-
-template <typename T>
-struct SumOfLanes {
-  T operator()(Vec<T> x) const { return sum_of<T>(x); }
 };
 
 template <Distance kDistance, typename T>
@@ -87,8 +77,7 @@ template <Distance kDistance, typename T>
 void forward_sample(const HintArgs<T>& args, int64_t i, Tile<T>& f, Tile<T>& g) {
   const int64_t pair = i / args.samples, sample = i % args.samples;
   Kept<T> kept{};
-  if (pair_weight(args, pair, sample) != 0)
-    kept = sample_distance<kDistance>(SamplePair<T>{args.pair[pair], sample, f, g});
+  if (args.weights(pair, sample) != 0) kept = sample_distance<kDistance>(SamplePair<T>{args.pair[pair], sample, f, g});
   *kept_number(args, 0, i) = kept.distance;
   if constexpr (kept_numbers(kDistance) > 1) {
     *kept_number(args, 1, i) = kept.f_norm;
@@ -101,7 +90,7 @@ void backward_sample(const HintArgs<T>& args, int64_t i, Tile<T>& f, Tile<T>& g)
   const int64_t pair = i / args.samples, sample = i % args.samples;
   const FeaturePair& p = args.pair[pair];
   if (!p.gradient) return;
-  const T weight = pair_weight(args, pair, sample);
+  const T weight = args.weights(pair, sample);
   if (weight == 0) return write_zeros(p, sample);
   Kept<T> kept{};
   if constexpr (kept_numbers(kDistance) > 1)

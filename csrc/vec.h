@@ -111,3 +111,8 @@ inline double max_of<double>(Vec<double> x) {
   return _mm512_reduce_max_pd(x);
 }
 #endif
+
+template <typename T>
+struct SumOfLanes {
+  T operator()(Vec<T> x) const { return sum_of<T>(x); }
+};

@@ -45,7 +45,8 @@ class Launch(NamedTuple):
     num_warps: int
 
     def run(self) -> None:
-        with torch.cuda.device_of(next(x for x in self.arguments.values() if isinstance(x, Tensor))):
+        values = [x for value in self.arguments.values() for x in (value if isinstance(value, tuple) else (value,))]
+        with torch.cuda.device_of(next(x for x in values if isinstance(x, Tensor))):
             self.kernel[self.grid](**self.arguments, num_warps=self.num_warps)
 
 

@@ -23,7 +23,6 @@ except ImportError as error:
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # fixed when a Triton kernel is decorated, so read once
 NAMES = ("cpp", "triton", "reference")
-FUSED_DISTANCES = ("mse", "smooth_l1", "cosine")  # of kDistances in csrc/distances.h; others are the reference's
 KLS = ("forward_kl", "reverse_kl")
 BEYOND_KL = ("jsd", "tvd", "skew_kl", "skew_reverse_kl", "dkd")
 FUSED_DIVERGENCES = {  # by implementation and device; the others are the reference's
@@ -76,40 +75,26 @@ _AVAILABLE = {
 }
 
 
-def choose(
-    implementation: str | None,
-    *tensors: Tensor,
-    divergence: str | None = None,
-    distance: str | None = None,
-) -> str:
+def choose(implementation: str | None, *tensors: Tensor, divergence: str | None = None) -> str:
     """The name of the implementation that runs on these tensors (all on one device)."""
     device = tensors[0].device.type
-    options = divergence, distance
     if implementation is None:
-        return _best(device, tensors, *options)
+        return _best(device, tensors, divergence)
     if implementation not in NAMES:
         raise ValueError(f"implementation must be one of {', '.join(map(repr, NAMES))} or None, got {implementation!r}")
-    reason = _why_not(implementation, device, tensors, *options)
+    reason = _why_not(implementation, device, tensors, divergence)
     if reason:
         raise ValueError(f"implementation={implementation!r} cannot run on {device} tensors: {reason}")
     return implementation
 
 
-def _why_not(
-    implementation: str,
-    device: str,
-    tensors: tuple[Tensor, ...],
-    divergence: str | None,
-    distance: str | None,
-) -> str | None:
+def _why_not(implementation: str, device: str, tensors: tuple[Tensor, ...], divergence: str | None) -> str | None:
     if implementation == "reference":
         return None
     if forward_ad._current_level >= 0:
         return "forward-mode derivatives need implementation='reference'"
     if divergence is not None and divergence not in FUSED_DIVERGENCES.get((implementation, device), ()):
         return f"divergence={divergence!r} has no fused kernel there yet"
-    if distance is not None and distance not in FUSED_DISTANCES:
-        return f"distance={distance!r} has no fused kernel yet"
     available = _AVAILABLE[implementation]
     if device not in available.devices:
         return available.note
@@ -120,10 +105,10 @@ def _why_not(
     return None
 
 
-def _best(device: str, tensors: tuple[Tensor, ...], *options: str | None) -> str:
+def _best(device: str, tensors: tuple[Tensor, ...], divergence: str | None) -> str:
     """CPU: C++. GPU: Triton, until measurements say otherwise. The reference elsewhere, with a warning on a GPU."""
     for implementation in ("cpp",) if device == "cpu" else ("triton", "cpp"):
-        if _why_not(implementation, device, tensors, *options) is None:
+        if _why_not(implementation, device, tensors, divergence) is None:
             return implementation
     if device != "cpu":
         _warn_reference(device)

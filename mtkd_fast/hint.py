@@ -32,14 +32,16 @@ def hint_loss(
             has cosine 0 and gradient 0. Norms of any size that the dtype can hold lose no digits: samples whose
             squared norm leaves [2^-80, 2^80] (in float64 2^±600) are scaled by a power of two and read twice.
             "attention": of maps [N, C, ...], each side with a C of its own: the mean over the S positions of
-            (a(f) − a(g))², a = A/(‖A‖ + 1e-6), A = Σ_c f² per position. Runs on the reference.
+            (a(f) − a(g))², a = A/(‖A‖ + 1e-6), A = Σ_c f² per position. Maps that lie contiguous or channels last are
+            read in place, others copied. A map of zeros has a = 0 and gradient 0. Exact wherever A and its norm are
+            normal numbers (in float32, features from about 1e-19 to 1e18); NaN where they overflow.
         reduction: over samples: "none" ([N]), "sum" or "mean".
         implementation: as in :func:`mtkd_fast.multi_teacher_kd_loss`.
 
     Returns: float32 (float64 when any feature is).
 
     Gradient: to the features of both sides and to the weights, where they require it. The backward pass reads the
-    features again.
+    features again; "attention" keeps one number a position for it.
 
     Raises: TypeError, ValueError, naming the argument, what was expected and what came.
 
@@ -56,7 +58,7 @@ def hint_loss(
     students, teachers = checks.feature_pairs(student_features, teacher_features, own_channels=distance == "attention")
     weights = checks.hint_weights(weights, students)
     checks.one_of("reduction", reduction, checks.REDUCTIONS)
-    chosen = dispatch.choose(implementation, *students, *teachers, distance=distance)
+    chosen = dispatch.choose(implementation, *students, *teachers)
     if chosen == "reference":
         return reference.hint(students, teachers, weights, distance=distance, reduction=reduction)
     if chosen == "triton":

@@ -92,8 +92,9 @@ class EmulatedCuda(Backend):
     @contextmanager
     def active(self):
         import emulator
-        from emulator import hint, mixture, mutual, relation
+        from emulator import attention, hint, mixture, mutual, relation
 
+        from mtkd_fast.triton_ops import attention as triton_attention
         from mtkd_fast.triton_ops import hint as triton_hint
         from mtkd_fast.triton_ops import kd as triton_kd
         from mtkd_fast.triton_ops import mixture as triton_mixture
@@ -116,6 +117,9 @@ class EmulatedCuda(Backend):
             mutual_triton_forward = staticmethod(triton_mutual.mutual_forward)
             mutual_triton_backward = staticmethod(mutual.backward)
 
+            attention_triton_forward = staticmethod(attention.forward)
+            attention_triton_backward = staticmethod(attention.backward)
+
             @staticmethod
             def hint_triton_forward(student, teacher, weights, distance):
                 return hint.forward(dense(student), dense(teacher), weights, distance)
@@ -128,7 +132,7 @@ class EmulatedCuda(Backend):
             patch.setattr(triton_kd, "kd_kernels", emulator)
             patch.setattr(triton_mutual, "mutual_kernels", mutual)
             patch.setattr(triton_relation, "relation_kernels", relation)
-            for op in (triton_kd, triton_hint, triton_mixture, triton_mutual, triton_relation):
+            for op in (triton_kd, triton_hint, triton_attention, triton_mixture, triton_mutual, triton_relation):
                 patch.setattr(op, "ops", Ops)
             yield
 

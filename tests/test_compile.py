@@ -133,7 +133,7 @@ def test_divergence_in_one_graph(implementation):
     assert_same_as_eager(torch.compile(mean, fullgraph=True, backend="aot_eager"), mean, student, teachers)
 
 
-@pytest.mark.parametrize("distance", ["mse", "smooth_l1", "cosine"])
+@pytest.mark.parametrize("distance", ["mse", "smooth_l1", "cosine", "attention"])
 def test_hints_in_one_graph(implementation, distance):
     student, teacher = torch.randn(N, 4, 3, requires_grad=True), torch.randn(N, 4, 3)
 
@@ -239,7 +239,15 @@ def values(requires_grad: bool, divergence: str) -> dict:
         needs=[True, False, True, True], upstream=torch.randn(N), row_stats=torch.rand(mutual.row_stats_size(4), N),
     )  # fmt: skip
     mixtures = options | dict(upstream=torch.randn(N, C), row_stats=torch.rand(2 * K, N) + 1, needs=[True, False, True])
-    return {"kd": options, "hint": hints, "relation": relations, "mixture": mixtures, "mutual": mutuals}
+    student, teacher = [torch.randn(N, 4, 3), torch.randn(N, 2, 2, 2)], [torch.randn(N, 5, 3), torch.randn(N, 2, 2, 2)]
+    attention = dict(
+        student=student, teacher=teacher, features=student, weights=torch.rand(2, N), needs=[True, False],
+        slopes=[torch.rand(N, 3), torch.rand(N, 4)],
+    )  # fmt: skip
+    return {
+        "kd": options, "hint": hints, "attention": attention, "relation": relations, "mixture": mixtures,
+        "mutual": mutuals,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

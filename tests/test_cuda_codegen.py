@@ -154,6 +154,14 @@ def test_mutual_loads_and_stores_16_bytes(architecture):
         assert [x for x in code if re.search(r"STG\.E\.128", x)], name
 
 
+def test_attention_loads_and_stores_16_bytes(architecture):
+    for name, code in kernels(SOURCES["attention"], architecture, "attention_energy").items():
+        assert len([x for x in code if re.search(r"LDG\.E\.128", x)]) >= 4, name
+    for name, code in kernels(SOURCES["attention"], architecture, "attention_gradient").items():
+        assert [x for x in code if re.search(r"LDG\.E\.128", x)], name
+        assert [x for x in code if re.search(r"STG\.E\.128", x)], name
+
+
 def test_exponentials_of_the_streaming_forward(architecture):
     """A tile of 16 columns a thread (reverse KL: 8): the student's and a teacher's e^{·/τ}, both again at temperature 1
     where τ needs its own, and for reverse KL the student's beside the teachers. The rest belongs to merges.

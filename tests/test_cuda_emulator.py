@@ -13,7 +13,7 @@ if not shutil.which("g++"):
     pytest.skip("the CUDA emulator needs g++", allow_module_level=True)
 
 import emulator
-from emulator import hint, layout, machine, mixture, mutual, relation
+from emulator import attention, hint, layout, machine, mixture, mutual, relation
 from traffic import relation_planes_bytes
 
 from mtkd_fast.dispatch import FUSED_DIVERGENCES
@@ -96,6 +96,8 @@ def test_faults_end_the_launch(faults, kernel, message):
         ("mixture_divergence", layout.MixtureDivergence),
         ("mutual_forward", layout.MutualForward),
         ("mutual_backward", layout.MutualBackward),
+        ("attention_maps", layout.AttentionMaps),
+        ("attention_pairs", layout.AttentionPairs),
     ],
 )
 def test_the_structs_are_those_of_the_headers(name, struct):
@@ -501,3 +503,30 @@ def test_mutual_reads_and_writes_everything_once_in_any_order_of_threads(m, clas
         results.append((row_loss, row_stats, *gradients))
     for other in results[1:]:
         assert all(a.equal(b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(3, 2, 1), (70, 7, 7), (9, 33, 67), (24, 16, 16)])
+def test_attention(shape, form, order):
+    n, positions = 3, shape[1:]
+    student = torch.randn(n, *shape).contiguous(memory_format=form)
+    teacher = torch.randn(n, 5, *positions).half()
+    weights = torch.rand(1, n)
+    weights[0, 1] = 0
+    student[1] = float("nan")
+    exact = student.double().requires_grad_()
+    right = torch.where(weights[0] == 0, 0.0, hint_reference.attention(exact, teacher.double()))
+    per_sample = student[0].numel() * 4
+    with machine.use_order(order, seed=3):
+        attention.energies([student], weights)
+        assert machine.traffic()["map0"] == ((n - 1) * per_sample, 0)
+        distance, slopes = attention.forward([student], [teacher], weights)
+        assert_close(distance[0] / right.max(), right.detach() / right.max().detach(), 2e-6)
+        (gradient,) = attention.backward([student], slopes[:1], weights, [True])
+    assert machine.traffic()["map0"] == ((n - 1) * per_sample, 0)
+    assert machine.traffic()["gradient0"] == (0, n * per_sample)
+    assert machine.traffic()["slopes0"][1] == 0
+    wanted = torch.autograd.grad(right.sum(), exact, retain_graph=True)[0] * weights[0].double().view(-1, 1, 1, 1)
+    wanted[1] = 0
+    assert_close(gradient / wanted.abs().max(), wanted / wanted.abs().max(), 4e-6)

@@ -13,7 +13,7 @@ import torch
 from cases.kd import BF16, F16, F32, LAYOUTS
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mtkd_fast import multi_teacher_divergence, multi_teacher_kd_loss, rkd_angle_loss, rkd_distance_loss
+from mtkd_fast import hint_loss, multi_teacher_divergence, multi_teacher_kd_loss, rkd_angle_loss, rkd_distance_loss
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
 MIB = 2**20
@@ -130,6 +130,17 @@ def test_cpp_recomputes_rather_than_saves_for_teacher_gradients():
         return torch.autograd.grad(loss, [student, *teachers])
 
     assert peak_extra(run) < gradient_bytes(student, *teachers) + NOISE
+
+
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+def test_cpp_needs_one_gradient_and_two_numbers_a_position_for_attention(form):
+    student, teacher = (torch.randn(64, 256, 32, 32).contiguous(memory_format=form) for _ in range(2))
+    student.requires_grad_()
+
+    def run():
+        return torch.autograd.grad(hint_loss([student], [teacher], distance="attention", implementation="cpp"), student)
+
+    assert peak_extra(run) < gradient_bytes(student) + 2 * 64 * 32 * 32 * 4 + NOISE
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])

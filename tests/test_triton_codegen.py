@@ -208,6 +208,30 @@ def hint_launch(name: str, distance: str, dtype: torch.dtype = BF16, n_samples: 
     return hint.launch(kernel, n_samples, kept=torch.empty(3, 1, n_samples)[:, pairs], **arguments)
 
 
+ATTENTION = [
+    (name, last, positions)
+    for name in ("attention_energy", "attention_gradient")
+    for last, positions in ((False, (16, 16)), (True, (14, 14)))
+]
+
+
+def attention_launch(name: str, last: bool = False, positions: tuple[int, int] = (16, 16), n_samples: int = 64):
+    """A map of 256 channels, the weights per sample."""
+    from mtkd_fast.kernels import attention
+
+    features = torch.empty(n_samples, 256, *positions, dtype=BF16)
+    if last:
+        features = features.contiguous(memory_format=torch.channels_last)
+    numbers, weights = torch.empty(n_samples, features[0, 0].numel()), torch.ones(1, n_samples)
+    if name == "attention_distance":
+        (launch,) = attention.distance_launches([numbers], [numbers], weights, torch.empty(1, n_samples))
+    else:
+        outputs = dict(gradients=[torch.empty_like(features)]) if name == "attention_gradient" else {}
+        maps = attention.laid_out([features])
+        (launch,) = attention.map_launches(getattr(attention, name), maps, [numbers], weights, **outputs)
+    return launch
+
+
 # In the other process.
 
 
@@ -263,6 +287,12 @@ def main() -> None:
         found[f"{name} sm_{arch}"] = disassembled(compiled(launch, arch)) | {"elements": elements}
     for name, distance in HINTS:
         found[f"hint {name} {distance}"] = disassembled(compiled(hint_launch(name, distance), 90))
+    for name, last, positions in ATTENTION:
+        found[f"{name} {last}"] = disassembled(compiled(attention_launch(name, last, positions), 90))
+    found["attention_distance"] = disassembled(compiled(attention_launch("attention_distance"), 90))
+    for name in ("attention_energy", "attention_distance", "attention_gradient"):
+        launches = [attention_launch(name, n_samples=n) for n in (3, 64, 77)]
+        found[f"{name} samples"] = len({str(bound(launch, 90)[2][1]) for launch in launches})
     found["samples"] = len({str(bound(hint_launch("forward", "cosine", n_samples=n), 90)[2][1]) for n in (3, 64, 77)})
     for name, batch, arch in RELATIONS:
         found[f"{name} {batch} sm_{arch}"] = disassembled(compiled(relation_launch(name, batch), arch))
@@ -387,3 +417,23 @@ def test_mixtures_spill_nothing_and_load_128_bits(built, name, arch):
     assert found["LDG.E.128"] > 0
     if kernel.launch != "backward" or kernel.n_teachers <= 4:  # the addresses in a table are of unknown alignment
         assert found["STG.E.128"] > 0
+
+
+@pytest.mark.parametrize(("name", "last", "positions"), ATTENTION)
+def test_attention_loads_128_bits_and_does_not_spill(built, name, last, positions):
+    """A tile of 16 elements a thread."""
+    found = built[f"{name} {last}"]
+    assert found["LDL"] + found["STL"] + found["stack"] == 0
+    assert found["LDG.E.128"] >= 2
+    assert (found["STG.E.128"] >= 2) == (name == "attention_gradient")
+    assert found["registers"] <= 128
+
+
+def test_attention_maps_do_not_spill(built):
+    found = built["attention_distance"]
+    assert found["LDL"] + found["STL"] + found["stack"] == 0
+
+
+@pytest.mark.parametrize("name", ["attention_energy", "attention_distance", "attention_gradient"])
+def test_the_number_of_samples_does_not_recompile_attention(built, name):
+    assert built[f"{name} samples"] == 1

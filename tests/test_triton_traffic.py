@@ -3,6 +3,7 @@
 import pytest
 import torch
 from traffic import (
+    attention_bytes,
     counted_in_interpreter,
     hint_bytes,
     kd_bytes,
@@ -22,6 +23,7 @@ if not dispatch.INTERPRETED:
     pytest.skip("bytes are counted in Triton's interpreter (TRITON_INTERPRET=1)", allow_module_level=True)
 
 from mtkd_fast.kernels import (  # noqa: E402
+    attention,
     hint,
     kd,
     mixture,
@@ -310,3 +312,23 @@ def test_mutual_reads_and_writes_everything_once(dtypes, write_gradients, detach
     model = mutual_bytes(students, read=read, gradients=needs)
     assert large(found.loads) == model.loads
     assert large(found.stores) == model.stores
+
+
+def test_attention_reads_every_map_once_and_one_side_again():
+    student = [torch.randn(4, 3, 8), torch.randn(4, 40, 5, 5).bfloat16(), torch.randn(4, 5, 1)]
+    student[1] = student[1].contiguous(memory_format=torch.channels_last)
+    teacher = [torch.randn(4, 7, 8), torch.randn(4, 3, 5, 5), torch.randn(4, 5, 1).half()]
+    weights = torch.rand(3, 4) + 0.5
+    weights[1, 2] = 0
+    watched = {f"student {k}": f for k, f in enumerate(student)} | {f"teacher {k}": g for k, g in enumerate(teacher)}
+    with counted_in_interpreter(watched) as found:
+        _, slopes = attention.forward(student, teacher, weights)
+    used = [4, 3, 4]
+    students, teachers = (attention_bytes(name, x, used) for name, x in (("student", student), ("teacher", teacher)))
+    assert large(found.loads) == students.loads | teachers.loads
+    energies = sum(x.numel() * 4 for x in slopes) - 4 * 2 * 25  # of the sample that is not read, slopes alone
+    assert found.stores["rest"] == energies + sum(x.numel() * 4 for x in slopes) + 4 * 3 * 4
+    with counted_in_interpreter(watched) as found:
+        gradients = attention.backward(student, slopes[:3], weights, [True, False, True])
+    assert large(found.loads) == {name: students.loads[name] for name in ("student 0", "student 2")}
+    assert found.stores["rest"] == sum(g.numel() * g.element_size() for g in gradients)

@@ -98,6 +98,14 @@ def mutual_bytes(students: list[Tensor], *, read: list[int], gradients: list[boo
     return Traffic({name: n for name, n in loads.items() if n}, stores)
 
 
+def attention_bytes(side: str, maps: list[Tensor], used: list[int]) -> Traffic:
+    """One read of the ``used[k]`` samples of each map, forward as backward."""
+    return Traffic(
+        {f"{side} {k}": n * f[0].numel() * f.element_size() for k, (f, n) in enumerate(zip(maps, used, strict=True))},
+        {},
+    )
+
+
 @contextmanager
 def counted_in_interpreter(tensors: dict[str, Tensor]):
     """Yields the Traffic of the kernels run inside, by the tensor that each unmasked lane touches."""

@@ -43,7 +43,10 @@ def attention(student: Tensor, teacher: Tensor) -> Tensor:
 def attention_map(x: Tensor) -> Tensor:
     """[N, C, ...] -> [N, S], A = Σ_c f² over its norm."""
     energy = x.square().sum(1).flatten(1)
-    return energy / (torch.linalg.vector_norm(energy, dim=1, keepdim=True) + 1e-6)
+    largest = energy.detach().amax(1, keepdim=True)
+    scale = torch.where(largest > 0, largest, 1.0)  # so that no square overflows
+    norm = scale * torch.linalg.vector_norm(energy / scale, dim=1, keepdim=True)
+    return energy / (norm + 1e-6)
 
 
 DISTANCES = {"mse": mse, "smooth_l1": smooth_l1, "cosine": cosine, "attention": attention}

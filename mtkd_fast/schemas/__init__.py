@@ -8,4 +8,4 @@ way. C++ adds the implementations (csrc/*_ops.cpp, *_autograd.cpp), Triton those
     *_forward, *_backward, ...                         the passes over memory, without autograd
 """
 
-from mtkd_fast.schemas import hint, kd, mixture, mutual, relation  # noqa: F401  (each declares its ops)
+from mtkd_fast.schemas import attention, hint, kd, mixture, mutual, relation  # noqa: F401  (each declares its ops)

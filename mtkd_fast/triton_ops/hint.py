@@ -5,6 +5,7 @@ from torch import Tensor
 
 from mtkd_fast.kernels import hint as hint_kernels
 from mtkd_fast.schemas.library import implement
+from mtkd_fast.triton_ops.attention import AttentionDistance
 from mtkd_fast.triton_ops.autograd import refuse_double_backward
 
 ops = torch.ops.mtkd_fast
@@ -60,7 +61,10 @@ def feature_gradients(
 def hint(student: list[Tensor], teacher: list[Tensor], weights: Tensor | None, distance: str, reduction: str) -> Tensor:
     """The arguments of torch.ops.mtkd_fast.hint; the gradient to the weights is PyTorch's, over [K, N] numbers."""
     skipped = None if weights is None or weights.requires_grad else weights
-    distances = HintDistance.apply(skipped, distance, len(student), *student, *teacher)
+    if distance == "attention":
+        distances = AttentionDistance.apply(skipped, len(student), *student, *teacher)
+    else:
+        distances = HintDistance.apply(skipped, distance, len(student), *student, *teacher)
     return reduced(weighted_sum(distances, weights), reduction)
 
 

@@ -20,7 +20,7 @@ def centred(embeddings: Tensor) -> Tensor:
 
 
 class Side:
-    """What is kept of one side: 12 B² bytes. Its points, of mean square 1, are made again when they are needed again."""
+    """What is kept of one side: 12 B² bytes. Its points, of mean square 1, are made again when needed."""
 
     def __init__(self, embeddings: Tensor):
         x = centred(embeddings)

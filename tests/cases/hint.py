@@ -9,9 +9,9 @@ from tolerance import assert_numbers_close, assert_rows_close
 from torch import Tensor
 
 from cases import BF16, F16, F32, F64, INF, NAN
-from mtkd_fast import dispatch, hint_loss
+from mtkd_fast import hint_loss
 
-DISTANCES = dispatch.FUSED_DISTANCES
+OF_ELEMENTS = ("mse", "smooth_l1", "cosine")  # "attention" takes maps
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Case:
     why: str
     distance: str = "mse"
     shapes: tuple[tuple[int, ...], ...] = ((7,), (3, 4, 4))  # of a sample, pair by pair
+    teacher_channels: tuple[int, ...] = ()  # pair by pair; those of the student, if empty
     samples: int = 5
     dtypes: tuple[torch.dtype, torch.dtype] = (F32, F32)  # student and teacher
     values: str = "normal"
@@ -125,6 +126,9 @@ VALUES = {
     "tiny": scaled(1.0, 1e-30),
     "huge and tiny": scaled(1e32, 1e-32),
     "every size": mixed_sizes,
+    "large": scaled(1e15, 1e12),
+    "small": scaled(1e-18, 1e-15),
+    "large and small": scaled(1e15, 1e-15),
     "zero in student": zero_sample(0),
     "zero in teacher": zero_sample(1),
     "nan in student": poisoned(0, NAN),
@@ -169,9 +173,19 @@ WEIGHTS = {
 }
 
 
+def drawn(case: Case, k: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Pair k, float32; where its sides have channels of their own, the first of the widest."""
+    shape = case.shapes[k]
+    if not case.teacher_channels:
+        return VALUES[case.values](g, (case.samples, *shape))
+    channels = shape[0], case.teacher_channels[k]
+    both = VALUES[case.values](g, (case.samples, max(channels), *shape[1:]))
+    return tuple(x[:, :c].contiguous() for x, c in zip(both, channels, strict=True))
+
+
 def build(case: Case, device: str = "cpu") -> Inputs:
     g = torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
-    pairs = [VALUES[case.values](g, (case.samples, *shape)) for shape in case.shapes]
+    pairs = [drawn(case, k, g) for k in range(len(case.shapes))]
     sides = [
         [LAYOUTS[layout](x.to(dtype).to(device)) for x in side]
         for side, dtype, layout in zip(zip(*pairs, strict=True), case.dtypes, case.layouts, strict=True)
@@ -220,12 +234,16 @@ def oracle(case: Case) -> Oracle:
 
 
 def terms_of(case: Case, x: Inputs, exact: Result) -> dict[str, Tensor]:
-    """The cosine is taken from 1, and its gradient is the difference of two unit vectors over the norm."""
+    """The cosine is taken from 1, and its gradient is the difference of two unit vectors over the norm. Attention maps
+    are subtracted.
+    """
     k, n = len(x.student), case.samples
     weights = torch.ones(k, n, dtype=F64) if x.weights is None else x.weights.abs().view(k, -1).expand(k, n)
     up = torch.ones(n, dtype=F64) if x.upstream is None else x.upstream.abs().expand(n)
     up = up / max(n, 1) if case.reduction == "mean" else up
     none = torch.zeros((), dtype=F64)
+    if case.distance == "attention":
+        return terms_of_attention(case, x, exact, weights, up)
     if case.distance != "cosine":
         positive = hint_loss(
             x.student, x.teacher, weights=weights, distance=case.distance, reduction=case.reduction,
@@ -242,6 +260,30 @@ def terms_of(case: Case, x: Inputs, exact: Result) -> dict[str, Tensor]:
         for name, own in (("student", f), ("teacher", g)):
             largest = sum(v.abs().amax(1) / v.norm(dim=1) for v in (f, g))
             terms[f"{name} {i}"] = (weights[i] * up * largest / own.norm(dim=1)).nan_to_num(0, 0, 0)
+    return terms
+
+
+def terms_of_attention(case: Case, x: Inputs, exact: Result, weights: Tensor, up: Tensor) -> dict[str, Tensor]:
+    """Of (a − b)², an error of a is worth |a − b|·a; of its gradient 2·f·slope, the slope loses what a − b does."""
+    n = case.samples
+    per_pair, terms = [], {}
+    for i, pair in enumerate(zip(x.student, x.teacher, strict=True)):
+        energies = [v.square().sum(1).flatten(1) for v in pair]
+        divisors = [e.norm(dim=1) + 1e-6 for e in energies]
+        a, b = (e / divisor[:, None] for e, divisor in zip(energies, divisors, strict=True))
+        per_pair.append(((a - b).abs() * (a + b)).mean(1).nan_to_num(0))
+        largest = 2 / a.shape[1] * (a + b).amax(1)
+        for name, f, divisor in zip(("student", "teacher"), pair, divisors, strict=True):
+            term = weights[i] * up * 2 * f.abs().flatten(1).amax(1) * largest / divisor
+            terms[f"{name} {i}"] = term.nan_to_num(0, 0, 0)
+    distances = torch.stack(per_pair)
+    per_sample = (weights * distances).sum(0)
+    terms["loss"] = per_sample
+    if case.reduction != "none":
+        terms["loss"] = per_sample.sum() / (n if case.reduction == "mean" else 1)
+    terms["weights"] = (
+        (distances * up).sum() if x.weights is not None and x.weights.dim() == 1 else (distances * up).max()
+    )
     return terms
 
 
@@ -300,9 +342,50 @@ ANY_DISTANCE = (
     Case("only the teacher learns", "the sides changed", wants=("teacher",)),
 )  # fmt: skip
 
+MAPS = {
+    "one position": ((5, 1), (64, 1)),
+    "one channel": ((1, 5, 5), (1, 3)),
+    "one number": ((1, 1),),
+    "channels of their own": ((4, 3, 3), (16, 5, 7), (3, 2, 4)),
+    "lines and volumes": ((6, 33), (3, 2, 3, 5)),
+    "around vector widths": ((3, 15), (5, 16), (9, 17), (17, 31), (8, 33)),
+    "many channels": ((300, 2, 2), (70, 7, 7)),
+    "many positions": ((3, 33, 65),),
+    "more channels than are taken together": ((2500, 3),),
+}
+TEACHER_CHANNELS = {"channels of their own": (7, 5, 40), "many channels": (31, 130), "many positions": (5,)}
+MAP_SHAPES = ((6, 3, 5), (3, 4, 4))
+
+
+def on_maps(case: Case) -> Case:
+    """77 samples are slow in an interpreter."""
+    shapes = {77: ((3, 5),)}.get(case.samples, ((8, 3, 3), (40, 3)) if case.name in DTYPES else MAP_SHAPES)
+    return replace(case, name=f"attention, {case.name}", distance="attention", shapes=shapes)
+
+
+ATTENTION = (
+    *(Case(f"attention, {name}", "widths, remainders, rows of several channels", distance="attention", shapes=shapes,
+           teacher_channels=TEACHER_CHANNELS.get(name, ()), layouts=(layout, layout))
+      for name, shapes in MAPS.items() for layout in ("contiguous", "channels last")
+      if layout == "contiguous" or any(len(shape) == 3 for shape in shapes)),
+    *(on_maps(case) for case in ANY_DISTANCE if case.name not in (*SHAPES, "64 pairs")),
+    *(Case(f"attention, {name}, channels last", "halves, and lanes along the channels", distance="attention",
+           dtypes=dtypes, shapes=((8, 3, 3), (40, 2, 5)), teacher_channels=(16, 7),
+           layouts=("channels last", "channels last")) for name, dtypes in DTYPES.items()),
+    Case("attention, 64 pairs", "the most", distance="attention", samples=2,
+         shapes=tuple((1 + k % 3, 3 + k % 5) for k in range(64))),
+    *(Case(f"attention, {values}", "a map has no size, wherever Σ_c f² is a normal number", distance="attention",
+           values=values, shapes=((5, 7), (3, 4, 11)), weights="per pair", wants=FEATURES)
+      for values in ("large", "small", "large and small")),
+    *(Case(f"attention, {values}", "a map of zeros is one of zeros, and has no gradient", distance="attention",
+           values=values, shapes=MAP_SHAPES) for values in ("zero in student", "zero in teacher")),
+    Case("attention, inf in student", "no map is defined", distance="attention", shapes=MAP_SHAPES,
+         values="inf in student", reduction="none", wants=FEATURES),
+)  # fmt: skip
+
 CASES = (
     *(replace(case, name=f"{distance}, {case.name}", distance=distance)
-      for distance in DISTANCES for case in ANY_DISTANCE),
+      for distance in OF_ELEMENTS for case in ANY_DISTANCE),
     Case("mse, inf in student", "an infinite distance", values="inf in student", reduction="none", wants=FEATURES),
     Case("smooth_l1, inf in student", "with a slope of 1", distance="smooth_l1", values="inf in student",
          reduction="none", wants=("student",)),
@@ -314,6 +397,7 @@ CASES = (
       for values in ("zero in student", "zero in teacher")),
     Case("cosine, inf in student", "no direction is defined", distance="cosine", values="inf in student",
          reduction="none", wants=FEATURES),
+    *ATTENTION,
 )  # fmt: skip
 
 FLOAT64_CASES = tuple(
@@ -324,7 +408,7 @@ FLOAT64_CASES = tuple(
             for case in CASES
             if case.name.split(", ")[1] in ("around vector widths", "weights strided", "reduction none", "wide")
         ],
-        [(F64, F64), (F64, F32), (F32, F64), (BF16, F64)] * len(DISTANCES),
+        [(F64, F64), (F64, F32), (F32, F64), (BF16, F64)] * (1 + len(OF_ELEMENTS)),
         strict=True,
     )
 )

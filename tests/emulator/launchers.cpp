@@ -1,4 +1,5 @@
 // The launchers of the ops' headers under names that ctypes finds, and the sizes of what they are handed.
+#include "attention.h"
 #include "hint.h"
 #include "kd.h"
 #include "kd_variants.h"
@@ -22,6 +23,8 @@ int64_t size_of_relation_distance() { return sizeof(RelationDistance); }
 int64_t size_of_mixture_forward() { return sizeof(MixtureForward<float>); }
 int64_t size_of_mixture_backward() { return sizeof(MixtureBackward<float>); }
 int64_t size_of_mixture_divergence() { return sizeof(MixtureDivergence<float>); }
+int64_t size_of_attention_maps() { return sizeof(AttentionMaps<float>); }
+int64_t size_of_attention_pairs() { return sizeof(AttentionPairs<float>); }
 
 int fits_on_chip(const KDForward<float>* args) { return kd_fits_on_chip(*args, args->rule, 0); }
 
@@ -44,4 +47,7 @@ const char* mixture_divergence(const MixtureDivergence<float>* args) {
 int mutual_on_chip(const MutualForward<float>* args) { return mutual_fits_on_chip(*args); }
 const char* mutual_forward(const MutualForward<float>* args) { return mutual_forward_cuda(*args, 0, nullptr); }
 const char* mutual_backward(const MutualBackward<float>* args) { return mutual_backward_cuda(*args, 0, nullptr); }
+const char* attention_energy(const AttentionMaps<float>* args) { return attention_energy_cuda(*args, 0, nullptr); }
+const char* attention_distance(const AttentionPairs<float>* args) { return attention_distance_cuda(*args, 0, nullptr); }
+const char* attention_gradient(const AttentionMaps<float>* args) { return attention_gradient_cuda(*args, 0, nullptr); }
 }

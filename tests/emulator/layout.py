@@ -217,6 +217,45 @@ class MutualBackward(MutualArgs):
     )
 
 
+class FeatureMap(ctypes.Structure):
+    _fields_ = (
+        ("data", pointer),
+        ("gradient", pointer),
+        ("of_positions", pointer),
+        ("channels", int64),
+        ("positions", int64),
+        ("dtype", ctypes.c_int),
+        ("channels_last", ctypes.c_bool),
+    )
+
+
+class AttentionMaps(ctypes.Structure):
+    _fields_ = (
+        ("samples", int64),
+        ("pairs", ctypes.c_int),
+        ("map", FeatureMap * MAX_TEACHERS),
+        ("weights", pointer),
+        ("weights_pair_stride", int64),
+        ("weights_sample_stride", int64),
+    )
+
+
+class EnergyPair(ctypes.Structure):
+    _fields_ = (("student", pointer), ("teacher", pointer), ("positions", int64))
+
+
+class AttentionPairs(ctypes.Structure):
+    _fields_ = (
+        ("samples", int64),
+        ("pairs", ctypes.c_int),
+        ("pair", EnergyPair * MAX_TEACHERS),
+        ("weights", pointer),
+        ("weights_pair_stride", int64),
+        ("weights_sample_stride", int64),
+        ("distance", pointer),
+    )
+
+
 def address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
