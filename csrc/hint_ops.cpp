@@ -16,12 +16,6 @@ bool dense_alike(const Tensor& f, const Tensor& g) {
   return f.strides() == g.strides() && f.is_non_overlapping_and_dense();
 }
 
-Distance distance_by_name(c10::string_view name) {
-  for (const NamedDistance& entry : kDistances)
-    if (name == entry.name) return entry.value;
-  TORCH_CHECK_VALUE(false, "distance is not known to the fused kernels: '", name, "'");
-}
-
 // The arguments but for what a pass writes, and the tensors that they point into: pairs of different memory layout are
 // copied to a common one.
 template <typename T>
@@ -30,7 +24,7 @@ struct Arguments : HintArgs<T> {
   OptionalTensor weights_kept;
 
   Arguments(TensorList students, TensorList teachers, const OptionalTensor& weights, c10::string_view name) {
-    this->distance = distance_by_name(name);
+    this->distance = by_name(kDistances, name, "distance");
     this->samples = students[0].size(0);
     this->pairs = static_cast<int>(students.size());
     this->kept = nullptr;

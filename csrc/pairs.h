@@ -6,8 +6,6 @@
 
 namespace mtkd_fast {
 
-using OptionalTensor = std::optional<Tensor>;
-
 inline void check_pairs(TensorList student, TensorList teacher) {
   TORCH_CHECK_VALUE(!student.empty() && student.size() == teacher.size() && student.size() <= kMaxTeachers,
                     "student_features and teacher_features must hold 1 to ", kMaxTeachers, " pairs");

@@ -90,7 +90,7 @@ def nst_loss(
         adapted_features, teacher_features, per_stage: as in :func:`feature_map_loss`.
 
     Returns: float32 (float64 when any map is), from matrix products in that dtype. No C×C matrix exists where S < C.
-    Gradient: to both sides, of any order.
+    Gradient: to both sides; of any order, but for channels of zero.
 
     With D = X − Y and P = X + Y, X Xᵀ − Y Yᵀ is the symmetric part of D Pᵀ, and the sum of its squares is
     (⟨DᵀD, PᵀP⟩ + ⟨PᵀD, (PᵀD)ᵀ⟩)/2, S×S matrices alone. Nothing large is subtracted as the student approaches.
@@ -181,6 +181,5 @@ def _mean_squared_gram_difference(f: Tensor, g: Tensor) -> Tensor:
 
 
 def _unit_rows(x: Tensor) -> Tensor:
-    zero = torch.linalg.vector_norm(x.detach(), dim=2, keepdim=True) <= ZERO_NORM
-    x = torch.where(zero, 0.0, x)
-    return x / torch.where(zero, 1.0, x.square().sum(2, keepdim=True)).sqrt()
+    norm = torch.linalg.vector_norm(x, dim=2, keepdim=True)
+    return x / norm.masked_fill(norm <= ZERO_NORM, torch.inf)

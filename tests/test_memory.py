@@ -6,6 +6,7 @@ are measured by every tensor that an op returns, since an interpreter's and an e
 
 import ctypes
 import gc
+import itertools
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,19 @@ def test_cpp_relations_need_some_matrices_of_pairs(relation, batch):
     relation(student[:16], teacher[:16], implementation="cpp").backward()
     run = lambda: torch.autograd.grad(relation(student, teacher, implementation="cpp"), student)  # noqa: E731
     assert peak_extra(run) < 64 * batch**2 + NOISE
+
+
+@RELATIONS
+def test_cpp_relations_of_wide_points_keep_no_points(relation):
+    """Tensors alone: a page that the process keeps, or the scratch of a matrix product, is as large as these."""
+    student, teacher = torch.randn(256, 512, requires_grad=True), torch.randn(256, 512)
+    run = lambda: torch.autograd.grad(relation(student, teacher, implementation="cpp"), student)  # noqa: E731
+    run()
+    with torch.autograd.profiler.profile(use_kineto=True, profile_memory=True) as seen:
+        run()
+    changes = [event for event in seen.kineto_results.events() if event.name() == "[memory]"]
+    live = itertools.accumulate(event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns()))
+    assert 16 * 256**2 < max(live) < 64 * 256**2
 
 
 # By the tensors that ops return.
