@@ -93,7 +93,8 @@ def nst_loss(
     Gradient: to both sides; of any order, but for channels of zero.
 
     With D = X − Y and P = X + Y, X Xᵀ − Y Yᵀ is the symmetric part of D Pᵀ, and the sum of its squares is
-    (⟨DᵀD, PᵀP⟩ + ⟨PᵀD, (PᵀD)ᵀ⟩)/2, S×S matrices alone. Nothing large is subtracted as the student approaches.
+    (⟨DᵀD, PᵀP⟩ + ⟨PᵀD, (PᵀD)ᵀ⟩)/2, S×S matrices alone. Nothing large is subtracted as X approaches Y. It is
+    where X approaches Y Q, Q a rotation of the positions, whose Gram matrix is the same: there it ends at rounding.
 
     Raises: TypeError, ValueError, naming the argument, what was expected and what came.
 
@@ -168,6 +169,11 @@ def _over_stages(
 
 
 def _mean_squared_gram_difference(f: Tensor, g: Tensor) -> Tensor:
+    with torch.autocast(f.device.type, enabled=False):  # sums of S² products leave float16's range
+        return _in_full_precision(f, g)
+
+
+def _in_full_precision(f: Tensor, g: Tensor) -> Tensor:
     dtype = compute_dtype(f, g)
     x, y = _unit_rows(f.to(dtype).flatten(2)), _unit_rows(g.to(dtype).flatten(2))
     d, p = x - y, x + y

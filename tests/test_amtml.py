@@ -200,6 +200,48 @@ def test_ignored_rows_count_in_the_relations_alone(batch):
     torch.testing.assert_close(loss(*batch), fewer, rtol=1e-12, atol=0)
 
 
+def test_what_an_ignored_row_holds_reaches_nobody(batch):
+    student, _, target, feature, taps, _ = batch
+    target[2] = -100
+    with torch.no_grad():
+        for x in (student, feature, *taps):
+            x[2] = math.nan
+    loss = make(distance_weight=0.0, angle_weight=0.0)
+    value = loss(*batch)
+    assert value.isfinite()
+    leaves = [student, feature, *taps, *loss.parameters()]
+    assert all(g.isfinite().all() for g in torch.autograd.grad(value, leaves))
+
+
+def test_a_pooled_vector_is_a_map_of_one_pixel():
+    hints = GroupHints([D], [D])
+    tap, pooled = torch.randn(D, D, D, D), torch.randn(D, D)
+    torch.testing.assert_close(hints([tap], [pooled]), hints([tap], [pooled[:, :, None, None]]))
+
+
+def test_the_reference_takes_the_relations_too(batch):
+    loss = make(implementation="reference")
+    (gradient,) = torch.autograd.grad(loss(*batch), batch[0], create_graph=True)
+    gradient.sum().backward()
+
+
+@pytest.mark.parametrize("kd_share", [0.0, 1.0])
+def test_a_share_of_0_removes_its_term_whatever_it_holds(batch, kd_share):
+    student, teachers, target, feature, *_ = batch
+    with torch.no_grad():
+        if kd_share == 0:  # the KL is infinite
+            target[:] = 1
+            student[:, 0] = -math.inf
+        else:  # the cross-entropy is
+            target[:] = 0
+            for logits in (student, *teachers):
+                logits[:, 0] = -math.inf
+    loss = make(distance_weight=0.0, angle_weight=0.0, hint_weight=0.0, kd_share=kd_share)
+    value = loss(student, teachers, target, feature)
+    assert value.isfinite()
+    assert torch.autograd.grad(value, loss.weights.theta)[0].isfinite().all()
+
+
 def test_terms_of_weight_0_are_not_computed(batch):
     student, teachers, target, feature, *_ = batch
     loss = make(hint_weight=0.0, distance_weight=0.0, angle_weight=0.0, regularisation=0.0, kd_share=0.0)

@@ -126,6 +126,14 @@ def test_without_self_distillation_nobody_needs_to_have_been_alone():
     torch.testing.assert_close(got, right.sum())
 
 
+def test_an_empty_batch_is_zero_and_attached():
+    students = [torch.zeros(0, C, requires_grad=True) for _ in range(2)]
+    loss = CTSLMKTLoss()(students, torch.zeros(0, dtype=torch.long), [torch.zeros(0, C)] * 2)
+    loss.backward()
+    assert loss.item() == 0
+    assert all(z.grad.shape == (0, C) for z in students)
+
+
 def test_without_labels():
     students, target, alone = draw(2)
     loss = CTSLMKTLoss(**WEIGHTS | dict(ce_weight=0.0))

@@ -112,6 +112,15 @@ def test_nst_needs_no_matrix_of_channels_where_positions_are_few():
     assert (B, 50, 50) not in shapes
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_computes_no_map_in_half_precision(dtype):
+    f, g = torch.randn(2, 2048, 4, 4), torch.randn(2, 2048, 4, 4)
+    for path in (nst_loss, attention_transfer_loss, feature_map_loss):
+        with torch.autocast("cpu", dtype):
+            loss = path([f], [g])
+        torch.testing.assert_close(loss, path([f], [g]))
+
+
 def test_dead_channels_and_equal_maps_have_no_gradient():
     student, teacher = torch.randn(B, 6, 4), torch.randn(B, 6, 4)
     student[:, 1] = 0

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mtkd_fast import checks
 from mtkd_fast.kd import multi_teacher_kd_loss
+from mtkd_fast.reference.kd import compute_dtype
 
 AGGREGATIONS = ("adaptive", "equal", "fixed")
 
@@ -159,7 +160,7 @@ class AdaptiveDistillationLoss(nn.Module):
                 raise ValueError(f"path_losses[{name!r}] must be {wanted}, got shape {tuple(loss.shape)}")
             if self.alpha is not None:
                 checks.same_device(f"path_losses[{name!r}]", loss, self.alpha, "alpha")
-            flat.append(self.path_weights[name] * loss.reshape(size))
+            flat.append(self.path_weights[name] * loss.reshape(size).to(compute_dtype(loss)))
         return torch.cat(flat) if flat else None
 
     def extra_repr(self) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mtkd_fast import checks
 from mtkd_fast.hint import hint_loss
 from mtkd_fast.kd import multi_teacher_kd_loss
-from mtkd_fast.losses.module import DistillationLoss
+from mtkd_fast.losses.module import DistillationLoss, share_of_rows
 from mtkd_fast.mixture import ensemble_probabilities, mixture_divergence
 from mtkd_fast.reference.kd import compute_dtype
 from mtkd_fast.relation import rkd_angle_loss, rkd_distance_loss
@@ -63,7 +63,8 @@ class InstanceWeights(nn.Module):
             h = h.detach()
         if h.dim() > 2:
             h = h.flatten(2).amax(2)
-        scores = h.to(self.theta.dtype) @ (self.theta * self.W).T
+        with torch.autocast(h.device.type, enabled=False):
+            scores = h.to(self.theta.dtype) @ (self.theta * self.W).T
         return scores.softmax(1).T
 
     def squared_norm(self) -> Tensor:
@@ -78,7 +79,7 @@ class GroupHints(nn.Module):
     """Σ_j λ_j · mse(U_j(f_g(j) / ‖f_g(j)‖), g_j / ‖g_j‖): taps of the student against one feature map of each teacher.
 
     The norms are Euclidean, over the channels of every pixel; U_j is a trainable 1×1 convolution without bias. A
-    teacher's map of one pixel (pooled) is compared with every pixel of the student's.
+    teacher's map of one pixel (pooled; [N, C] is one) is compared with every pixel of the student's.
 
     Args:
         student_channels: the channels of the student's taps, from shallow to deep.
@@ -134,7 +135,7 @@ class GroupHints(nn.Module):
         adapted, wanted = [], []
         for group, adapter, teacher in zip(self.groups, self.adapters, teacher_features, strict=True):
             f = adapter(F.normalize(student_features[group], dim=1))
-            g = F.normalize(teacher, dim=1)
+            g = F.normalize(teacher[:, :, None, None] if teacher.dim() == 2 else teacher, dim=1)
             adapted.append(f)
             wanted.append(g.expand(*g.shape[:2], *f.shape[2:]) if g.shape[2:].numel() == 1 else g)
         return hint_loss(adapted, wanted, weights=weights, implementation=implementation)
@@ -167,8 +168,7 @@ class AMTMLKDLoss(DistillationLoss):
         detach_features_for_weights, seed: as in :class:`InstanceWeights`.
         official_code: the exact scaling of the notebook LR_adaptive_learning: the three defaults named above. The other
             notebooks disagree with it, and the paper states no coefficients that could be checked.
-        implementation: as in :func:`mtkd_fast.multi_teacher_kd_loss`; of the terms on logits and of the hints. The
-            relations take the best that is built.
+        implementation: as in :func:`mtkd_fast.multi_teacher_kd_loss`; of every term.
 
     Called with student_logits [N, C], teacher_logits (K tensors or [K, N, C]), target [N], feature [N, d] (or a map),
     and, with hints in stage 1, student_features (taps) and teacher_features (a map each). Rows whose target is ignored
@@ -245,8 +245,9 @@ class AMTMLKDLoss(DistillationLoss):
         """1: everything learns. 2: the student alone."""
         if stage not in (1, 2):
             raise ValueError(f"stage must be 1 or 2, got {stage!r}")
-        self.stage = stage
-        self.requires_grad_(stage == 1)
+        if stage != self.stage:
+            self.stage = stage
+            self.requires_grad_(stage == 1)
 
     def get_extra_state(self) -> dict[str, int]:
         return {"stage": self.stage}
@@ -270,7 +271,7 @@ class AMTMLKDLoss(DistillationLoss):
             raise ValueError(f"student_logits must have shape [N, C] and target [N], got {tuple(student.shape)}")
         if len(teachers) != len(self.weights.theta):
             raise ValueError(f"teacher_logits must hold {len(self.weights.theta)} teachers, got {len(teachers)}")
-        mu = self.weights(feature)
+        mu = self.weights(without_ignored(feature, labels))
         if mu.shape[1] != len(student):
             raise ValueError(f"feature must hold {len(student)} samples like student_logits, got {mu.shape[1]}")
         loss = self._on_logits(student, teachers, labels, mu) + self._relations(student, teachers, mu)
@@ -283,6 +284,19 @@ class AMTMLKDLoss(DistillationLoss):
         )
 
     def _on_logits(self, student: Tensor, teachers: list[Tensor], target: Tensor, mu: Tensor) -> Tensor:
+        """a · soft + (1 − a) · hard; a share of 0 removes its term."""
+        terms = []
+        if self.kd_share != 0:
+            terms.append(self.kd_share * self._soft(student, teachers, target, mu))
+        if self.kd_share != 1:
+            tempered = student if self.ce_temperature == 1 else student.to(compute_dtype(student)) / self.ce_temperature
+            hard = multi_teacher_kd_loss(
+                tempered, teachers, target, kd_weight=0.0, ce_weight=1.0, implementation=self.implementation
+            )
+            terms.append((1 - self.kd_share) * hard)
+        return sum(terms)
+
+    def _soft(self, student: Tensor, teachers: list[Tensor], target: Tensor, mu: Tensor) -> Tensor:
         counted = target != -100
         rows = mixture_divergence(
             student,
@@ -292,12 +306,7 @@ class AMTMLKDLoss(DistillationLoss):
             implementation=self.implementation,
         )
         classes = student.shape[1] if self.reduction == "mean" else 1
-        soft = 2 * self.temperature**2 / classes * rows.sum() / counted.sum().clamp(min=1)
-        tempered = student if self.ce_temperature == 1 else student.to(compute_dtype(student)) / self.ce_temperature
-        hard = multi_teacher_kd_loss(
-            tempered, teachers, target, kd_weight=0.0, ce_weight=1.0, implementation=self.implementation
-        )
-        return self.kd_share * soft + (1 - self.kd_share) * hard
+        return 2 * self.temperature**2 / classes * rows.sum() / counted.sum().clamp(min=1)
 
     def _relations(self, student: Tensor, teachers: list[Tensor], mu: Tensor) -> Tensor | float:
         if self.distance_weight == self.angle_weight == 0 or len(student) == 0:
@@ -310,9 +319,11 @@ class AMTMLKDLoss(DistillationLoss):
             student = (student.to(compute_dtype(student)) / self.temperature).log_softmax(-1)
         loss = 0.0
         if self.distance_weight != 0:
-            loss = loss + self.distance_weight * rkd_distance_loss(student, mixture)
+            distance = rkd_distance_loss(student, mixture, implementation=self.implementation)
+            loss = loss + self.distance_weight * distance
         if self.angle_weight != 0:
-            loss = loss + self.angle_weight * rkd_angle_loss(student, mixture)
+            angle = rkd_angle_loss(student, mixture, implementation=self.implementation)
+            loss = loss + self.angle_weight * angle
         return loss
 
     def _hints(
@@ -326,11 +337,18 @@ class AMTMLKDLoss(DistillationLoss):
             return 0.0
         if student_features is None or teacher_features is None:
             raise ValueError("student_features and teacher_features must be there for the hints of stage 1, got None")
-        counted = (target != -100).to(mu.dtype)
-        share = counted * (len(target) / counted.sum().clamp(min=1))  # hint_loss takes the mean over all samples
+        share = share_of_rows(target, mu.dtype)
         by_teacher = mu.new_ones(len(self.hints.groups))
         if self.weigh_hints:
-            by_teacher = (mu.detach() * counted).sum(1) / counted.sum().clamp(min=1)
-        weights = by_teacher[:, None] * share
+            by_teacher = (mu.detach() * share).sum(1)
+        weights = by_teacher[:, None] * share * len(target)  # hint_loss takes the mean over all samples
+        student_features = [without_ignored(f, target) for f in student_features]
         hint = self.hints(student_features, teacher_features, weights, implementation=self.implementation)
         return self.hint_weight * hint
+
+
+def without_ignored(feature: Tensor, target: Tensor) -> Tensor:
+    """0 in the samples whose label is -100, so that what they hold reaches no parameter. Shapes are checked later."""
+    if not isinstance(feature, Tensor) or feature.shape[:1] != target.shape:
+        return feature
+    return torch.where((target != -100).view(-1, *[1] * (feature.dim() - 1)), feature, 0.0)
