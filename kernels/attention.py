@@ -44,9 +44,9 @@ def sizes(channels, positions, LAST: tl.constexpr, UNIT: tl.constexpr):
 def pointers_of(features, sample, channels, positions, c, p, LAST: tl.constexpr):
     """Of positions p and channels c, [S, C]."""
     if LAST:
-        return features + sample * channels * positions + p[:, None] * channels + c[None, :]
+        return features + sample * channels * positions + p[:, None].to(tl.int64) * channels + c[None, :]
     else:
-        return features + sample * channels * positions + p[:, None] + c[None, :] * positions
+        return features + sample * channels * positions + p[:, None] + c[None, :].to(tl.int64) * positions
 
 
 @triton.jit(**SPECIALIZED)

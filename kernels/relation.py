@@ -53,7 +53,7 @@ def relation_planes(x, gram, nearest, planes, distances, count, width, pitch, BL
         far = squared > 0
         inverse = tl.where(far, tl.sqrt(0.5 / tl.where(far, squared, 1.0)), squared)  # 0 stays 0, NaN stays NaN
         at = i * pitch + j
-        plane = pitch * pitch
+        plane = tl.cast(pitch, tl.int64) * pitch
         tl.store(planes + at, rounded, mask=j < pitch)
         tl.store(planes + plane + at, (squared - rounded.to(tl.float64)).to(tl.float32), mask=j < pitch)
         tl.store(planes + 2 * plane + at, inverse.to(tl.float32), mask=j < pitch)

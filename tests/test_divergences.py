@@ -288,3 +288,16 @@ def test_what_has_no_kernel_is_refused_by_name(logits, monkeypatch):
     with pytest.raises(ValueError, match=r"implementation='cpp' cannot run on cpu.*'tvd' has no fused kernel"):
         multi_teacher_divergence(student, teachers, divergence="tvd", implementation="cpp")
     assert multi_teacher_divergence(student, teachers, divergence="tvd").shape == (K, N)  # the reference's
+
+
+def test_dkd_without_the_other_classes_forgets_what_they_hold(backend):
+    """β = 0 removes its term, though the student excludes a class that its teacher allows."""
+    student = torch.randn(3, 7, device=backend.device)
+    student[:, 0] = -INF
+    teachers, target = torch.randn(2, 3, 7, device=backend.device), torch.full((3,), 4, device=backend.device)
+    if "dkd" not in backend.divergences:
+        pytest.skip("no kernel for dkd there")
+    loss = backend.loss(student, teachers, target, divergence="dkd", beta=0.0)
+    right = multi_teacher_kd_loss(student, teachers, target, divergence="dkd", beta=0.0, implementation="reference")
+    assert right.isfinite()
+    torch.testing.assert_close(loss, right)

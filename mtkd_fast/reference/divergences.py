@@ -77,6 +77,8 @@ def dkd(log_p: Tensor, log_q: Tensor, beta: float, target: Tensor) -> Tensor:
     """
     at_target = torch.arange(log_p.shape[-1], device=target.device) == target[..., None]
     target_part = expected_log_ratio(of_target(log_p, at_target), of_target(log_q, at_target))
+    if beta == 0:
+        return target_part
     rest_p, rest_q = log_p.masked_fill(at_target, -INF), log_q.masked_fill(at_target, -INF)
     nothing = (rest_p == -INF).all(-1, keepdim=True)
     rest_p, rest_q = (torch.where(nothing, 0.0, rest).log_softmax(-1) for rest in (rest_p, rest_q))

@@ -54,6 +54,8 @@ class Mutual(torch.autograd.Function):
     def backward(ctx, upstream, _):
         row_stats, pair_weights, *rest = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[4:])
+        if upstream is None:
+            return (None,) * (4 + len(needs))
         upstream = upstream.detach()
         if ctx.in_forward:
             found = [finish_gradient(g, upstream, row_stats[-1]) if g.numel() else g for g in rest]
