@@ -162,20 +162,23 @@ def _param(backend: Backend):
     return pytest.param(backend, id=backend.name, marks=marks)
 
 
-@pytest.fixture(params=[_param(backend) for backend in BACKENDS])
-def backend(request):
-    """Every backend, the emulated and interpreted ones included."""
-    _require_divergence(request)
-    with _activated(request.param) as active:
-        yield active
+def _each_of(backends: list[Backend]):
+    """A fixture that is each of them in turn."""
+
+    @pytest.fixture(params=[_param(backend) for backend in backends])
+    def one(request):
+        _require_divergence(request)
+        with _activated(request.param) as active:
+            yield active
+
+    return one
 
 
-@pytest.fixture(params=[_param(backend) for backend in BACKENDS if backend.name != "reference"])
-def fused(request):
-    """Every backend but plain PyTorch, which is what the tolerance is measured in."""
-    _require_divergence(request)
-    with _activated(request.param) as active:
-        yield active
+FUSED = [backend for backend in BACKENDS if backend.name != "reference"]  # the tolerance is measured in plain PyTorch
+backend = _each_of(BACKENDS)  # the emulated and interpreted ones included
+backend64 = _each_of([backend for backend in BACKENDS if backend.float64])
+fused = _each_of(FUSED)
+fused64 = _each_of([backend for backend in FUSED if backend.float64])
 
 
 @pytest.fixture(params=["cpp", "triton", "reference"])

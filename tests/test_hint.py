@@ -21,10 +21,8 @@ def test_case(case, fused):
 
 
 @pytest.mark.parametrize("case", FLOAT64_CASES, ids=str)
-def test_float64_case(case, fused):
-    if not fused.float64:
-        pytest.skip(f"{fused.name} computes in float32")
-    assert_matches(case, evaluate(case, build(case, fused.device), fused.implementation), oracle(case))
+def test_float64_case(case, fused64):
+    assert_matches(case, evaluate(case, build(case, fused64.device), fused64.implementation), oracle(case))
 
 
 def features(device, *shapes, n=N, dtype=torch.float32):
@@ -74,15 +72,15 @@ def test_they_are_torchs_losses(backend):
 
 
 @every
-def test_gradcheck_in_float64(backend, distance):
-    if not backend.float64:
-        pytest.skip(f"{backend.name} computes in float32")
+def test_gradcheck_in_float64(backend64, distance):
     (a, b), (c, d) = features("cpu", (4, 2), (2, 2, 2), n=3, dtype=F64)
     leaves = [x.requires_grad_() for x in (a, b, c, d)]
     w = torch.rand(2, 3, dtype=F64, requires_grad=True)
     for reduction in ("none", "mean"):
         assert torch.autograd.gradcheck(
-            lambda a, b, c, d, w, r=reduction: backend.hint([a, b], [c, d], weights=w, distance=distance, reduction=r),
+            lambda a, b, c, d, w, r=reduction: backend64.hint(
+                [a, b], [c, d], weights=w, distance=distance, reduction=r
+            ),
             (*leaves, w),
         )
 

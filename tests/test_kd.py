@@ -12,9 +12,7 @@ def test_case(case, fused):
 
 
 @pytest.mark.parametrize("case", FLOAT64_CASES, ids=str)
-def test_float64_case(case, fused):
-    if not fused.float64:
-        pytest.skip(f"{fused.name} computes in float32")
-    got = evaluate(build(case, fused.device), fused.implementation)
+def test_float64_case(case, fused64):
+    got = evaluate(build(case, fused64.device), fused64.implementation)
     assert got.loss.dtype == torch.float64
     assert_matches(got, oracle(case))

@@ -21,10 +21,8 @@ def test_case(case, function, fused):
 
 @FUNCTIONS
 @pytest.mark.parametrize("case", FLOAT64_CASES, ids=str)
-def test_float64_case(case, function, fused):
-    if not fused.float64:
-        pytest.skip(f"{fused.name} computes in float32")
-    got = evaluate(function, build(case), fused.implementation)
+def test_float64_case(case, function, fused64):
+    got = evaluate(function, build(case), fused64.implementation)
     assert_matches(function, got, case)
 
 
@@ -152,17 +150,15 @@ def test_a_saturated_softmax_gets_finite_gradients(backend):
 # Autograd.
 
 
-def test_gradcheck_in_float64(backend):
-    if not backend.float64:
-        pytest.skip(f"{backend.name} computes in float32")
+def test_gradcheck_in_float64(backend64):
     student, teachers, w = draw(dtype=F64, rows=(2,), c=5)
     leaves = [x.requires_grad_() for x in (student, w, *teachers)]
 
     def probabilities(w, *teachers):
-        return backend.ensemble_probabilities(teachers, weights=w, temperature=2.0)
+        return backend64.ensemble_probabilities(teachers, weights=w, temperature=2.0)
 
     def divergence(student, w):
-        return backend.mixture_divergence(student, [t.detach() for t in teachers], weights=w, temperature=2.0)
+        return backend64.mixture_divergence(student, [t.detach() for t in teachers], weights=w, temperature=2.0)
 
     assert torch.autograd.gradcheck(probabilities, leaves[1:])
     assert torch.autograd.gradcheck(divergence, leaves[:2])

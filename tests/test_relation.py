@@ -16,10 +16,8 @@ def test_case(case, fused):
 
 
 @pytest.mark.parametrize("case", FLOAT64_CASES, ids=str)
-def test_float64_case(case, fused):
-    if not fused.float64:
-        pytest.skip(f"{fused.name} computes in float32")
-    got = evaluate(case, *build(case), fused.implementation)
+def test_float64_case(case, fused64):
+    got = evaluate(case, *build(case), fused64.implementation)
     assert got.loss.dtype == torch.float64
     assert_matches(got, oracle(case))
 
@@ -89,9 +87,7 @@ def test_nothing_to_compare_is_exactly_0(name, points, fused):
 
 
 @each
-def test_gradcheck(name, fused):
-    if not fused.float64:
-        pytest.skip(f"{fused.name} computes in float32")
+def test_gradcheck(name, fused64):
     student, teacher = torch.randn(6, 4, dtype=torch.float64, requires_grad=True), torch.randn(6, 5).double()
     assert torch.autograd.gradcheck(lambda s: -2.5 * LOSSES[name](s, teacher), student)
 
