@@ -1,7 +1,6 @@
 """The first page: eight teachers, three of them poor on purpose, four ways to learn from them."""
 
 import json
-import statistics
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from ..progress import bar
 from . import costs, digits, exactness, experiment
 from .experiment import PAIRS, Budget, SplitResult
 from .models import RECIPES
+from .spread import mean_and_spread, plus_minus
 from .training import ARMS, WATCH_EVERY
 
 FULL = Budget(splits=10, seeds=3)
@@ -55,12 +55,6 @@ def teachers(results: list[SplitResult]) -> list[dict]:
     ]
 
 
-def mean_and_spread(values) -> dict:
-    values = list(values)
-    sd = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.mean(values), "sd": sd, "values": values}
-
-
 def text(found: dict) -> str:
     """What was measured, in tables and sentences; every conclusion is computed."""
     blocks = [report.machine_line(found["machine"])]
@@ -78,10 +72,6 @@ def text(found: dict) -> str:
     if found["quick"]:
         blocks.append("This was --quick: two splits and half-taught teachers say nothing about the methods.")
     return "\n\n".join(["", *blocks])
-
-
-def plus_minus(x: dict, digits: int) -> str:
-    return f"{x['mean']:.{digits}f}" + ("" if x["sd"] is None else f" ± {x['sd']:.{digits}f}")
 
 
 def cost_row(line: dict) -> list[str]:

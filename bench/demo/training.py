@@ -73,18 +73,44 @@ def train(
 
     ``teachers`` are the K teachers' logits on all the images: a teacher is run once, not at every step.
     """
-    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
-    g = torch.Generator().manual_seed(seed)
+
+    def loss(batch: Tensor) -> Tensor:
+        return objective(model(images[batch]), [t[batch] for t in teachers], labels[batch])
+
     seen = []
+
+    def look(step: int) -> None:
+        if watch is not None and step % watch_every == 0:
+            seen.append(watch(model))
+
     with one_thread():
-        for i in range(steps):
-            batch = torch.randint(len(labels), (min(BATCH, len(labels)),), generator=g).to(labels.device)
-            optimizer.zero_grad()
-            objective(model(images[batch]), [t[batch] for t in teachers], labels[batch]).backward()
-            optimizer.step()
-            if watch is not None and (i + 1) % watch_every == 0:
-                seen.append(watch(model))
+        descend(model, loss, len(labels), steps=steps, learning_rate=learning_rate, seed=seed, after_step=look)
     return seen
+
+
+def descend(
+    model: nn.Module,
+    loss: Callable[[Tensor], Tensor],
+    n_images: int,
+    *,
+    steps: int,
+    learning_rate: float,
+    seed: int,
+    batch: int = BATCH,
+    after_step: Callable[[int], None] = lambda step: None,
+) -> None:
+    """Adam on ``loss`` of random indices; the same seed draws the same ones. Leaves the model in evaluation mode."""
+    model.train()
+    learned = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(learned, lr=learning_rate, fused=True)
+    g = torch.Generator().manual_seed(seed)
+    for step in range(1, steps + 1):
+        index = torch.randint(n_images, (min(batch, n_images),), generator=g).to(learned[0].device)
+        optimizer.zero_grad()
+        loss(index).backward()
+        optimizer.step()
+        after_step(step)
+    model.eval()
 
 
 @contextmanager

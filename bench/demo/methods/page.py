@@ -1,7 +1,6 @@
 """The second page: one table of the methods, and its figure."""
 
 import json
-import statistics
 import textwrap
 from pathlib import Path
 
@@ -10,6 +9,8 @@ import torch
 from ... import machine, report, timing
 from ...progress import bar
 from .. import digits
+from ..spread import mean_and_spread, plus_minus
+from ..training import BATCH
 from . import costs, study
 from .study import Budget
 
@@ -29,7 +30,7 @@ def run(quick: bool) -> dict:
     data = digits.load(device)
     splits = [study.run_split(data, seed, budget, device) for seed in bar(range(budget.splits), "splits of methods")]
     school, lessons = study.prepared(data, data.split(0), 0, QUICK, device)
-    batch = torch.arange(study.BATCH, device=device)
+    batch = torch.arange(BATCH, device=device)
     cost = costs.measure(school, lessons.images[batch], lessons.batch(batch), quick)
     return {
         "machine": machine.facts(device),
@@ -41,9 +42,10 @@ def run(quick: bool) -> dict:
 
 def line(cost: dict, splits: list[dict[str, float]]) -> dict:
     accuracies = [found[cost["method"]] for found in splits]
+    found = mean_and_spread(accuracies)
     return cost | {
-        "accuracy": statistics.mean(accuracies),
-        "spread": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        "accuracy": found["mean"],
+        "spread": found["sd"],
         "accuracies": accuracies,
         "ms": {of: 1e3 * timing.median(samples) for of, samples in cost["seconds"].items()},
         "times_eager": timing.ratio(cost["seconds"]["eager"], cost["seconds"]["fused"]),
@@ -54,7 +56,7 @@ def text(found: dict) -> str:
     rows = [
         [
             m["method"],
-            f"{m['accuracy']:.1f}" + ("" if m["spread"] is None else f" ± {m['spread']:.1f}"),
+            plus_minus({"mean": m["accuracy"], "sd": m["spread"]}, 1),
             f"{m['ms']['fused']:.3f}",
             f"{m['ms']['eager']:.3f}",
             f"{m['times_eager']:.1f}x",

@@ -1,5 +1,6 @@
 """Paired splits: within a split all methods share the data, the teachers, the student's first weights and batches."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from mtkd_fast import DGKDLoss, dense_chain
 
 from ..digits import Digits, Split
-from ..training import BATCH, hard_labels, one_thread
+from ..training import descend, hard_labels, one_thread
 from .learners import METHODS, PEER_SEED, Batch, Learner, School
 from .networks import ASSISTANTS, STUDENT, TEACHER, ConvNet, Outputs
 
@@ -95,20 +96,9 @@ def learn(learner: Learner, lessons: Lessons, steps: int, seed: int) -> None:
     train(learner, loss, len(lessons.labels), steps, seed)
 
 
-def train(model: nn.Module, loss_of, n_images: int, steps: int, seed: int) -> None:
-    """Adam on random batches; the same seed draws the same ones."""
-    model.train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=LEARNING_RATE, fused=True)
-    g = torch.Generator().manual_seed(seed)
-    device = trained[0].device
+def train(model: nn.Module, loss: Callable[[Tensor], Tensor], n_images: int, steps: int, seed: int) -> None:
     with one_thread():
-        for _ in range(steps):
-            index = torch.randint(n_images, (BATCH,), generator=g).to(device)
-            optimizer.zero_grad()
-            loss_of(index).backward()
-            optimizer.step()
-    model.eval()
+        descend(model, loss, n_images, steps=steps, learning_rate=LEARNING_RATE, seed=seed)
 
 
 @torch.no_grad()

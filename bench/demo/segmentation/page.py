@@ -1,7 +1,6 @@
 """The third page: what students of a map of labels learn, and what their loss costs."""
 
 import json
-import statistics
 from pathlib import Path
 
 import torch
@@ -9,6 +8,7 @@ import torch
 from ... import machine, report
 from ...progress import bar
 from .. import digits
+from ..spread import mean_and_spread, plus_minus
 from . import costs, study
 from .canvases import scatter
 from .study import BATCH, Budget
@@ -34,10 +34,7 @@ def run(quick: bool) -> dict:
 
 
 def text(found: dict) -> str:
-    rows = [
-        [arm, f"{statistics.mean(a):.1f}" + (f" ± {statistics.stdev(a):.1f}" if len(a) > 1 else "")]
-        for arm, a in found["arms"].items()
-    ]
+    rows = [[arm, plus_minus(mean_and_spread(a), 1)] for arm, a in found["arms"].items()]
     cost, splits = found["cost"], len(found["arms"]["hard labels"])
     said = [
         report.table(("segmentation student taught by", "inked pixels named rightly %"), rows, words=1),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mtkd_fast import multi_teacher_kd_loss
 
 from ..digits import N_CLASSES, Digits
+from ..training import descend
 from .canvases import IGNORED, Canvases, scatter
 
 N_TEACHERS = 3
@@ -84,15 +85,10 @@ def run_split(data: Digits, seed: int, budget: Budget, device: str) -> dict[str,
 
 
 def train(model: nn.Module, lesson: Canvases, said: list[Tensor], objective: Objective, steps: int, seed: int) -> None:
-    model.train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, fused=True)
-    g = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        i = torch.randint(len(lesson.labels), (BATCH,), generator=g).to(lesson.labels.device)
-        optimizer.zero_grad()
-        objective(model(lesson.images[i]), [t[i] for t in said], lesson.labels[i]).backward()
-        optimizer.step()
-    model.eval()
+    def loss(i: Tensor) -> Tensor:
+        return objective(model(lesson.images[i]), [t[i] for t in said], lesson.labels[i])
+
+    descend(model, loss, len(lesson.labels), steps=steps, learning_rate=LEARNING_RATE, seed=seed, batch=BATCH)
 
 
 @torch.no_grad()
