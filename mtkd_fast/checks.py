@@ -142,8 +142,7 @@ def teacher_logits(value: object, student: Tensor, class_dim: int = -1) -> list[
 def mutual_students(value: object) -> list[Tensor]:
     """M tensors [..., C], or one [M, ..., C]: students that teach each other."""
     students = teacher_sequence(value, "student_logits", "students", fewest=2)
-    if students[0].dim() == 0 or students[0].shape[-1] == 0:
-        raise ValueError(f"student_logits[0] must have shape [..., C] with C >= 1, got {tuple(students[0].shape)}")
+    rows_of_logits("student_logits[0]", students[0])
     for i, student in enumerate(students):
         logits_like(f"student_logits[{i}]", student, students[0], "student_logits[0]")
     return students

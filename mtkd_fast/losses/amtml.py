@@ -285,16 +285,13 @@ class AMTMLKDLoss(DistillationLoss):
 
     def _on_logits(self, student: Tensor, teachers: list[Tensor], target: Tensor, mu: Tensor) -> Tensor:
         """a · soft + (1 − a) · hard; a share of 0 removes its term."""
-        terms = []
-        if self.kd_share != 0:
-            terms.append(self.kd_share * self._soft(student, teachers, target, mu))
-        if self.kd_share != 1:
-            tempered = student if self.ce_temperature == 1 else student.to(compute_dtype(student)) / self.ce_temperature
-            hard = multi_teacher_kd_loss(
-                tempered, teachers, target, kd_weight=0.0, ce_weight=1.0, implementation=self.implementation
-            )
-            terms.append((1 - self.kd_share) * hard)
-        return sum(terms)
+        if self.kd_share == 1:
+            return self._soft(student, teachers, target, mu)
+        tempered = student if self.ce_temperature == 1 else student.to(compute_dtype(student)) / self.ce_temperature
+        hard = multi_teacher_kd_loss(
+            tempered, teachers, target, kd_weight=0.0, ce_weight=1 - self.kd_share, implementation=self.implementation
+        )
+        return hard if self.kd_share == 0 else hard + self.kd_share * self._soft(student, teachers, target, mu)
 
     def _soft(self, student: Tensor, teachers: list[Tensor], target: Tensor, mu: Tensor) -> Tensor:
         counted = target != -100
