@@ -101,16 +101,9 @@ std::vector<Tensor> attention_backward(TensorList features, TensorList slopes, c
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(mtkd_fast, CPU, m) {
+MTKD_PASSES(m) {
   m.impl("attention_forward", attention_forward);
   m.impl("attention_backward", attention_backward);
 }
-
-#ifdef MTKD_CUDA
-TORCH_LIBRARY_IMPL(mtkd_fast, CUDA, m) {
-  m.impl("attention_forward", attention_forward);
-  m.impl("attention_backward", attention_backward);
-}
-#endif
 
 }  // namespace mtkd_fast

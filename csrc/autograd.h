@@ -1,4 +1,4 @@
-// What the *_autograd.cpp files share.
+// What the autograd of every op shares.
 #pragma once
 
 #include <c10/core/DispatchKeySet.h>
@@ -12,6 +12,12 @@ namespace mtkd_fast {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
+
+// Numbers [K, N] as the gradient of weights [K] or [K, ...].
+inline Tensor as_weights(const Tensor& per_row, const Tensor& weights) {
+  const Tensor found = weights.dim() == 1 ? per_row.sum(1) : per_row.reshape_symint(weights.sym_sizes());
+  return found.to(weights.scalar_type());
+}
 
 // The dispatcher's handle on one of our ops.
 template <typename Signature>

@@ -5,11 +5,13 @@
 //   D = Σ (of_student + of_teacher)     G = Σ of_student
 //   ∂D/∂s = (of_student − q·G)/τ        ∂D/∂t = (of_teacher − p·(D − G))/τ
 //
-//                    φ             of_student                         of_teacher
-//   jsd              …             (1 − β) q log(q/m)                 β p log(p/m)                     m = βp + (1 −
-//   β)q tvd              ½|p − q|      ½ q sign(q − p)                    ½ p sign(p − q) skew_kl          p log(p/m)
-//   −(1 − β) pq/m                      p log(p/m) + (1 − β) pq/m        m = βp + (1 − β)q skew_reverse_kl  q log(q/m)
-//   q log(q/m) + (1 − β) pq/m          −(1 − β) pq/m                    m = (1 − β)p + βq
+// clang-format off
+//                    φ             of_student                      of_teacher
+//   jsd              …             (1 − β) q log(q/m)              β p log(p/m)                 m = βp + (1 − β)q
+//   tvd              ½|p − q|      ½ q sign(q − p)                 ½ p sign(p − q)
+//   skew_kl          p log(p/m)    −(1 − β) pq/m                   p log(p/m) + (1 − β) pq/m    m = βp + (1 − β)q
+//   skew_reverse_kl  q log(q/m)    q log(q/m) + (1 − β) pq/m       −(1 − β) pq/m                m = (1 − β)p + βq
+// clang-format on
 //
 // All are finite: a probability of 0, masked or underflowed, adds nothing but what the other side has there.
 template <typename T>

@@ -185,8 +185,7 @@ struct Hint : public torch::autograd::Function<Hint> {
         w = (wide * up).masked_fill(wide.eq(0), 0);
         if (weights.requires_grad()) {
           const Tensor removed = wide.eq(0).logical_and(distance.isfinite().logical_not());
-          const Tensor per_sample = (distance * up).masked_fill(removed, 0);
-          gradients[2 * pairs] = (given.dim() == 1 ? per_sample.sum(1) : per_sample).to(weights.scalar_type());
+          gradients[2 * pairs] = as_weights((distance * up).masked_fill(removed, 0), weights);
         }
       }
       fill_gradients(student, teacher, w, left, name, false, gradients, 0);
@@ -210,16 +209,9 @@ Tensor hint(TensorList student, TensorList teacher, const OptionalTensor& weight
 
 TORCH_LIBRARY_IMPL(mtkd_fast, CompositeImplicitAutograd, m) { m.impl("hint", hint); }
 
-TORCH_LIBRARY_IMPL(mtkd_fast, CPU, m) {
+MTKD_PASSES(m) {
   m.impl("hint_forward", hint_forward);
   m.impl("hint_backward", hint_backward);
 }
-
-#ifdef MTKD_CUDA
-TORCH_LIBRARY_IMPL(mtkd_fast, CUDA, m) {
-  m.impl("hint_forward", hint_forward);
-  m.impl("hint_backward", hint_backward);
-}
-#endif
 
 }  // namespace mtkd_fast

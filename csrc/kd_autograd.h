@@ -13,8 +13,7 @@ inline Tensor weight_gradient(const Tensor& weights, const Tensor& upstream, con
   const Tensor scale = row_stats.select(0, RowStats{static_cast<int>(n_teachers)}.scale());
   const Tensor up = upstream.dim() == 0 ? upstream : upstream.reshape({-1});
   const Tensor removed = scale.eq(0).logical_or(used.eq(0).logical_and(divergence.isfinite().logical_not()));
-  const Tensor per_row = (divergence * (scale * up * kd_scale)).masked_fill(removed, 0);
-  return (weights.dim() == 1 ? per_row.sum(1) : per_row.reshape_symint(weights.sym_sizes())).to(weights.scalar_type());
+  return as_weights((divergence * (scale * up * kd_scale)).masked_fill(removed, 0), weights);
 }
 
 }  // namespace mtkd_fast

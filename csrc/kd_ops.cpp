@@ -185,20 +185,11 @@ void kd_rescale_(const Tensor& gradient, const Tensor& upstream, const Tensor& s
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(mtkd_fast, CPU, m) {
+MTKD_PASSES(m) {
   m.impl("kd_forward", kd_forward);
   m.impl("kd_backward", kd_backward);
   m.impl("kd_rescale", kd_rescale);
   m.impl("kd_rescale_", kd_rescale_);
 }
-
-#ifdef MTKD_CUDA
-TORCH_LIBRARY_IMPL(mtkd_fast, CUDA, m) {
-  m.impl("kd_forward", kd_forward);
-  m.impl("kd_backward", kd_backward);
-  m.impl("kd_rescale", kd_rescale);
-  m.impl("kd_rescale_", kd_rescale_);
-}
-#endif
 
 }  // namespace mtkd_fast

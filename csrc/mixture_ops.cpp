@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor> mixture_forward(TensorList teachers, const OptionalTe
 }
 
 // G is read as it comes from autograd: expanded from one number, or dense.
-Logits upstream_rows(const Tensor& upstream, int64_t inner) {
+Logits upstream_logits(const Tensor& upstream, int64_t inner) {
   const bool one = upstream.numel() > 0 && upstream.strides() == std::vector<int64_t>(upstream.dim(), 0);
   const int64_t classes = one ? 0 : upstream.size(-1);
   return {upstream.const_data_ptr(), inner * classes, classes, one ? 0 : 1, dtype_of(upstream)};
@@ -89,7 +89,7 @@ std::tuple<Tensor, std::vector<Tensor>> mixture_backward(TensorList teachers, co
     Tensor g = in_compute_dtype(upstream, dtype);
     if (g.strides() != std::vector<int64_t>(g.dim(), 0)) g = g.contiguous();
     const Tensor stats = row_stats.contiguous(), dots = at::empty({args.teachers, args.rows}, stats.options());
-    args.upstream = upstream_rows(g, args.inner);
+    args.upstream = upstream_logits(g, args.inner);
     args.row_stats = stats.const_data_ptr<T>();
     args.dots = dots.mutable_data_ptr<T>();
     std::vector<Tensor> gradients;
@@ -132,8 +132,7 @@ bool wants_gradient(const OptionalTensor& weights) { return weights && weights->
 
 OptionalTensor optional(const Tensor& x) { return x.defined() ? OptionalTensor(x) : std::nullopt; }
 
-// ---------------------------------------------------------------------------------------------------- Σ_k w_k p_k
-// [..., C]
+// --------------------------------------------------------------------------------------------------------- mixture
 
 struct Mixture : public torch::autograd::Function<Mixture> {
   static Tensor forward(AutogradContext* ctx, const TensorList& teachers, const OptionalTensor& weights,
@@ -168,9 +167,8 @@ struct Mixture : public torch::autograd::Function<Mixture> {
       if (weights_need) {
         const Tensor given = weights.detach();
         const Tensor wide = given.dim() == 1 ? given.unsqueeze(1) : given.reshape_symint(dots.sym_sizes());
-        const Tensor per_row = dots.masked_fill(wide.eq(0).logical_and(dots.isfinite().logical_not()), 0);
-        gradients[n_teachers] =
-            (given.dim() == 1 ? per_row.sum(1) : per_row.reshape_symint(given.sym_sizes())).to(given.scalar_type());
+        const Tensor removed = wide.eq(0).logical_and(dots.isfinite().logical_not());
+        gradients[n_teachers] = as_weights(dots.masked_fill(removed, 0), given);
       }
     }
     refuse_double_backward(gradients);
@@ -185,8 +183,7 @@ Tensor mixture(TensorList teachers, const OptionalTensor& weights, double temper
   return std::get<0>(forward_op.call(teachers, weights, temperature, true));
 }
 
-// --------------------------------------------------------------------------------------------------------- KL(pbar‖q)
-// [...]
+// ---------------------------------------------------------------------------------------------- mixture_divergence
 
 // The forward writes the student's gradient for an upstream of 1, except of an fp16 student: a small upstream times a
 // gradient that was rounded before it would flush to zero. That one kd_backward makes, from the same row_stats.
@@ -252,18 +249,10 @@ TORCH_LIBRARY_IMPL(mtkd_fast, CompositeImplicitAutograd, m) {
   m.impl("mixture_divergence", mixture_divergence);
 }
 
-TORCH_LIBRARY_IMPL(mtkd_fast, CPU, m) {
+MTKD_PASSES(m) {
   m.impl("mixture_forward", mixture_forward);
   m.impl("mixture_backward", mixture_backward);
   m.impl("mixture_divergence_forward", mixture_divergence_forward);
 }
-
-#ifdef MTKD_CUDA
-TORCH_LIBRARY_IMPL(mtkd_fast, CUDA, m) {
-  m.impl("mixture_forward", mixture_forward);
-  m.impl("mixture_backward", mixture_backward);
-  m.impl("mixture_divergence_forward", mixture_divergence_forward);
-}
-#endif
 
 }  // namespace mtkd_fast

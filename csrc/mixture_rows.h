@@ -37,13 +37,13 @@ inline Vec<T> vector_at(const Vectors<T>& tile, int i) {
 template <typename T>
 struct Member {
   const Logits* logits;
-  int64_t start;    // of the row
-  int k;            // which teacher
-  T max, sum;       // max −inf without a finite logit
-  T offset;         // what is subtracted from its logits
-  T to_p;           // 1/sum
-  T weight, share;  // share = weight/sum
-  T dot;            // Σ_c p·(what the op asks for), not yet divided by sum
+  int64_t start;        // of the row
+  int k;                // which teacher
+  T max, sum;           // max −inf without a finite logit
+  T offset;             // what is subtracted from its logits
+  T to_p;               // 1/sum
+  T weight = 0, share;  // share = weight/sum
+  T dot;                // Σ_c p·(what the op asks for), not yet divided by sum
   Vectors<T> tile;
   Vec<T> e, partial;  // e^{(t−max)/τ} of this register; the dot product within the tile
 

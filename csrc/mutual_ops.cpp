@@ -214,16 +214,9 @@ std::tuple<Tensor, Tensor> mutual(TensorList students, const OptionalTensor& pai
 
 TORCH_LIBRARY_IMPL(mtkd_fast, CompositeImplicitAutograd, m) { m.impl("mutual", mutual); }
 
-TORCH_LIBRARY_IMPL(mtkd_fast, CPU, m) {
+MTKD_PASSES(m) {
   m.impl("mutual_forward", mutual_forward);
   m.impl("mutual_backward", mutual_backward);
 }
-
-#ifdef MTKD_CUDA
-TORCH_LIBRARY_IMPL(mtkd_fast, CUDA, m) {
-  m.impl("mutual_forward", mutual_forward);
-  m.impl("mutual_backward", mutual_backward);
-}
-#endif
 
 }  // namespace mtkd_fast

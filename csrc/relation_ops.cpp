@@ -147,10 +147,6 @@ Tensor relation(const Tensor& student, const Tensor& teacher, c10::string_view r
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mtkd_fast, CompositeImplicitAutograd, m) { m.impl("relation", relation); }
-TORCH_LIBRARY_IMPL(mtkd_fast, CPU, m) { m.impl("relation_forward", relation_forward); }
-
-#ifdef MTKD_CUDA
-TORCH_LIBRARY_IMPL(mtkd_fast, CUDA, m) { m.impl("relation_forward", relation_forward); }
-#endif
+MTKD_PASSES(m) { m.impl("relation_forward", relation_forward); }
 
 }  // namespace mtkd_fast

@@ -116,14 +116,25 @@ auto by_name(const Named (&table)[kCount], c10::string_view name, const char* ar
 
 constexpr int64_t kGrain = 16384;  // elements a thread should have before another is woken, some 5 µs of work
 
-// Names a CUDA launcher of kd.h or hint.h, in a build that has them.
+// Names a CUDA launcher of an op, in a build that has them.
 #ifdef MTKD_CUDA
 #define MTKD_CUDA_LAUNCHER(NAME) NAME
 #else
 #define MTKD_CUDA_LAUNCHER(NAME) nullptr
 #endif
 
-// Runs a launcher of kd.h or hint.h over `units` rows: CPU threads, or a CUDA stream.
+// MTKD_PASSES(m) { m.impl(...); } registers the passes of a file for the CPU and, in a build with CUDA, for it.
+#ifdef MTKD_CUDA
+#define MTKD_PASSES(m)                                           \
+  static void register_passes(torch::Library& m);                \
+  TORCH_LIBRARY_IMPL(mtkd_fast, CPU, m) { register_passes(m); }  \
+  TORCH_LIBRARY_IMPL(mtkd_fast, CUDA, m) { register_passes(m); } \
+  static void register_passes(torch::Library& m)
+#else
+#define MTKD_PASSES(m) TORCH_LIBRARY_IMPL(mtkd_fast, CPU, m)
+#endif
+
+// Runs a launcher of an op over `units` rows: CPU threads, or a CUDA stream.
 template <typename Args, typename Cuda>
 void run(const at::Device& device, const Args& args, int64_t units, int64_t elements_per_unit,
          void (*cpu)(const Args&, int64_t, int64_t), Cuda cuda) {

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mtkd_fast.kernels import kd as kd_kernels
 from mtkd_fast.schemas.library import implement
-from mtkd_fast.triton_ops.autograd import refuse_double_backward
+from mtkd_fast.triton_ops.autograd import as_weights, refuse_double_backward
 
 ops = torch.ops.mtkd_fast
 
@@ -65,14 +65,10 @@ def scales(row_stats: Tensor, n_teachers: int) -> Tensor:
 def weight_gradient(weights: Tensor, upstream: Tensor, row_stats: Tensor, kd_scale: float) -> Tensor:
     """∂L/∂w_k = upstream · scale · kd_scale · D_k. Rows that do not count, and weights of 0 on an infinite D, get 0."""
     n_teachers = weights.shape[0]
-    divergence, used, scale = (
-        row_stats[:n_teachers],
-        row_stats[n_teachers : 2 * n_teachers],
-        scales(row_stats, n_teachers),
-    )
+    divergence, used = row_stats[:n_teachers], row_stats[n_teachers : 2 * n_teachers]
+    scale = scales(row_stats, n_teachers)
     per_row = divergence * (scale * upstream.reshape(-1) * kd_scale)
-    per_row = per_row.masked_fill((scale == 0) | ((used == 0) & ~divergence.isfinite()), 0)
-    return (per_row.sum(1) if weights.dim() == 1 else per_row.reshape(weights.shape)).to(weights.dtype)
+    return as_weights(per_row.masked_fill((scale == 0) | ((used == 0) & ~divergence.isfinite()), 0), weights)
 
 
 class KDLoss(torch.autograd.Function):

@@ -8,7 +8,7 @@ from torch import Tensor
 from mtkd_fast.kernels import mixture as mixture_kernels
 from mtkd_fast.schemas.library import implement
 from mtkd_fast.triton_ops import kd
-from mtkd_fast.triton_ops.autograd import refuse_double_backward
+from mtkd_fast.triton_ops.autograd import as_weights, refuse_double_backward
 
 ops = torch.ops.mtkd_fast
 
@@ -45,8 +45,7 @@ class Mixture(torch.autograd.Function):
 def summed_over_rows(dots: Tensor, weights: Tensor) -> Tensor:
     """[K, N] in the shape of the weights; 0 for a weight of 0 where it is not finite."""
     wide = weights[:, None] if weights.dim() == 1 else weights.reshape(dots.shape)
-    per_row = dots.masked_fill((wide == 0) & ~dots.isfinite(), 0)
-    return (per_row.sum(1) if weights.dim() == 1 else per_row.reshape(weights.shape)).to(weights.dtype)
+    return as_weights(dots.masked_fill((wide == 0) & ~dots.isfinite(), 0), weights)
 
 
 def mixture(teachers: Sequence[Tensor], weights: Tensor | None, temperature: float) -> Tensor:
