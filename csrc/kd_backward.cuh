@@ -123,12 +123,12 @@ struct BackwardRow {
     const float factor = g.row_scale * g.kd * t.weight;
     float gradient[kChunk];
     if constexpr (kind == Kind::elementwise) {
-      float p[kChunk], log_p[kChunk], q[kChunk], log_q[kChunk];
-      probabilities(x, {t.max, t.inv_sum, t.log_sum}, terms, p, log_p);
-      probabilities(s, {g.max, g.inv_sum, g.log_sum}, terms, q, log_q);
-      for_each_element(args.divergence, args.beta, p, log_p, q, log_q, [&](int i, const Element<float>& of) {
+      const Softmax student{g.max, g.inv_sum, g.log_sum}, teacher{t.max, t.inv_sum, t.log_sum};
+      auto p_of = [&](int i) { return probability(x[i], teacher, terms); };
+      auto q_of = [&](int i) { return probability(s[i], student, terms); };
+      for_each_element<kChunk>(args.divergence, args.beta, p_of, q_of, [&](int i, float p, const Element<float>& of) {
         mean[i] += t.weight * of.of_student;
-        gradient[i] = factor * (of.of_teacher - p[i] * t.less);
+        gradient[i] = factor * (of.of_teacher - p * t.less);
       });
     } else {
 #pragma unroll

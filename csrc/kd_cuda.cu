@@ -2,9 +2,12 @@
 //
 //   classes <= 256     lanes of a warp share a row, eight columns each in registers          kd_resident, LaneGroup
 //   classes <= 6144    a block shares a row, 8 or 16 columns a thread in registers           kd_resident, BlockGroup
+//                      (elementwise divergences: 8, classes <= 4096)
 //   what fits          a block shares a row in shared memory                                 kd_resident, SharedTile
-//   else, and beyond   a block streams over a row (forward), blocks share its columns
-//   6144 classes where no gradient is asked for (backward)                                   kd_streaming, kd_backward
+//   else               a block streams over a row (forward), blocks share its columns
+//                      (backward)                                                            kd_streaming, kd_backward
+//
+// Where no gradient is asked for, rows stream rather than stay in shared memory, unless a second sweep would follow.
 #include "kd_backward.cuh"
 #include "kd_rescale.cuh"
 #include "kd_resident.cuh"
@@ -99,19 +102,29 @@ LaunchShape block_shape(const KDArgs<float>& args) {
   return {at_most_grid(args.rows), threads, static_cast<int>(shared_bytes)};
 }
 
+constexpr const char* kTooWide = "the rows have too many classes for registers";
+
+// Two chunks a thread leave an elementwise divergence no registers for its logarithms.
+constexpr bool has_registers(Kind kind, int columns) { return columns == kChunk || kind != Kind::elementwise; }
+
 template <int N, int max_threads>
 const char* forward_by_blocks(const ResidentArgs& args, void* stream) {
-  return with_kernel(args, [&](auto kind, auto sums) {
+  return with_kernel(args, [&](auto kind, auto sums) -> const char* {
     constexpr bool two = decltype(sums)::value;
-    return device::launch(kd_resident<decltype(kind)::value, two, BlockGroup, RegisterTile<N, two>, max_threads>,
-                          block_shape<N>(args), stream, args);
+    if constexpr (has_registers(decltype(kind)::value, N)) {
+      return device::launch(kd_resident<decltype(kind)::value, two, BlockGroup, RegisterTile<N, two>, max_threads>,
+                            block_shape<N>(args), stream, args);
+    } else {
+      return kTooWide;
+    }
   });
 }
 
 bool fits_in_registers(const KDArgs<float>& args, int device) {
   if (args.classes <= kNarrowColumns) return true;
   const int limit = device::shared_memory_limit(device);
-  return args.classes <= kWideColumns && block_shape<2 * kChunk>(args).shared_bytes <= limit;
+  return args.classes <= kWideColumns && !is_elementwise(args.divergence) &&
+         block_shape<2 * kChunk>(args).shared_bytes <= limit;
 }
 
 int64_t shared_tile_bytes(const KDArgs<float>& args, WeightRule rule) {
@@ -132,7 +145,7 @@ const char* kd_forward_in_registers(const KDForward<float>& args, int device, vo
   if (args.classes <= kLaneColumns) return forward_by_lanes(resident, device, stream);
   if (args.classes <= kNarrowColumns) return forward_by_blocks<kChunk, kTileThreads>(resident, stream);
   if (args.classes <= kWideColumns) return forward_by_blocks<2 * kChunk, kWideTileThreads>(resident, stream);
-  return "the rows have too many classes for registers";
+  return kTooWide;
 }
 
 const char* kd_forward_in_shared_memory(const KDForward<float>& args, int device, void* stream) {
@@ -166,8 +179,10 @@ const char* kd_forward_cuda(const KDForward<float>& args, int device, void* stre
   if (const char* error = refused(args)) return error;
   if (args.rows == 0) return nullptr;
   if (fits_in_registers(args, device)) return kd_forward_in_registers(args, device, stream);
-  return args.gradient != nullptr ? kd_forward_in_shared_memory(args, device, stream)
-                                  : kd_forward_streaming(args, device, stream);
+  const bool spares_a_sweep =
+      is_elementwise(args.divergence) && shared_tile_bytes(args, args.rule) <= device::shared_memory_limit(device);
+  return args.gradient != nullptr || spares_a_sweep ? kd_forward_in_shared_memory(args, device, stream)
+                                                    : kd_forward_streaming(args, device, stream);
 }
 
 const char* kd_backward_cuda(const KDBackward<float>& args, int, void* stream) {

@@ -15,26 +15,33 @@ struct Softmax {
 
 MTKD_DEVICE Softmax softmax_of(float max, float sum) { return {max, 1.0f / sum, log_of(sum)}; }
 
+struct Probability {
+  float p, log_p;
+};
+
 // Both sides alike, so that equal logits are equally likely: there total variation has slope 0.
-template <int N>
-MTKD_DEVICE void probabilities(const float (&x)[N], const Softmax& of, const Terms& terms, float (&p)[N],
-                               float (&log_p)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    const float dx = shifted(x[i], of.max);
-    p[i] = device::exp2(dx * terms.log2e_t) * of.inv_sum;
-    log_p[i] = dx * terms.inv_t - of.log_sum;
-  }
+MTKD_DEVICE Probability probability(float x, const Softmax& of, const Terms& terms) {
+  const float dx = shifted(x, of.max);
+  return {device::exp2(dx * terms.log2e_t) * of.inv_sum, dx * terms.inv_t - of.log_sum};
 }
 
-// Calls step(i, Element) for every column.
-template <int N, typename Step>
-MTKD_DEVICE void for_each_element(Divergence divergence, float beta, const float (&p)[N], const float (&log_p)[N],
-                                  const float (&q)[N], const float (&log_q)[N], const Step& step) {
-  with_elementwise(divergence, [&](auto which) {
+// Columns between two looks at the divergence: their logarithms, all under way at once, take the registers.
+constexpr int kTogether = 4;
+
+// Calls step(i, p, Element) for N columns, whose Probability teacher(i) and student(i) give.
+template <int N, typename Teacher, typename Student, typename Step>
+MTKD_DEVICE void for_each_element(Divergence divergence, float beta, const Teacher& teacher, const Student& student,
+                                  const Step& step) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) step(i, element<decltype(which)::value>(p[i], log_p[i], q[i], log_q[i], beta));
-  });
+  for (int first = 0; first < N; first += kTogether) {
+    with_elementwise(divergence, [&](auto which) {
+#pragma unroll
+      for (int i = first; i < first + kTogether; ++i) {
+        const Probability p = teacher(i), q = student(i);
+        step(i, p.p, element<decltype(which)::value>(p.p, p.log_p, q.p, q.log_p, beta));
+      }
+    });
+  }
 }
 
 // D and G of one teacher.

@@ -30,8 +30,8 @@ MTKD_DEVICE Share share_of(WeightRule rule, float known_weight, float signal, fl
 }
 
 // e = e^{(t−local)/τ} and dx = t − local of a piece -> x = p or log p, given the row's maximum and sum. A log p of −inf
-// stands as 0: its divergence is +inf already, or its column weighs nothing. Without a class beside a target that stands
-// apart, p is 0.
+// stands as 0: its divergence is +inf already, or its column weighs nothing. Without a class beside a target that
+// stands apart, p is 0.
 template <Kind kind, int N>
 MTKD_DEVICE void teacher_values(const float (&dx)[N], const float (&e)[N], float local_max,
                                 const TeacherSummary& teacher, const Terms& terms, float (&x)[N]) {
@@ -126,12 +126,12 @@ struct ResidentRow {
   // The same for an elementwise divergence, and its part of D and G.
   MTKD_DEVICE void elements_of_piece(int j, const Softmax& student, const Softmax& teacher, ElementSums& sums,
                                      float (&x)[kWidth]) const {
-    float p[kWidth], log_p[kWidth], q[kWidth], log_q[kWidth];
-    tile.teacher(j, x);
-    probabilities(x, teacher, terms, p, log_p);
-    tile.student(j, x);
-    probabilities(x, student, terms, q, log_q);
-    for_each_element(args.divergence, args.beta, p, log_p, q, log_q, [&](int i, const Element<float>& of) {
+    float s[kWidth], t[kWidth];
+    tile.student(j, s);
+    tile.teacher(j, t);
+    auto p = [&](int i) { return probability(t[i], teacher, terms); };
+    auto q = [&](int i) { return probability(s[i], student, terms); };
+    for_each_element<kWidth>(args.divergence, args.beta, p, q, [&](int i, float, const Element<float>& of) {
       sums.add(of);
       x[i] = of.of_student;
     });
@@ -217,11 +217,12 @@ struct ResidentRow {
 #pragma unroll 1
     for (int k = 0; k < Tile::kDepth; ++k) tile.fetch_teacher(k, wanted_teacher(k));
     // One thread finishes the row. DKD's gradient of the hard label is everyone's.
-    const bool needs_label = wants_label_of_student<kind>(args, row) &&
-                             (group.rank() == 0 || (kind == Kind::dkd && args.ce_weight != 0));
+    const bool needs_label =
+        wants_label_of_student<kind>(args, row) && (group.rank() == 0 || (kind == Kind::dkd && args.ce_weight != 0));
     const float at_label = needs_label ? label_logit(student_logits(), row) : 0.0f;
     tile.student_arrives(args.student.dtype, reads_student());
     const SoftmaxState<float> student = absorb_student_row();
+    const float ce = group.rank() == 0 ? student_cross_entropy<kind>(args, row, student, at_label) : 0.0f;
 
     tile.clear();
     float largest_signal = -infinity<float>();
@@ -232,7 +233,7 @@ struct ResidentRow {
     const bool writes = exists && group.rank() < group.lanes();
     const Mixture mixture = mix<kind>(args, row, summaries, lane, group.lanes(), writes);
     if (!exists) return;
-    if (group.rank() == 0) write_row<kind>(args, row, student, at_label, mixture);
+    if (group.rank() == 0) write_row(args, row, student, ce, mixture);
     if (args.gradient != nullptr) write_gradient(student, at_label, mixture);
   }
 };

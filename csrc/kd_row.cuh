@@ -177,9 +177,11 @@ MTKD_DEVICE Mixture mix(const KDForward<float>& args, const Row& row, const Teac
   return mixture;
 }
 
-// (1 − ε)·(−log q[y]) + ε·mean(−log q) at temperature 1.
+// (1 − ε)·(−log q[y]) + ε·mean(−log q) at temperature 1; 0 without a hard term.
 template <Kind kind>
-MTKD_DEVICE float student_cross_entropy(const KDArgs<float>& args, const SoftmaxState<float>& s, float label_logit) {
+MTKD_DEVICE float student_cross_entropy(const KDArgs<float>& args, const Row& row, const SoftmaxState<float>& s,
+                                        float label_logit) {
+  if (args.ce_weight == 0 || !row.counts) return 0.0f;
   const float smoothing = args.label_smoothing;
   const bool apart = kind == Kind::dkd;
   float ce = 0;
@@ -188,20 +190,18 @@ MTKD_DEVICE float student_cross_entropy(const KDArgs<float>& args, const Softmax
           (apart ? cross_entropy_apart(label_logit, s.max, s.sum1) : cross_entropy(s.sum1, s.max, label_logit));
   }
   if (smoothing > 0) {
-    ce += smoothing * (apart ? uniform_cross_entropy_apart(label_logit, s, args.classes)
-                             : log_of(s.sum1) - s.total / args.classes);
+    ce += smoothing *
+          (apart ? uniform_cross_entropy_apart(label_logit, s, args.classes) : log_of(s.sum1) - s.total / args.classes);
   }
   return ce;
 }
 
-// row_loss and the student's row_stats, by one thread.
-template <Kind kind>
-MTKD_DEVICE void write_row(const KDForward<float>& args, const Row& row, const SoftmaxState<float>& s,
-                           float label_logit, const Mixture& mixture) {
+// row_loss and the student's row_stats, by one thread. `ce`: student_cross_entropy.
+MTKD_DEVICE void write_row(const KDForward<float>& args, const Row& row, const SoftmaxState<float>& s, float ce,
+                           const Mixture& mixture) {
   const RowStats stats{args.teachers};
   const bool hard = args.ce_weight != 0 && row.counts;
   const bool reads_student = row.counts && (args.kd_scale != 0 || hard);
-  const float ce = hard ? student_cross_entropy<kind>(args, s, label_logit) : 0.0f;
   float loss = 0;
   if (args.kd_scale != 0) loss += args.kd_scale * mixture.loss;
   if (hard) loss += args.ce_weight * ce;

@@ -10,8 +10,8 @@ namespace mtkd_fast {
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-// What a kernel is compiled for. The elementwise divergences are one kind: they differ in a formula of one class, chosen
-// at run time.
+// What a kernel is compiled for. The elementwise divergences are one kind: they differ in a formula of one class,
+// chosen at run time.
 enum class Kind : int { forward_kl, reverse_kl, dkd, elementwise };
 
 constexpr Kind kind_of(Divergence divergence) {

@@ -186,22 +186,25 @@ struct StreamingRow {
     RawChunk student_raw[kChunks], raw[kChunks];
     load_tile(args.student, tile, student_raw);
     load_tile(args.teacher[first], tile, raw);
-    float x[kWidth], q[kWidth], log_q[kWidth];
+    float x[kWidth];
+    Probability q[kWidth];
     Columns columns[kChunks];
     columns_of_tile(tile, columns);
     decode_tile(student_raw, args.student.dtype, columns, x);
-    probabilities(x, student, terms, q, log_q);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) q[i] = probability(x[i], student, terms);
     for (int k = first; k < args.teachers;) {
       const int now = k;
       decode_tile(raw, args.teacher[now].dtype, columns, x);
       k = next_read(now + 1);
       if (k < args.teachers) load_tile(args.teacher[k], tile, raw);
 
-      float p[kWidth], log_p[kWidth];
-      probabilities(x, softmax_of(summaries[now].max, summaries[now].sum), terms, p, log_p);
+      const Softmax teacher = softmax_of(summaries[now].max, summaries[now].sum);
       ElementSums sums{*field(now, 0), *field(now, 1)};
-      for_each_element(args.divergence, args.beta, p, log_p, q, log_q,
-                       [&](int, const Element<float>& of) { sums.add(of); });
+      auto p = [&](int i) { return probability(x[i], teacher, terms); };
+      for_each_element<kWidth>(
+          args.divergence, args.beta, p, [&](int i) { return q[i]; },
+          [&](int, float, const Element<float>& of) { sums.add(of); });
       *field(now, 0) = sums.divergence;
       *field(now, 1) = sums.slope;
     }
@@ -228,7 +231,8 @@ struct StreamingRow {
     group.sync();  // the summaries are there
     if (group.rank() < kWarp) {
       const Mixture mixture = mix<kind>(args, row, summaries, group.rank(), kWarp, true);
-      if (group.rank() == 0) write_row<kind>(args, row, student, at_label, mixture);
+      const float ce = student_cross_entropy<kind>(args, row, student, at_label);
+      if (group.rank() == 0) write_row(args, row, student, ce, mixture);
     }
   }
 };

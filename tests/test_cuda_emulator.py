@@ -111,7 +111,7 @@ def test_the_structs_are_those_of_the_headers(name, struct):
 # ---------- kernels, by name
 
 OPTIONS = dict(beta=0.3, ce_weight=0.7, label_smoothing=0.1, ignore_index=-100)
-REGISTERS, SHARED, STREAM = "_registers", "_shared", "_stream"
+CHOSEN, REGISTERS, SHARED, STREAM = "", "_registers", "_shared", "_stream"
 
 
 def inputs(n, classes, n_teachers, dtypes=(F32,), seed=0):
@@ -148,6 +148,11 @@ def assert_close(got, right, tolerance):
     assert (got.double() - right).abs().max() <= tolerance * max(1.0, right.abs().max().item())
 
 
+def assert_gradient_close(got, right):
+    largest = right.abs().max()
+    assert_close(got.double() / largest, right / largest, 4e-6 if got.dtype == F32 else 4e-3)
+
+
 @pytest.mark.parametrize("divergence", FUSED_DIVERGENCES)
 @pytest.mark.parametrize("rule", ["uniform", "given", "confidence", "entropy"])
 @pytest.mark.parametrize(
@@ -156,7 +161,7 @@ def assert_close(got, right, tolerance):
         (REGISTERS, 10, (F32,)),
         (REGISTERS, 100, (BF16,)),
         (REGISTERS, 257, (F32, BF16, F16)),
-        (REGISTERS, 4104, (BF16, F32)),
+        (CHOSEN, 4104, (BF16, F32)),  # two chunks a thread, but for the elementwise divergences
         (SHARED, 100, (BF16, F32)),
         (SHARED, 4099, (BF16,)),
         (STREAM, 33, (F32, F16)),
@@ -178,7 +183,7 @@ def test_every_forward_kernel(variant, classes, dtypes, rule, divergence):
             student, teachers, target, row_stats[3:6], None, row_stats, divergence, 0.3, 3.0, 9.0, 0.7, 0.1,
             [True, False, False, False],
         )  # fmt: skip
-    assert_close(got.double() / gradient.abs().max(), gradient / gradient.abs().max(), 4e-6 if dtypes[0] == F32 else 4e-3)
+    assert_gradient_close(got, gradient)
 
 
 @pytest.mark.parametrize("variant", [REGISTERS, SHARED, STREAM])
@@ -201,11 +206,12 @@ def test_many_teachers(classes, divergence):
     tensors = inputs(2, classes, n_teachers, (BF16, F32, F16))
     options = dict(rule="entropy", divergence=divergence, temperature=4.0, kd_scale=16.0, **OPTIONS)
     loss, _, gradient = exact(*tensors, options, 2)
-    for variant in (REGISTERS, SHARED, STREAM):
-        row_loss, _, got = run_forward(*tensors, options, variant, variant != STREAM)
+    for variant, shared_memory in ((REGISTERS, 227), (REGISTERS, 99), (SHARED, 227), (STREAM, 227)):
+        with machine.use_shared_memory(shared_memory * 1024):
+            row_loss, _, got = run_forward(*tensors, options, variant, variant != STREAM)
         assert_close(row_loss, loss, 3e-6)
         if variant != STREAM:
-            assert_close(got.double() / gradient.abs().max(), gradient / gradient.abs().max(), 4e-3)
+            assert_gradient_close(got, gradient)
 
 
 @pytest.mark.parametrize("divergence", FUSED_DIVERGENCES)
@@ -225,7 +231,7 @@ def test_teacher_gradients(divergence):
         student, teachers, target, w, None, row_stats, divergence, 0.3, 2.0, 4.0, 0.0, 0.0, [True] * 4
     )
     for x, y in zip(got, right, strict=True):
-        assert_close(x.double() / y.abs().max(), y / y.abs().max(), 4e-6 if x.dtype == F32 else 4e-3)
+        assert_gradient_close(x, y)
 
 
 # ---------- rescale
@@ -311,6 +317,19 @@ def test_one_thread_of_a_block_that_streams_looks_up_the_labels(rule, divergence
         label_of_teachers=rule == "confidence" or divergence == "dkd", sweeps=2 if divergence in ELEMENTWISE else 1,
     )  # fmt: skip
     assert logits_bytes(3) == modelled(model, 3)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "classes", "sweeps"), [("forward_kl", 6500, 1), ("jsd", 6500, 1), ("jsd", 40000, 2)]
+)
+def test_rows_that_fit_on_chip_are_swept_once(divergence, classes, sweeps):
+    student, teachers, _, w = inputs(2, classes, 2, (BF16, F32))
+    options = dict(
+        rule="given", divergence=divergence, temperature=2.0, kd_scale=4.0, beta=0.3, ce_weight=0.0,
+        label_smoothing=0.0, ignore_index=-100,
+    )  # fmt: skip
+    run_forward(student, teachers, torch.zeros(2).long(), w, options, CHOSEN, False)
+    assert logits_bytes(2) == modelled(kd_bytes(student, teachers, counted=2, sweeps=sweeps), 2)
 
 
 @SHAPES

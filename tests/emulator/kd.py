@@ -5,7 +5,6 @@ from torch import Tensor
 
 from emulator import layout
 from emulator.machine import launch, library, poisoned
-
 from mtkd_fast.schemas.kd import row_stats_size
 
 VARIANTS = ("", "_registers", "_shared", "_stream")  # of kd_forward: chosen by shape, or by name
