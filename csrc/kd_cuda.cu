@@ -138,7 +138,7 @@ const char* kd_forward_in_shared_memory(const KDForward<float>& args, int device
 }
 
 const char* kd_forward_streaming(const KDForward<float>& args, int device, void* stream) {
-  if (args.gradient != nullptr) return "the gradient of rows that do not fit on chip is written by the backward";
+  if (args.gradient.data != nullptr) return "the gradient of rows that do not fit on chip is written by the backward";
   const StreamingArgs streaming{args, stream_fields(args.rule)};
   const int64_t fixed_bytes = BlockGroup::scratch_bytes() + summary_bytes(args.teachers);
   const int64_t limit = device::shared_memory_limit(device);
@@ -156,8 +156,8 @@ const char* kd_forward_cuda(const KDForward<float>& args, int device, void* stre
   if (const char* error = refused(args)) return error;
   if (args.rows == 0) return nullptr;
   if (fits_in_registers(args, device)) return kd_forward_in_registers(args, stream);
-  return args.gradient != nullptr ? kd_forward_in_shared_memory(args, device, stream)
-                                  : kd_forward_streaming(args, device, stream);
+  return args.gradient.data != nullptr ? kd_forward_in_shared_memory(args, device, stream)
+                                       : kd_forward_streaming(args, device, stream);
 }
 
 const char* kd_backward_cuda(const KDBackward<float>& args, int, void* stream) {
@@ -173,7 +173,7 @@ const char* kd_backward_cuda(const KDBackward<float>& args, int, void* stream) {
 }
 
 const char* kd_rescale_cuda(const KDRescale<float>& args, int device, void* stream) {
-  if (args.dtype == DType::f64) return "a float64 gradient has no CUDA kernel";
+  if (args.gradient.dtype == DType::f64) return "a float64 gradient has no CUDA kernel";
   if (args.rows == 0) return nullptr;
   const RescaleArgs rescale{args, ceil_div(args.classes, kStretch)};
   const int64_t blocks = args.rows * rescale.stretches;

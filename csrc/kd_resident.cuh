@@ -118,7 +118,7 @@ struct ResidentRow {
     const TeacherSummary summary = summarise<kind>(state, student, at_label, terms, args.rule);
     if (group.rank() == 0) summaries[k] = reads ? summary : TeacherSummary{0.0f, 0.0f, 0.0f, 0.0f};
 
-    const bool adds = args.gradient != nullptr && reads && (two_sums || weight != 0);
+    const bool adds = args.gradient.data != nullptr && reads && (two_sums || weight != 0);
     const Share share = share_of<two_sums>(args.rule, weight, summary.signal, largest_signal);
     const Wanted next = kAhead ? Wanted{} : wanted_teacher(k + 1);
     for (int j = 0; j < tile.pieces(); ++j) {
@@ -142,7 +142,7 @@ struct ResidentRow {
   }
 
   MTKD_DEVICE void write_gradient(const SoftmaxState<float>& student, const Mixture& mixture) const {
-    const OutputRow out = output_row(args.gradient, row.index, args.classes, args.student.dtype);
+    const OutputRow out = output_row(args.gradient, row.position);
     const StudentGradient g = student_gradient(args, row, row.scale, student.max, student.sum, student.sum1, mixture);
     for (int j = 0; j < tile.pieces(); ++j) {
       float x[kWidth], mean[kWidth];
@@ -179,7 +179,7 @@ struct ResidentRow {
     const Mixture mixture = mix(args, row, summaries, lane, group.lanes(), exists && group.rank() < group.lanes());
     if (!exists) return;
     if (group.rank() == 0) write_row(args, row, student, at_label, mixture);
-    if (args.gradient != nullptr) write_gradient(student, mixture);
+    if (args.gradient.data != nullptr) write_gradient(student, mixture);
   }
 };
 
