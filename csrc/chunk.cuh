@@ -177,35 +177,47 @@ MTKD_DEVICE RawChunk encode(const float* x, DType dtype) {
   return raw;
 }
 
-// One row of a contiguous [rows, classes] output.
+// One row of an output.
 struct OutputRow {
   char* data;
+  int64_t stride;  // bytes from class to class
   DType dtype;
   bool vectors;
 };
 
+MTKD_DEVICE OutputRow output_row(char* data, int64_t class_stride, DType dtype) {
+  const bool aligned = reinterpret_cast<uintptr_t>(data) % sizeof(Words) == 0;
+  return {data, class_stride * element_size(dtype), dtype, aligned && class_stride == 1};
+}
+
+MTKD_DEVICE OutputRow output_row(const Gradient& x, RowPosition at) {
+  const int64_t first = at.outer * x.outer_stride + at.inner * x.inner_stride;
+  return output_row(static_cast<char*>(x.data) + first * element_size(x.dtype), x.class_stride, x.dtype);
+}
+
+// Of a contiguous [rows, classes] tensor.
 MTKD_DEVICE OutputRow output_row(void* tensor, int64_t row, int64_t classes, DType dtype) {
-  char* data = static_cast<char*>(tensor) + row * classes * element_size(dtype);
-  return {data, dtype, reinterpret_cast<uintptr_t>(data) % sizeof(Words) == 0};
+  return output_row(static_cast<char*>(tensor) + row * classes * element_size(dtype), 1, dtype);
 }
 
 MTKD_DEVICE void store_chunk(const OutputRow& row, int64_t chunk, int64_t classes, const float* x) {
   const RawChunk raw = encode(x, row.dtype);
-  char* p = row.data + chunk * kChunk * element_size(row.dtype);
   if (row.vectors && (chunk + 1) * kChunk <= classes) {
-    device::store(reinterpret_cast<Words*>(p), raw.low);
-    if (row.dtype == DType::f32) device::store(reinterpret_cast<Words*>(p) + 1, raw.high);
+    Words* p = reinterpret_cast<Words*>(row.data + chunk * kChunk * element_size(row.dtype));
+    device::store(p, raw.low);
+    if (row.dtype == DType::f32) device::store(p + 1, raw.high);
     return;
   }
   const int64_t left = classes - chunk * kChunk;
+  char* p = row.data + chunk * kChunk * row.stride;
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i) {
+  for (int i = 0; i < kChunk; ++i, p += row.stride) {
     if (i >= left) continue;
     if (row.dtype == DType::f32) {
-      device::store(reinterpret_cast<uint32_t*>(p) + i, i < 4 ? raw.low.word[i] : raw.high.word[i - 4]);
+      device::store(reinterpret_cast<uint32_t*>(p), i < 4 ? raw.low.word[i] : raw.high.word[i - 4]);
     } else {
       const uint32_t word = raw.low.word[i / 2];
-      device::store(reinterpret_cast<uint16_t*>(p) + i, static_cast<uint16_t>(i % 2 == 0 ? word : word >> 16));
+      device::store(reinterpret_cast<uint16_t*>(p), static_cast<uint16_t>(i % 2 == 0 ? word : word >> 16));
     }
   }
 }

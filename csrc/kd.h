@@ -24,6 +24,16 @@ struct Logits {
   DType dtype;
 };
 
+// What is written: the gradient of some logits, dense, its dimensions in the order in which the student's lie in
+// memory.
+struct Gradient {
+  void* data;  // [rows, classes], rows found as those of the logits; null: not wanted
+  int64_t outer_stride;
+  int64_t inner_stride;
+  int64_t class_stride;
+  DType dtype;  // that of the logits
+};
+
 // acc_t: float, or double when any logits are float64.
 template <typename acc_t>
 struct KDArgs {
@@ -76,7 +86,7 @@ struct KDForward : KDArgs<acc_t> {
   acc_t* row_loss;         // [rows]
   acc_t* row_stats;        // [RowStats::size, rows]
   bool keep_stats;         // false: of row_stats only the scale is read later
-  void* gradient;          // [rows, classes] contiguous, the student's dtype, or null
+  Gradient gradient;
 };
 
 // Backward (strategy B): f = scale·upstream (0 where scale is 0), then for each row
@@ -89,17 +99,20 @@ struct KDBackward : KDArgs<acc_t> {
   const acc_t* upstream;  // element row at row·upstream_stride (0: one number), or null for 1
   int64_t upstream_stride;
   const acc_t* row_stats;                // [RowStats::size, rows], from the forward
-  void* student_gradient;                // [rows, classes] contiguous, the student's dtype, or null
-  void* teacher_gradient[kMaxTeachers];  // the same with each teacher's dtype, or null
+  Gradient student_gradient;             // its strides are those of every gradient, wanted or not
+  void* teacher_gradient[kMaxTeachers];  // in each teacher's dtype, or null
+  MTKD_HD Gradient gradient_of_teacher(int k) const {
+    const Gradient& like = student_gradient;
+    return {teacher_gradient[k], like.outer_stride, like.inner_stride, like.class_stride, this->teacher[k].dtype};
+  }
 };
 
-// gradient [rows, classes] *= upstream, rows of scale 0 stay 0. `out` may be `gradient`. An upstream of exactly 1 in
-// every row needs no work when they are the same.
+// gradient *= upstream, rows of scale 0 stay 0. `out` has the strides of `gradient` and may be the same. An upstream of
+// exactly 1 in every row needs no work then.
 template <typename acc_t>
 struct KDRescale {
-  int64_t rows, classes;
-  DType dtype;
-  const void* gradient;
+  int64_t rows, inner, classes;
+  Gradient gradient;
   void* out;
   const acc_t* upstream;
   int64_t upstream_stride;

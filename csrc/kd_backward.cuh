@@ -101,8 +101,8 @@ struct BackwardRow {
 
   MTKD_DEVICE void zero_chunk(int64_t chunk) const {
     const float zeros[kChunk] = {};
-    if (args.student_gradient != nullptr) {
-      const OutputRow out = output_row(args.student_gradient, row.index, args.classes, args.student.dtype);
+    if (args.student_gradient.data != nullptr) {
+      const OutputRow out = output_row(args.student_gradient, row.position);
       store_chunk(out, chunk, args.classes, zeros);
     }
     for (int k = 0; args.teachers_want && k < args.teachers; ++k) zero_teacher_chunk(k, chunk);
@@ -110,7 +110,7 @@ struct BackwardRow {
   MTKD_DEVICE void zero_teacher_chunk(int k, int64_t chunk) const {
     const float zeros[kChunk] = {};
     if (args.teacher_gradient[k] == nullptr) return;
-    const OutputRow out = output_row(args.teacher_gradient[k], row.index, args.classes, args.teacher[k].dtype);
+    const OutputRow out = output_row(args.gradient_of_teacher(k), row.position);
     store_chunk(out, chunk, args.classes, zeros);
   }
 
@@ -155,7 +155,7 @@ struct BackwardRow {
       }
     }
     if (!wanted) return;
-    const OutputRow out = output_row(args.teacher_gradient[k], row.index, args.classes, args.teacher[k].dtype);
+    const OutputRow out = output_row(args.gradient_of_teacher(k), row.position);
     store_chunk(out, chunk, args.classes, gradient);
   }
 
@@ -198,9 +198,9 @@ struct BackwardRow {
       if (k < args.teachers) next = load_teacher(k, chunk);
       teacher_chunk(now, chunk, g, s, x, mean);
     }
-    if (args.student_gradient == nullptr) return;
+    if (args.student_gradient.data == nullptr) return;
     gradient_of_chunk<kind>(g, terms, chunk * kChunk, s, mean);
-    store_chunk(output_row(args.student_gradient, row.index, args.classes, args.student.dtype), chunk, args.classes, s);
+    store_chunk(output_row(args.student_gradient, row.position), chunk, args.classes, s);
   }
 
   MTKD_DEVICE void backward(int64_t stretch) const {

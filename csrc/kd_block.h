@@ -112,7 +112,10 @@ struct Block {
     ++rows;
   }
 
-  int64_t start(const Logits& x, int row) const { return outer[row] * x.outer_stride + inner[row] * x.inner_stride; }
+  template <typename Tensor>
+  int64_t start(const Tensor& x, int row) const {
+    return outer[row] * x.outer_stride + inner[row] * x.inner_stride;
+  }
   bool reads(int k, int row) const { return !(skips_zero_weights && teacher[k].weight[row] == 0); }
   bool apart_in(int row, int64_t begin, int64_t count) const {
     return apart[row] >= begin && apart[row] < begin + count;

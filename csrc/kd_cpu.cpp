@@ -20,22 +20,22 @@
 namespace mtkd_fast {
 
 void kd_forward_cpu(const KDForward<float>& args, int64_t begin, int64_t end) {
-  MTKD_IN_INSTRUCTION_SET(forward_rows, args, begin, end);
+  MTKD_IN_INSTRUCTION_SET(forward, args, begin, end);
 }
 void kd_forward_cpu(const KDForward<double>& args, int64_t begin, int64_t end) {
-  MTKD_IN_INSTRUCTION_SET(forward_rows, args, begin, end);
+  MTKD_IN_INSTRUCTION_SET(forward, args, begin, end);
 }
 void kd_backward_cpu(const KDBackward<float>& args, int64_t begin, int64_t end) {
-  MTKD_IN_INSTRUCTION_SET(backward_rows, args, begin, end);
+  MTKD_IN_INSTRUCTION_SET(backward, args, begin, end);
 }
 void kd_backward_cpu(const KDBackward<double>& args, int64_t begin, int64_t end) {
-  MTKD_IN_INSTRUCTION_SET(backward_rows, args, begin, end);
+  MTKD_IN_INSTRUCTION_SET(backward, args, begin, end);
 }
 void kd_rescale_cpu(const KDRescale<float>& args, int64_t begin, int64_t end) {
-  MTKD_IN_INSTRUCTION_SET(rescale_rows, args, begin, end);
+  MTKD_IN_INSTRUCTION_SET(rescale, args, begin, end);
 }
 void kd_rescale_cpu(const KDRescale<double>& args, int64_t begin, int64_t end) {
-  MTKD_IN_INSTRUCTION_SET(rescale_rows, args, begin, end);
+  MTKD_IN_INSTRUCTION_SET(rescale, args, begin, end);
 }
 
 }  // namespace mtkd_fast

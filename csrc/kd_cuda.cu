@@ -161,7 +161,7 @@ const char* kd_forward_in_shared_memory(const KDForward<float>& args, int device
 }
 
 const char* kd_forward_streaming(const KDForward<float>& args, int device, void* stream) {
-  if (args.gradient != nullptr) return "the gradient of rows that do not fit on chip is written by the backward";
+  if (args.gradient.data != nullptr) return "the gradient of rows that do not fit on chip is written by the backward";
   const StreamingArgs streaming{args, stream_fields(args.rule)};
   const int64_t fixed_bytes = BlockGroup::scratch_bytes() + summary_bytes(args.teachers);
   const int64_t limit = device::shared_memory_limit(device);
@@ -181,8 +181,8 @@ const char* kd_forward_cuda(const KDForward<float>& args, int device, void* stre
   if (fits_in_registers(args, device)) return kd_forward_in_registers(args, device, stream);
   const bool spares_a_sweep =
       is_elementwise(args.divergence) && shared_tile_bytes(args, args.rule) <= device::shared_memory_limit(device);
-  return args.gradient != nullptr || spares_a_sweep ? kd_forward_in_shared_memory(args, device, stream)
-                                                    : kd_forward_streaming(args, device, stream);
+  return args.gradient.data != nullptr || spares_a_sweep ? kd_forward_in_shared_memory(args, device, stream)
+                                                         : kd_forward_streaming(args, device, stream);
 }
 
 const char* kd_backward_cuda(const KDBackward<float>& args, int, void* stream) {
@@ -198,7 +198,7 @@ const char* kd_backward_cuda(const KDBackward<float>& args, int, void* stream) {
 }
 
 const char* kd_rescale_cuda(const KDRescale<float>& args, int device, void* stream) {
-  if (args.dtype == DType::f64) return "a float64 gradient has no CUDA kernel";
+  if (args.gradient.dtype == DType::f64) return "a float64 gradient has no CUDA kernel";
   if (args.rows == 0) return nullptr;
   const RescaleArgs rescale{args, ceil_div(args.classes, kStretch)};
   const int64_t blocks = args.rows * rescale.stretches;

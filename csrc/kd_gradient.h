@@ -126,21 +126,20 @@ void student_gradient(const KDArgs<T>& args, const Block<T>& block, int row, con
 
 template <typename T>
 void write_student_gradient(const KDArgs<T>& args, const Block<T>& block, int row, const Sweep<T>& sweep,
-                            Scratch<T>& scratch, void* gradient) {
-  const int64_t to = block.n[row] * args.classes;
-  const bool hard = args.ce_weight != 0, apart = args.divergence == Divergence::dkd,
-             streams = streams_gradient<T>(args.student, args.rows, args.classes);
-  if (!hard && block.student.used[row] == 0) return zero_row<T>(args.student, gradient, block.n[row], args.classes);
+                            Scratch<T>& scratch, const Gradient& gradient) {
+  const int64_t to = block.start(gradient, row);
+  const bool hard = args.ce_weight != 0, apart = args.divergence == Divergence::dkd;
+  if (!hard && block.student.used[row] == 0) return zero_row<T>(gradient, to, args.classes);
   for (int64_t begin = 0; begin < args.classes; begin += kTileColumns) {
     const int count = tile_count(args.classes, begin);
     share_of_teachers(args, block, row, sweep, begin, count, scratch);
     student_gradient(args, block, row, sweep, begin, count, scratch);
     const int64_t label = block.target[row] - begin;
     if ((hard || apart) && label >= 0 && label < count) scratch.out.values[label] -= block.student.label[row];
-    if (streams)
-      stream_tile(static_cast<T*>(gradient) + to + begin, count, scratch.out.values);
+    if (scratch.streams)
+      stream_tile(static_cast<T*>(gradient.data) + to + begin, count, scratch.out.values);
     else
-      write_tile(gradient, args.student.dtype, to + begin, count, scratch.out.values);
+      write_tile(gradient, to, begin, count, scratch.out.values);
   }
 }
 
@@ -151,8 +150,9 @@ void write_teacher_gradient(const KDBackward<T>& args, const Block<T>& block, in
                             Scratch<T>& scratch) {
   const Logits &teacher = args.teacher[k], &student = args.student;
   const TeacherNumbers<T>& numbers = block.teacher[k];
-  const int64_t n = block.n[row];
-  if (numbers.weight[row] == 0) return zero_row<T>(teacher, args.teacher_gradient[k], n, args.classes);
+  const Gradient out = args.gradient_of_teacher(k);
+  const int64_t to = block.start(out, row);
+  if (numbers.weight[row] == 0) return zero_row<T>(out, to, args.classes);
 
   const T max_t = offset_of(block.teacher_state[k].max[row]), max_s = offset_of(block.student_state.max[row]);
   const T sum_t = block.teacher_state[k].sum[row];
@@ -172,7 +172,7 @@ void write_teacher_gradient(const KDBackward<T>& args, const Block<T>& block, in
     if (is_elementwise(args.divergence)) {
       student_tile(args, block, row, sweep, begin, count, scratch);
       teacher_elements(args, block, row, k, sweep, begin, count, scale, scratch);
-      write_tile(args.teacher_gradient[k], teacher.dtype, n * args.classes + begin, count, scratch.out.values);
+      write_tile(out, to, begin, count, scratch.out.values);
       continue;
     }
     const T* s = read_classes(student, block, row, begin, count, scratch.widened(0));
@@ -190,6 +190,6 @@ void write_teacher_gradient(const KDBackward<T>& args, const Block<T>& block, in
       store(scratch.out.values + i, scale * gradient);
     });
     if (block.apart_in(row, begin, count)) scratch.out.values[block.apart[row] - begin] = scale * pull;
-    write_tile(args.teacher_gradient[k], teacher.dtype, n * args.classes + begin, count, scratch.out.values);
+    write_tile(out, to, begin, count, scratch.out.values);
   }
 }

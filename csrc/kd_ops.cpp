@@ -5,9 +5,11 @@
 namespace mtkd_fast {
 namespace {
 
+// Returns where `gradient` is written, if it is wanted at all; others of the call have the same strides.
 template <typename T>
-void fill(KDArgs<T>& args, const Tensor& student, TensorList teachers, std::string_view divergence, double beta,
-          double temperature, double kd_scale, double ce_weight, double label_smoothing) {
+Gradient fill(KDArgs<T>& args, const Tensor& student, TensorList teachers, const Tensor& gradient,
+              std::string_view divergence, double beta, double temperature, double kd_scale, double ce_weight,
+              double label_smoothing) {
   TORCH_CHECK_VALUE(!teachers.empty() && teachers.size() <= kMaxTeachers, "teacher_logits must hold 1 to ",
                     kMaxTeachers, " teachers, got ", teachers.size());
   std::vector<Tensor> all{student};
@@ -16,6 +18,8 @@ void fill(KDArgs<T>& args, const Tensor& student, TensorList teachers, std::stri
                       "teacher_logits must have the shape and device of student_logits");
     all.push_back(teacher);
   }
+  const bool wanted = gradient.numel() > 0;
+  if (wanted) all.push_back(gradient);
   const RowGrid grid(all);
   args.classes = student.size(-1);
   args.rows = grid.outer * grid.inner;
@@ -33,6 +37,7 @@ void fill(KDArgs<T>& args, const Tensor& student, TensorList teachers, std::stri
   args.kd_scale = static_cast<T>(kd_scale);
   args.ce_weight = static_cast<T>(ce_weight);
   args.label_smoothing = static_cast<T>(label_smoothing);
+  return wanted ? gradient_of(gradient, grid, teachers.size() + 1) : Gradient{};
 }
 
 void check_labels(const Tensor& target, int64_t classes, int64_t ignore_index) {
@@ -57,7 +62,9 @@ std::tuple<Tensor, Tensor, Tensor> kd_forward(const Tensor& student, TensorList 
   return with_compute_type(dtype, [&](auto zero) -> std::tuple<Tensor, Tensor, Tensor> {
     using T = decltype(zero);
     KDForward<T> args;
-    fill(args, student, teachers, divergence, beta, temperature, kd_scale, ce_weight, label_smoothing);
+    const Tensor gradient = empty_gradient(student, write_gradient, /*like=*/student);
+    args.gradient =
+        fill(args, student, teachers, gradient, divergence, beta, temperature, kd_scale, ce_weight, label_smoothing);
     args.rule = by_name(kWeightRules, rule, "weights");
     args.ignore_index = ignore_index;
     args.skip_zero_weights = skip_zero_weights;
@@ -95,10 +102,8 @@ std::tuple<Tensor, Tensor, Tensor> kd_forward(const Tensor& student, TensorList 
 
     Tensor row_loss = at::empty({args.rows}, options);
     Tensor row_stats = at::empty({RowStats{args.teachers}.size(args.divergence), args.rows}, options);
-    Tensor gradient = empty_gradient(student, write_gradient);
     args.row_loss = row_loss.mutable_data_ptr<T>();
     args.row_stats = row_stats.mutable_data_ptr<T>();
-    args.gradient = write_gradient ? gradient.mutable_data_ptr() : nullptr;
     run<KDForward<T>>(student.device(), args, args.rows, args.classes * (args.teachers + 1), kd_forward_cpu,
                       MTKD_CUDA_LAUNCHER(kd_forward_cuda));
 
@@ -115,7 +120,17 @@ std::vector<Tensor> kd_backward(const Tensor& student, TensorList teachers, cons
   return with_compute_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     KDBackward<T> args;
-    fill(args, student, teachers, divergence, beta, temperature, kd_scale, ce_weight, label_smoothing);
+    std::vector<Tensor> gradients{empty_gradient(student, needs[0], student)};
+    for (size_t k = 0; k < teachers.size(); ++k)
+      gradients.push_back(empty_gradient(teachers[k], needs[k + 1], student));
+    auto wanted = [](const Tensor& x) { return x.numel() > 0; };
+    const auto some = std::find_if(gradients.begin(), gradients.end(), wanted);
+    args.student_gradient = fill(args, student, teachers, some == gradients.end() ? gradients[0] : *some, divergence,
+                                 beta, temperature, kd_scale, ce_weight, label_smoothing);
+    args.student_gradient.data = wanted(gradients[0]) ? gradients[0].mutable_data_ptr() : nullptr;
+    args.student_gradient.dtype = args.student.dtype;
+    for (int k = 0; k < args.teachers; ++k)
+      args.teacher_gradient[k] = wanted(gradients[k + 1]) ? gradients[k + 1].mutable_data_ptr() : nullptr;
     TORCH_CHECK_VALUE(row_stats.size(0) == RowStats{args.teachers}.size(args.divergence) &&
                           row_stats.size(1) == args.rows && row_stats.scalar_type() == dtype,
                       "row_stats must be the forward's");
@@ -139,13 +154,6 @@ std::vector<Tensor> kd_backward(const Tensor& student, TensorList teachers, cons
       args.upstream_stride = up.stride(0);
     }
 
-    std::vector<Tensor> gradients;
-    auto gradient_of = [&](const Tensor& x, bool needed) -> void* {
-      gradients.push_back(empty_gradient(x, needed));
-      return needed ? gradients.back().mutable_data_ptr() : nullptr;
-    };
-    args.student_gradient = gradient_of(student, needs[0]);
-    for (int k = 0; k < args.teachers; ++k) args.teacher_gradient[k] = gradient_of(teachers[k], needs[k + 1]);
     run<KDBackward<T>>(student.device(), args, args.rows, args.classes * (args.teachers + 1), kd_backward_cpu,
                        MTKD_CUDA_LAUNCHER(kd_backward_cuda));
     return gradients;
@@ -161,10 +169,11 @@ void rescale_into(const Tensor& gradient, const Tensor& upstream, const Tensor& 
     const bool in_place = out.is_same(gradient);
     if (in_place && up.is_cpu() && upstream.dim() == 0 && *up.const_data_ptr<T>() == 1) return;  // do not wake a thread
     KDRescale<T> args;
+    const RowGrid grid({gradient, out});
     args.rows = rows;
+    args.inner = grid.inner;
     args.classes = gradient.size(-1);
-    args.dtype = dtype_of(gradient);
-    args.gradient = gradient.const_data_ptr();
+    args.gradient = gradient_of(gradient, grid, 0);
     args.out = out.data_ptr();
     args.upstream = up.const_data_ptr<T>();
     args.upstream_stride = up.stride(0);
@@ -174,7 +183,7 @@ void rescale_into(const Tensor& gradient, const Tensor& upstream, const Tensor& 
 }
 
 Tensor kd_rescale(const Tensor& gradient, const Tensor& upstream, const Tensor& scale) {
-  Tensor out = at::empty_like(gradient, at::MemoryFormat::Contiguous);
+  Tensor out = at::empty_like(gradient);
   rescale_into(gradient, upstream, scale, out);
   return out;
 }

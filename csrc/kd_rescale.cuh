@@ -12,22 +12,23 @@ struct RescaleArgs : KDRescale<float> {
 
 // As load_chunk, for a tensor that this grid may write.
 MTKD_DEVICE RawChunk load_own_chunk(const OutputRow& row, int64_t chunk, int64_t classes) {
-  char* p = row.data + chunk * kChunk * element_size(row.dtype);
   RawChunk raw = empty_chunk(row.dtype);
   if (row.vectors && (chunk + 1) * kChunk <= classes) {
-    raw.low = device::load_own(reinterpret_cast<Words*>(p));
-    if (row.dtype == DType::f32) raw.high = device::load_own(reinterpret_cast<Words*>(p) + 1);
+    const Words* p = reinterpret_cast<const Words*>(row.data + chunk * kChunk * element_size(row.dtype));
+    raw.low = device::load_own(p);
+    if (row.dtype == DType::f32) raw.high = device::load_own(p + 1);
     return raw;
   }
   const int64_t left = classes - chunk * kChunk;
+  const char* p = row.data + chunk * kChunk * row.stride;
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i) {
+  for (int i = 0; i < kChunk; ++i, p += row.stride) {
     if (i >= left) continue;
     if (row.dtype == DType::f32) {
       uint32_t& word = i < 4 ? raw.low.word[i] : raw.high.word[i - 4];
-      word = device::load_own(reinterpret_cast<uint32_t*>(p) + i);
+      word = device::load_own(reinterpret_cast<const uint32_t*>(p));
     } else {
-      const uint32_t half = device::load_own(reinterpret_cast<uint16_t*>(p) + i);
+      const uint32_t half = device::load_own(reinterpret_cast<const uint16_t*>(p));
       uint32_t& word = raw.low.word[i / 2];
       word = i % 2 == 0 ? (word & 0xffff0000u) | half : (word & 0xffffu) | half << 16;
     }
@@ -37,20 +38,23 @@ MTKD_DEVICE RawChunk load_own_chunk(const OutputRow& row, int64_t chunk, int64_t
 
 MTKD_DEVICE void rescale_stretch(const RescaleArgs& args, int64_t index, int64_t stretch) {
   const float upstream = upstream_of(args.upstream, args.upstream_stride, index);
-  const bool in_place = args.out == args.gradient;
+  const bool in_place = args.out == args.gradient.data;
   if (in_place && upstream == 1) return;
   const bool counts = device::load(args.scale + index) != 0;
   if (in_place && !counts) return;  // 0 already
 
-  const OutputRow from = output_row(const_cast<void*>(args.gradient), index, args.classes, args.dtype);
-  const OutputRow to = output_row(args.out, index, args.classes, args.dtype);
+  const RowPosition position = row_position(index, args.inner);
+  const OutputRow from = output_row(args.gradient, position);
+  OutputRow to = from;
+  to.data = static_cast<char*>(args.out) + (from.data - static_cast<char*>(args.gradient.data));
+  to.vectors = from.vectors && reinterpret_cast<uintptr_t>(to.data) % sizeof(Words) == 0;
   const int64_t chunks = (args.classes + kChunk - 1) / kChunk;
   const int64_t end = (stretch + 1) * (kStretch / kChunk);
   for (int64_t c = stretch * (kStretch / kChunk) + device::thread_index(); c < end && c < chunks;
        c += device::block_threads()) {
     float x[kChunk] = {};
     if (counts) {
-      decode(load_own_chunk(from, c, args.classes), args.dtype, x);
+      decode(load_own_chunk(from, c, args.classes), from.dtype, x);
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) x[i] *= upstream;
     }
@@ -59,7 +63,7 @@ MTKD_DEVICE void rescale_stretch(const RescaleArgs& args, int64_t index, int64_t
 }
 
 MTKD_KERNEL(kBackwardThreads, 2) kd_rescale(MTKD_PARAM(RescaleArgs) args) {
-  const bool one_for_all = args.upstream_stride == 0 && args.out == args.gradient;
+  const bool one_for_all = args.upstream_stride == 0 && args.out == args.gradient.data;
   if (one_for_all && upstream_of(args.upstream, 0, 0) == 1) return;
   for (int64_t i = device::block_index(); i < args.rows * args.stretches; i += device::grid_blocks()) {
     rescale_stretch(args, i / args.stretches, i % args.stretches);

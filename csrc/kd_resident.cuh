@@ -137,6 +137,18 @@ struct ResidentRow {
     });
   }
 
+  // First pass: the state of the thread's columns. Leaves dx and e of its last piece.
+  MTKD_DEVICE TeacherState state_of_teacher(float student_max, float (&dx)[kWidth], float (&e)[kWidth]) const {
+    TeacherState state;
+    for (int j = 0; j < tile.pieces(); ++j) {
+      float x[kWidth], ds[kWidth], es[kWidth];
+      teacher_of(j, x);
+      student_piece(j, student_max, ds, es);
+      absorb_teacher<kind>(state, x, ds, es, terms, dx, e);
+    }
+    return state;
+  }
+
   // One teacher: its state into the summary, its columns into the sums, and a later teacher on its way.
   MTKD_DEVICE void absorb_teacher_row(int k, const SoftmaxState<float>& student, float student_at_label,
                                       float& largest_signal) {
@@ -149,23 +161,17 @@ struct ResidentRow {
     }
     tile.teacher_arrives(k, args.teacher[k].dtype, reads);
     if (kAhead) tile.fetch_teacher(k + Tile::kDepth, wanted_teacher(k + Tile::kDepth));
-    // Where weights are known, one thread's is enough: it finishes the summary.
+    // Where weights are known, one thread needs it: the one that finishes the summary.
     const bool needs_label = reads && wants_label_of_teachers<kind>(args.rule) && (two_sums || group.rank() == 0);
     const float at_label = needs_label ? label_logit(teacher_logits(k), row) : 0.0f;
 
-    TeacherState state;
     float dx[kWidth], e[kWidth];
-    for (int j = 0; j < tile.pieces(); ++j) {
-      float x[kWidth], ds[kWidth], es[kWidth];
-      teacher_of(j, x);
-      student_piece(j, student.max, ds, es);
-      absorb_teacher<kind>(state, x, ds, es, terms, dx, e);
-    }
+    TeacherState state = state_of_teacher(student.max, dx, e);
     const float local_max = state.max;
     group.merge(state, MergeTeacher<kind>{terms});
     TeacherSummary summary = summarise<kind>(state, at_label, args.rule);
 
-    const bool adds = args.gradient != nullptr && reads && (two_sums || weight != 0);
+    const bool adds = args.gradient.data != nullptr && reads && (two_sums || weight != 0);
     const Share share = share_of<two_sums>(args.rule, weight, summary.signal, largest_signal);
     const Wanted next = kAhead ? Wanted{} : wanted_teacher(k + 1);
     const Softmax p = softmax_of(state.max, state.sum), q = softmax_of(student.max, student.sum);
@@ -180,20 +186,19 @@ struct ResidentRow {
       if (adds) tile.accumulate(j, x, share.first, share.fade, share.second);
       tile.fetch_piece(j, next);
     }
+    if constexpr (kind == Kind::elementwise) group.merge(sums, AddLanes{});
+    if (group.rank() != 0) return;
     if constexpr (kind == Kind::elementwise) {
-      group.merge(sums, AddLanes{});
       summary.divergence = sums.divergence;
       summary.slope = sums.slope;
-    }
-    if (group.rank() != 0) return;
-    if constexpr (kind != Kind::elementwise) {
+    } else {
       set_divergence<kind>(summary, state.cross, student, {at_label, student_at_label}, args.beta, terms);
     }
     summaries[k] = reads ? summary : TeacherSummary{};
   }
 
   MTKD_DEVICE void write_gradient(const SoftmaxState<float>& student, float at_label, const Mixture& mixture) const {
-    const OutputRow out = output_row(args.gradient, row.index, args.classes, args.student.dtype);
+    const OutputRow out = output_row(args.gradient, row.position);
     const StudentGradient g = student_gradient<kind>(args, row, row.scale, student, at_label, mixture);
     for (int j = 0; j < tile.pieces(); ++j) {
       float x[kWidth], mean[kWidth];
@@ -234,7 +239,7 @@ struct ResidentRow {
     const Mixture mixture = mix<kind>(args, row, summaries, lane, group.lanes(), writes);
     if (!exists) return;
     if (group.rank() == 0) write_row(args, row, student, ce, mixture);
-    if (args.gradient != nullptr) write_gradient(student, at_label, mixture);
+    if (args.gradient.data != nullptr) write_gradient(student, at_label, mixture);
   }
 };
 

@@ -32,6 +32,13 @@ namespace MTKD_ISA {
 //
 #include "kd_gradient.h"
 
+// Row n of a gradient, if that is wanted.
+template <typename T>
+void zero_row(const KDArgs<T>& args, const Gradient& gradient, int64_t n) {
+  if (gradient.data == nullptr) return;
+  zero_row<T>(gradient, n / args.inner * gradient.outer_stride + n % args.inner * gradient.inner_stride, args.classes);
+}
+
 template <typename T>
 bool row_counts(const KDArgs<T>& args, int64_t n) {
   return !(args.row_weights && args.row_weights[n] == 0) && !(args.target && args.target[n] == args.ignore_index);
@@ -41,7 +48,7 @@ template <typename T>
 void skip_row(const KDForward<T>& args, int64_t n) {
   for (int i = 0; i < RowStats{args.teachers}.size(args.divergence); ++i) args.row_stats[i * args.rows + n] = 0;
   args.row_loss[n] = 0;
-  if (args.gradient) zero_row<T>(args.student, args.gradient, n, args.classes);
+  zero_row<T>(args, args.gradient, n);
 }
 
 // What is known of a row's teachers before they are read.
@@ -96,17 +103,16 @@ void forward_block(const KDForward<T>& args, const Sweep<T>& sweep, Block<T>& bl
     args.row_loss[block.n[row]] = row_weight * loss[row];
     write_stats(args, block, row);
   }
-  if (!args.gradient) return;
+  if (args.gradient.data == nullptr) return;
   gradient_factors(args, sweep, block);
   for (int row = 0; row < block.rows; ++row) write_student_gradient(args, block, row, sweep, scratch, args.gradient);
 }
 
 template <typename T>
-void forward_rows(const KDForward<T>& args, int64_t begin, int64_t end) {
+void forward_rows(const KDForward<T>& args, Scratch<T>& scratch, int64_t begin, int64_t end) {
   const bool soft = args.kd_scale != 0;
   const bool teacher_weights = soft && (args.rule == WeightRule::confidence || args.rule == WeightRule::entropy);
   const Sweep<T> sweep(args, args.ce_weight != 0, teacher_weights, soft && args.rule == WeightRule::entropy);
-  Scratch<T> scratch(args, end - begin, args.gradient != nullptr);
   Block<T> block;
   for (int64_t n = begin; n < end; ++n) {
     if (row_counts(args, n))
@@ -118,7 +124,6 @@ void forward_rows(const KDForward<T>& args, int64_t begin, int64_t end) {
       block.rows = 0;
     }
   }
-  stream_fence();
 }
 
 template <typename T>
@@ -146,7 +151,7 @@ void backward_block(const KDBackward<T>& args, const Sweep<T>& sweep, Block<T>& 
   if (args.divergence == Divergence::dkd) set_targets_apart(args, sweep, block);
   gradient_factors(args, sweep, block);
   for (int row = 0; row < block.rows; ++row) {
-    if (args.student_gradient) write_student_gradient(args, block, row, sweep, scratch, args.student_gradient);
+    if (args.student_gradient.data) write_student_gradient(args, block, row, sweep, scratch, args.student_gradient);
     for (int k = 0; k < args.teachers; ++k)
       if (args.teacher_gradient[k]) write_teacher_gradient(args, block, row, k, sweep, scratch);
   }
@@ -154,15 +159,13 @@ void backward_block(const KDBackward<T>& args, const Sweep<T>& sweep, Block<T>& 
 
 template <typename T>
 void zero_gradients(const KDBackward<T>& args, int64_t n) {
-  if (args.student_gradient) zero_row<T>(args.student, args.student_gradient, n, args.classes);
-  for (int k = 0; k < args.teachers; ++k)
-    if (args.teacher_gradient[k]) zero_row<T>(args.teacher[k], args.teacher_gradient[k], n, args.classes);
+  zero_row<T>(args, args.student_gradient, n);
+  for (int k = 0; k < args.teachers; ++k) zero_row<T>(args, args.gradient_of_teacher(k), n);
 }
 
 template <typename T>
-void backward_rows(const KDBackward<T>& args, int64_t begin, int64_t end) {
+void backward_rows(const KDBackward<T>& args, Scratch<T>& scratch, int64_t begin, int64_t end) {
   const Sweep<T> sweep(args, args.ce_weight != 0, false, false);
-  Scratch<T> scratch(args, end - begin, /*gradient=*/false);
   Block<T> block;
   const T* scales = args.row_stats + RowStats{args.teachers}.scale() * args.rows;
   for (int64_t n = begin; n < end; ++n) {
@@ -177,25 +180,25 @@ void backward_rows(const KDBackward<T>& args, int64_t begin, int64_t end) {
       block.rows = 0;
     }
   }
+}
+
+#include "kd_rescale.h"
+
+// Everything of the op on the CPU, a range of rows at a time.
+template <typename T>
+void forward(const KDForward<T>& args, int64_t begin, int64_t end) {
+  const bool streams = streams_gradient<T>(args.gradient, args.rows, args.classes);
+  Scratch<T> scratch(args, end - begin, /*gradient=*/args.gradient.data != nullptr, streams);
+  forward_rows(args, scratch, begin, end);
   stream_fence();
 }
 
-// gradient·upstream, rows of scale 0 stay 0.
 template <typename T>
-void rescale_rows(const KDRescale<T>& args, int64_t begin, int64_t end) {
-  const Logits gradient{args.gradient, args.classes, 0, 1, args.dtype};
-  Tile<T> tile;
-  for (int64_t n = begin; n < end; ++n) {
-    const T upstream = args.upstream[n * args.upstream_stride];
-    const bool counts = args.scale[n] != 0;
-    if (upstream == 1 && args.out == args.gradient) continue;
-    for (int64_t at = 0; at < args.classes; at += kTileColumns) {
-      const int count = tile_count(args.classes, at);
-      const T* g = read_tile(gradient, n * args.classes, at, count, tile.values);
-      for (int i = 0; i < count; ++i) tile.values[i] = counts ? g[i] * upstream : T(0);
-      write_tile(args.out, args.dtype, n * args.classes + at, count, tile.values);
-    }
-  }
+void backward(const KDBackward<T>& args, int64_t begin, int64_t end) {
+  const bool streams = streams_gradient<T>(args.student_gradient, args.rows, args.classes);
+  Scratch<T> scratch(args, end - begin, /*gradient=*/false, streams);
+  backward_rows(args, scratch, begin, end);
+  stream_fence();
 }
 
 }  // namespace MTKD_ISA

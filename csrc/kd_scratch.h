@@ -9,10 +9,11 @@ template <typename T>
 class Scratch {
  public:
   Tile<T> share, out;
+  const bool streams;  // the student's gradient goes past the caches
 
-  // For a thread that has `rows` rows to do.
-  Scratch(const KDArgs<T>& args, int64_t rows, bool gradient)
-      : tiles_((args.classes + kTileColumns - 1) / kTileColumns) {
+  // For a thread that has `rows` rows to do at a time.
+  Scratch(const KDArgs<T>& args, int64_t rows, bool gradient, bool streams)
+      : streams(streams), tiles_((args.classes + kTileColumns - 1) / kTileColumns) {
     const int64_t pitch = pitch_of(args.classes), number = sizeof(T);
     const int64_t row_bytes = pitch * (args.teachers + 2) * number;
     const bool one_tile = tiles_ == 1;

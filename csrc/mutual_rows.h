@@ -274,7 +274,7 @@ void write_gradients(const MutualArgs<T>& args, Students<T>& students, int64_t n
       T* out = students.out.values;
       gradient_tile(students, i, args.detach_peers, factor, count, out);
       const int64_t to = n * args.classes + begin;
-      if (streams_gradient<T>(args.student[i], args.rows, args.classes))
+      if (streams_gradient<T>(args.student[i].dtype, args.rows, args.classes))
         stream_tile(static_cast<T*>(args.gradient[i]) + to, count, out);
       else
         write_tile(args.gradient[i], args.student[i].dtype, to, count, out);

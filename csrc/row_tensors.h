@@ -11,12 +11,25 @@ inline Logits logits(const Tensor& x, const RowGrid& grid, size_t i) {
   return {x.const_data_ptr(), grid.outer_stride[i], grid.inner_stride[i], x.stride(-1), dtype_of(x)};
 }
 
+// The gradient at place `i` of the grid.
+inline Gradient gradient_of(const Tensor& x, const RowGrid& grid, size_t i) {
+  return {x.mutable_data_ptr(), grid.outer_stride[i], grid.inner_stride[i], x.stride(-1), dtype_of(x)};
+}
+
 inline Tensor flat_rows(const Tensor& x, int64_t rows, const char* name) {
   TORCH_CHECK_VALUE(x.numel() == rows, name, " must hold one number per row, ", rows, ", got ", x.numel());
   return x.reshape({rows}).contiguous();
 }
 
-// Contiguous, in the shape and dtype of x; an empty tensor where it is not needed.
+// The gradient of x in the dense layout of `like`, so that pixels stay side by side; an empty tensor where it is not
+// needed.
+inline Tensor empty_gradient(const Tensor& x, bool needed, const Tensor& like) {
+  const Tensor gradient = needed ? at::empty_like(like, x.options()) : at::empty({0}, x.options());
+  if (gradient.is_cpu()) ask_for_huge_pages(gradient);
+  return gradient;
+}
+
+// Contiguous.
 inline Tensor empty_gradient(const Tensor& x, bool needed) {
   const Tensor gradient = at::empty(needed ? x.sizes() : at::IntArrayRef{0}, x.options());
   if (gradient.is_cpu()) ask_for_huge_pages(gradient);

@@ -85,6 +85,12 @@ inline void widen(const void* row, DType dtype, int64_t at, int count, T* __rest
   }
 }
 
+// Pixels as rows: their classes are planes of neighbours.
+template <typename Tensor>
+bool lies_in_planes(const Tensor& x) {
+  return x.inner_stride == 1 && x.class_stride != 1;
+}
+
 // Columns [begin, begin + count) of the row that starts at element `row`: where they stand, if they can be read there,
 // else widened to `to`.
 template <typename T>
@@ -145,6 +151,13 @@ void write_tile(void* out, DType dtype, int64_t at, int count, const T* __restri
   }
 }
 
+// Columns [begin, begin + count) of the row that starts at element `row`.
+template <typename T>
+void write_tile(const Gradient& out, int64_t row, int64_t begin, int count, const T* from) {
+  if (out.class_stride == 1) return write_tile(out.data, out.dtype, row + begin, count, from);
+  for (int i = 0; i < count; ++i) write_tile(out.data, out.dtype, row + (begin + i) * out.class_stride, 1, from + i);
+}
+
 // The same, past the caches: for an output that will have left them before it is read. It spares the read of every line
 // that a plain store begins with. Only where nothing is converted.
 template <typename T>
@@ -159,12 +172,17 @@ inline int tile_count(int64_t classes, int64_t begin) {
   return static_cast<int>(classes - begin < kTileColumns ? classes - begin : kTileColumns);
 }
 
-// Row n of a gradient of `like`.
 template <typename T>
-void zero_row(const Logits& like, void* gradient, int64_t n, int64_t classes) {
+void zero_row(const Gradient& out, int64_t row, int64_t classes) {
   const T zeros[kTileColumns] = {};
   for (int64_t begin = 0; begin < classes; begin += kTileColumns)
-    write_tile(gradient, like.dtype, n * classes + begin, tile_count(classes, begin), zeros);
+    write_tile(out, row, begin, tile_count(classes, begin), zeros);
+}
+
+// Row n of a contiguous gradient of `like`.
+template <typename T>
+void zero_row(const Logits& like, void* gradient, int64_t n, int64_t classes) {
+  zero_row<T>(Gradient{gradient, classes, 0, 1, like.dtype}, n * classes, classes);
 }
 
 // A gradient larger than a core's share of the last cache goes past the caches: 1.05 to 1.3 times as fast in all. Short
@@ -173,6 +191,11 @@ constexpr int64_t kStreamBytes = 8 << 20;
 constexpr int64_t kStreamColumns = 512;
 
 template <typename T>
-bool streams_gradient(const Logits& of, int64_t rows, int64_t classes) {
-  return of.dtype == kNative<T> && classes >= kStreamColumns && rows * classes * int64_t{sizeof(T)} >= kStreamBytes;
+bool streams_gradient(DType dtype, int64_t rows, int64_t classes) {
+  return dtype == kNative<T> && classes >= kStreamColumns && rows * classes * int64_t{sizeof(T)} >= kStreamBytes;
+}
+
+template <typename T>
+bool streams_gradient(const Gradient& of, int64_t rows, int64_t classes) {
+  return of.data != nullptr && of.class_stride == 1 && streams_gradient<T>(of.dtype, rows, classes);
 }

@@ -38,14 +38,14 @@ def fake_kd_forward(student: Tensor, teachers: list[Tensor], *arguments: object)
     dtype = compute_dtype(student, *teachers)
     loss = student.new_empty(student.shape[:-1] if reduction == "none" else (), dtype=dtype)
     row_stats = student.new_empty((row_stats_size(len(teachers), divergence), n_rows(student)), dtype=dtype)
-    gradient = student.new_empty(student.shape if write_gradient else (0,))
+    gradient = torch.empty_like(student) if write_gradient else student.new_empty(0)
     return loss, row_stats, gradient
 
 
 def fake_kd_backward(student: Tensor, teachers: list[Tensor], *arguments: object) -> list[Tensor]:
-    """One gradient for the student and each teacher; an empty one where none is needed."""
-    needs = arguments[-1]
-    return [x.new_empty(x.shape if need else (0,)) for x, need in zip((student, *teachers), needs, strict=True)]
+    """One gradient for the student and each teacher, in the student's layout; an empty one where none is needed."""
+    wanted = zip((student, *teachers), arguments[-1], strict=True)
+    return [torch.empty_like(student, dtype=x.dtype) if need else x.new_empty(0) for x, need in wanted]
 
 
 def fake_kd_rescale(gradient: Tensor, upstream: Tensor, scale: Tensor) -> Tensor:

@@ -4,16 +4,20 @@ import torch
 from torch import Tensor
 
 from emulator import layout
-from emulator.machine import launch, library, poisoned
+from emulator.machine import launch, library, poisoned, poisoned_like
 from mtkd_fast.schemas.kd import row_stats_size
 
 VARIANTS = ("", "_registers", "_shared", "_stream")  # of kd_forward: chosen by shape, or by name
 
 
-def arguments(struct: type[layout.KDArgs], student: Tensor, teachers: list[Tensor], target: Tensor | None, **options):
-    """The struct with its KDArgs filled in, and the inputs that it points at."""
+def arguments(
+    struct: type[layout.KDArgs], student: Tensor, teachers: list[Tensor], gradient: Tensor | None,
+    target: Tensor | None, **options,
+):  # fmt: skip
+    """The struct with its KDArgs filled in, the inputs that it points at, and where a gradient is written."""
     args = struct()
-    student, teachers = layout.rows_of(student), [layout.rows_of(t) for t in teachers]
+    student, *teachers = layout.rows_of(student, *teachers, *(() if gradient is None else (gradient,)))
+    written = layout.Gradient() if gradient is None else layout.gradient(teachers.pop())
     outer, args.inner, args.classes = student.shape
     args.rows = outer * args.inner
     args.teachers = len(teachers)
@@ -28,17 +32,19 @@ def arguments(struct: type[layout.KDArgs], student: Tensor, teachers: list[Tenso
         setattr(args, name, value)
     inputs = {"student": student, "target": target}
     inputs |= {f"teacher{k}": teacher for k, teacher in enumerate(teachers)}
-    return args, inputs
+    return args, inputs, written
 
 
 def forward_arguments(
-    student, teachers, target, weights, row_weights, items,
+    student, teachers, gradient, target, weights, row_weights, items,
     *, rule, divergence, beta, temperature, kd_scale, ce_weight, label_smoothing, ignore_index, skip_zero_weights,
 ):  # fmt: skip
-    args, inputs = arguments(
-        layout.KDForward, student, teachers, target, divergence=divergence, beta=beta, temperature=temperature,
-        kd_scale=kd_scale, ce_weight=ce_weight, label_smoothing=label_smoothing, ignore_index=ignore_index,
+    args, inputs, written = arguments(
+        layout.KDForward, student, teachers, gradient, target, divergence=divergence, beta=beta,
+        temperature=temperature, kd_scale=kd_scale, ce_weight=ce_weight,
+        label_smoothing=label_smoothing, ignore_index=ignore_index,
     )  # fmt: skip
+    args.gradient = written
     args.rule = layout.RULES[rule]
     args.skip_zero_weights = skip_zero_weights
     row_weights, _ = layout.per_row(row_weights, torch.float32)
@@ -62,17 +68,16 @@ def forward(
     skip_zero_weights, write_gradient, keep_stats=True, variant="",
 ):  # fmt: skip
     """-> row_loss [N], row_stats, gradient [..., C], which is empty if not asked for."""
+    gradient = poisoned_like(student, student, write_gradient)
     args, inputs = forward_arguments(
-        student, teachers, target, weights, row_weights, items, rule=rule, divergence=divergence, beta=beta,
-        temperature=temperature, kd_scale=kd_scale, ce_weight=ce_weight, label_smoothing=label_smoothing,
-        ignore_index=ignore_index, skip_zero_weights=skip_zero_weights,
+        student, teachers, gradient if write_gradient else None, target, weights, row_weights, items,
+        rule=rule, divergence=divergence, beta=beta, temperature=temperature, kd_scale=kd_scale, ce_weight=ce_weight,
+        label_smoothing=label_smoothing, ignore_index=ignore_index, skip_zero_weights=skip_zero_weights,
     )  # fmt: skip
     row_loss = poisoned((args.rows,), torch.float32)
     row_stats = poisoned((row_stats_size(args.teachers, divergence), args.rows), torch.float32)
-    gradient = poisoned(student.shape if write_gradient else (0,), student.dtype)
     args.row_loss, args.row_stats = row_loss.data_ptr(), row_stats.data_ptr()
     args.keep_stats = keep_stats
-    args.gradient = gradient.data_ptr() if write_gradient else None
     outputs = {"row_loss": row_loss, "row_stats": row_stats, "gradient": gradient}
     launch("kd_forward" + variant, args, inputs, outputs)
     return row_loss, row_stats, gradient
@@ -83,16 +88,19 @@ def backward(
     divergence, beta, temperature, kd_scale, ce_weight, label_smoothing, needs,
 ):  # fmt: skip
     """-> the gradients of the student and of each teacher; an empty one where none is needed."""
-    args, inputs = arguments(
-        layout.KDBackward, student, teachers, target, divergence=divergence, beta=beta, temperature=temperature,
+    wanted = [poisoned_like(x, student, need) for x, need in zip((student, *teachers), needs, strict=True)]
+    some = next((g for g, need in zip(wanted, needs, strict=True) if need), None)
+    args, inputs, written = arguments(
+        layout.KDBackward, student, teachers, some, target, divergence=divergence, beta=beta, temperature=temperature,
         kd_scale=kd_scale, ce_weight=ce_weight, label_smoothing=label_smoothing,
     )  # fmt: skip
     weights, args.weights_teacher_stride, args.weights_row_stride = layout.per_teacher(weights, args.rows)
     upstream, args.upstream_stride = layout.per_row(upstream, torch.float32)
     row_stats = row_stats.contiguous()
     args.weights, args.upstream, args.row_stats = map(layout.address, (weights, upstream, row_stats))
-    wanted = [poisoned(x.shape if need else (0,), x.dtype) for x, need in zip((student, *teachers), needs, strict=True)]
-    args.student_gradient = wanted[0].data_ptr() if needs[0] else None
+    args.student_gradient = written
+    args.student_gradient.data = wanted[0].data_ptr() if needs[0] else None
+    args.student_gradient.dtype = args.student.dtype
     for k, (gradient, need) in enumerate(zip(wanted[1:], needs[1:], strict=True)):
         args.teacher_gradient[k] = gradient.data_ptr() if need else None
     outputs = {"student_gradient": wanted[0]} | {f"teacher_gradient{k}": x for k, x in enumerate(wanted[1:])}
@@ -102,18 +110,19 @@ def backward(
 
 def _rescale(gradient: Tensor, out: Tensor, upstream: Tensor, scale: Tensor) -> Tensor:
     args = layout.KDRescale()
-    args.classes = gradient.shape[-1]
-    args.rows = gradient.shape[:-1].numel()
-    args.dtype = layout.DTYPES[gradient.dtype]
+    (rows,) = layout.rows_of(gradient)
+    outer, args.inner, args.classes = rows.shape
+    args.rows = outer * args.inner
+    args.gradient = layout.gradient(rows)
     upstream, args.upstream_stride = layout.per_row(upstream, torch.float32)
     scale = scale.reshape(-1).contiguous()
-    args.gradient, args.out, args.upstream, args.scale = map(layout.address, (gradient, out, upstream, scale))
+    args.out, args.upstream, args.scale = map(layout.address, (out, upstream, scale))
     launch("kd_rescale", args, {"gradient": gradient, "upstream": upstream, "scale": scale}, {"out": out})
     return out
 
 
 def rescale(gradient: Tensor, upstream: Tensor, scale: Tensor) -> Tensor:
-    return _rescale(gradient, poisoned(gradient.shape, gradient.dtype), upstream, scale)
+    return _rescale(gradient, poisoned_like(gradient, gradient, True), upstream, scale)
 
 
 def rescale_(gradient: Tensor, upstream: Tensor, scale: Tensor) -> None:

@@ -26,6 +26,10 @@ class Logits(ctypes.Structure):
     )
 
 
+class Gradient(ctypes.Structure):
+    _fields_ = Logits._fields_
+
+
 class KDArgs(ctypes.Structure):
     _fields_ = (
         ("rows", int64),
@@ -57,7 +61,7 @@ class KDForward(KDArgs):
         ("row_loss", pointer),
         ("row_stats", pointer),
         ("keep_stats", ctypes.c_bool),
-        ("gradient", pointer),
+        ("gradient", Gradient),
     )
 
 
@@ -69,7 +73,7 @@ class KDBackward(KDArgs):
         ("upstream", pointer),
         ("upstream_stride", int64),
         ("row_stats", pointer),
-        ("student_gradient", pointer),
+        ("student_gradient", Gradient),
         ("teacher_gradient", pointer * MAX_TEACHERS),
     )
 
@@ -77,9 +81,9 @@ class KDBackward(KDArgs):
 class KDRescale(ctypes.Structure):
     _fields_ = (
         ("rows", int64),
+        ("inner", int64),
         ("classes", int64),
-        ("dtype", ctypes.c_int),
-        ("gradient", pointer),
+        ("gradient", Gradient),
         ("out", pointer),
         ("upstream", pointer),
         ("upstream_stride", int64),
@@ -262,16 +266,26 @@ def address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def rows_of(x: Tensor) -> Tensor:
-    """[..., C] as [outer, inner, C], whose rows two strides find."""
-    if x.dim() == 1:
-        return x[None, None]
-    return x[:, None] if x.dim() == 2 else x.reshape(-1, *x.shape[-2:])
+def rows_of(*tensors: Tensor) -> list[Tensor]:
+    """[..., C] each as [outer, inner, C], in place: `inner` takes as many rows as one stride of every tensor finds."""
+    shape = tensors[0].shape
+    for split in range(len(shape)):
+        rows = shape[:split].numel(), shape[split:-1].numel(), shape[-1]
+        try:
+            return [x.view(rows) for x in tensors]
+        except RuntimeError:
+            continue
+    raise ValueError(f"rows that two strides do not find: {[(x.shape, x.stride()) for x in tensors]}")
 
 
 def logits(x: Tensor) -> Logits:
     """Of [outer, inner, C]."""
     return Logits(x.data_ptr(), *x.stride(), DTYPES[x.dtype])
+
+
+def gradient(x: Tensor) -> Gradient:
+    """Of [outer, inner, C]."""
+    return Gradient(x.data_ptr(), *x.stride(), DTYPES[x.dtype])
 
 
 def per_row(x: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, int]:

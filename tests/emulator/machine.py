@@ -95,3 +95,8 @@ def launch(
 def poisoned(shape: Iterable[int], dtype: torch.dtype) -> Tensor:
     """An output before its kernel has run."""
     return torch.full(tuple(shape), float("nan"), dtype=dtype)
+
+
+def poisoned_like(x: Tensor, layout: Tensor, wanted: bool) -> Tensor:
+    """The gradient of x, in the layout of the student, before its kernel has run; empty where it is not wanted."""
+    return torch.full_like(layout, float("nan"), dtype=x.dtype) if wanted else poisoned((0,), x.dtype)

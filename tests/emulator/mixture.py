@@ -10,11 +10,13 @@ F32 = torch.float32
 
 
 def arguments(
-    struct: type[layout.Mixture], teachers: list[Tensor], weights: Tensor | None, temperature: float, skip_zero: bool
-):
-    """The struct, its Mixture filled in, and the inputs that it points at."""
+    struct: type[layout.Mixture], teachers: list[Tensor], weights: Tensor | None, temperature: float, skip_zero: bool,
+    *others: Tensor,
+):  # fmt: skip
+    """The struct, its Mixture filled in, the inputs that it points at, and `others` [..., C] as rows like them."""
     args = struct()
-    teachers = [layout.rows_of(t) for t in teachers]
+    rows = layout.rows_of(*teachers, *others)
+    teachers, others = rows[: len(teachers)], rows[len(teachers) :]
     outer, args.inner, args.classes = teachers[0].shape
     args.rows = outer * args.inner
     args.teachers = len(teachers)
@@ -23,12 +25,12 @@ def arguments(
     weights, args.weights_teacher_stride, args.weights_row_stride = layout.per_teacher(weights, args.rows)
     args.weights = layout.address(weights)
     args.skip_zero_weights, args.temperature = skip_zero, temperature
-    return args, {f"teacher{k}": t for k, t in enumerate(teachers)} | {"weights": weights}
+    return args, {f"teacher{k}": t for k, t in enumerate(teachers)} | {"weights": weights}, others
 
 
 def forward(teachers, weights, temperature, skip_zero_weights):
     """-> Σ_k w_k p_k [..., C], the states of the teachers [2K, N]"""
-    args, inputs = arguments(layout.MixtureForward, teachers, weights, temperature, skip_zero_weights)
+    args, inputs, _ = arguments(layout.MixtureForward, teachers, weights, temperature, skip_zero_weights)
     probabilities, row_stats = poisoned(teachers[0].shape, F32), poisoned((2 * args.teachers, args.rows), F32)
     args.probabilities, args.row_stats = probabilities.data_ptr(), row_stats.data_ptr()
     launch("mixture_forward", args, inputs, {"probabilities": probabilities, "row_stats": row_stats})
@@ -37,12 +39,12 @@ def forward(teachers, weights, temperature, skip_zero_weights):
 
 def backward(teachers, weights, upstream, row_stats, temperature, skip_zero_weights, needs):
     """-> <upstream, p_k> [K, N], the gradient of each teacher, an empty one where none is needed."""
-    args, inputs = arguments(layout.MixtureBackward, teachers, weights, temperature, skip_zero_weights)
     upstream = upstream if not any(upstream.stride()) else upstream.contiguous()
+    args, inputs, (rows,) = arguments(
+        layout.MixtureBackward, teachers, weights, temperature, skip_zero_weights, upstream
+    )
     row_stats = row_stats.contiguous()
-    args.upstream = layout.logits(layout.rows_of(upstream).expand(-1, args.inner, -1))
-    if any(upstream.stride()):
-        args.upstream.outer_stride, args.upstream.inner_stride = args.inner * args.classes, args.classes
+    args.upstream = layout.logits(rows)
     dots = poisoned((args.teachers, args.rows), F32)
     args.row_stats, args.dots = row_stats.data_ptr(), dots.data_ptr()
     wanted = [poisoned(t.shape if need else (0,), t.dtype) for t, need in zip(teachers, needs, strict=True)]
@@ -55,8 +57,10 @@ def backward(teachers, weights, upstream, row_stats, temperature, skip_zero_weig
 
 def divergence(student, teachers, weights, temperature, skip_zero_weights, write_gradient):
     """-> KL(pbar‖q) [...], row_stats [6K + 5, N], the student's gradient, which is empty if not asked for."""
-    args, inputs = arguments(layout.MixtureDivergence, teachers, weights, temperature, skip_zero_weights)
-    args.student = layout.logits(layout.rows_of(student))
+    args, inputs, (rows,) = arguments(
+        layout.MixtureDivergence, teachers, weights, temperature, skip_zero_weights, student
+    )
+    args.student = layout.logits(rows)
     value, row_stats = poisoned(student.shape[:-1], F32), poisoned((6 * args.teachers + 5, args.rows), F32)
     gradient = poisoned(student.shape if write_gradient else (0,), student.dtype)
     args.divergence, args.row_stats = value.data_ptr(), row_stats.data_ptr()

@@ -10,7 +10,7 @@ from emulator.machine import launch, library, poisoned
 def arguments(struct: type[layout.MutualArgs], students: list[Tensor], pair_weights: Tensor | None, **options):
     """The struct with its MutualArgs filled in, the inputs that it points at, and the gradients."""
     args, needs = struct(), options.pop("needs")
-    rows = [layout.rows_of(z) for z in students]
+    rows = layout.rows_of(*students)
     outer, args.inner, args.classes = rows[0].shape
     args.rows, args.students = outer * args.inner, len(rows)
     gradients = [poisoned(z.shape if need else (0,), z.dtype) for z, need in zip(students, needs, strict=True)]
