@@ -4,10 +4,13 @@
 #include <algorithm>
 #include <cstdlib>
 #include <deque>
+#include <map>
 #include <memory>
 #include <random>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "device.h"
@@ -38,6 +41,11 @@ struct Buffer {
 };
 std::vector<Buffer> buffers;
 
+constexpr uintptr_t kSector = 32;
+using WarpAccess = std::tuple<const Buffer*, int64_t, int, int, int>;  // block, warp, line, which of the line's
+std::map<WarpAccess, std::set<uintptr_t>> sectors;
+bool counts_sectors = false;
+
 // -----------------------------------------------------------------------------------------------------------------
 // fibers
 
@@ -57,6 +65,7 @@ struct Fiber : Thread {
   ucontext_t start;
   jmp_buf at;
   bool started;
+  std::map<int, int> accesses;  // of each line of the source
   CopyGroup uncommitted;
   std::deque<CopyGroup> in_flight;
   std::unique_ptr<char, decltype(&free)> stack{nullptr, free};
@@ -178,6 +187,7 @@ void run_block(LaunchShape shape, int64_t index, char* shared) {
     static_cast<Thread&>(fiber) = {i, shape.threads, index, shape.blocks, shared};
     fiber.started = false;
     fiber.warp_ops = 0;
+    fiber.accesses.clear();
     fiber.uncommitted.clear();
     fiber.in_flight.clear();
     block.threads.push_back(&fiber);
@@ -219,13 +229,18 @@ bool any(bool value, int line) {
   return std::any_of(all, all + kWarp, [](uint32_t x) { return x != 0; });
 }
 
-void check_access(const void* p, int bytes, bool writes) {
+void check_access(const void* p, int bytes, bool writes, int line) {
   const char* at = static_cast<const char*>(p);
   if (reinterpret_cast<uintptr_t>(p) % bytes != 0) throw Fault("a misaligned access to global memory");
   for (Buffer& buffer : buffers) {
     if (at < buffer.begin || at + bytes > buffer.begin + buffer.bytes) continue;
     if (writes && !buffer.writable) continue;
     (writes ? buffer.stored : buffer.loaded) += bytes;
+    if (counts_sectors) {
+      Fiber& fiber = self();
+      sectors[{&buffer, fiber.block_index, fiber.index / kWarp, line, fiber.accesses[line]++}].insert(
+          reinterpret_cast<uintptr_t>(p) / kSector);
+    }
     return;
   }
   throw Fault(writes ? "a write outside the outputs" : "a read outside the registered buffers");
@@ -284,10 +299,25 @@ const char* run(LaunchShape shape, void (*body)(const void*, const void*), const
 // calls
 
 using mtkd_fast::emulator::buffers;
+using mtkd_fast::emulator::counts_sectors;
+using mtkd_fast::emulator::sectors;
 
 extern "C" {
 
-void emulator_forget_buffers() { buffers.clear(); }
+void emulator_forget_buffers() {
+  buffers.clear();
+  sectors.clear();
+}
+
+void emulator_count_sectors(int on) { counts_sectors = on != 0; }
+
+int64_t emulator_sectors(int buffer) {
+  int64_t count = 0;
+  for (const auto& [access, touched] : sectors) {
+    if (std::get<0>(access) == &buffers[buffer]) count += static_cast<int64_t>(touched.size());
+  }
+  return count;
+}
 
 void emulator_add_buffer(const void* begin, int64_t bytes, int writable) {
   buffers.push_back({static_cast<const char*>(begin), bytes, writable != 0, 0, 0});

@@ -6,7 +6,8 @@
 //   an access to global memory outside the registered buffers, misaligned, or a write to an input
 //   a write past the end of shared memory
 //
-// Shared memory starts as NaN. Bytes loaded and stored are counted for each buffer.
+// Shared memory starts as NaN. Bytes loaded and stored are counted for each buffer, and on demand sectors of 32 bytes,
+// as a warp touches them: those of its lanes' n-th access from the same line of the source are one access.
 #pragma once
 
 #include <cmath>
@@ -32,7 +33,7 @@ void warp_barrier(int line);
 uint32_t shuffle(uint32_t value, int source_lane, int line);
 bool any(bool value, int line);
 
-void check_access(const void* p, int bytes, bool writes);
+void check_access(const void* p, int bytes, bool writes, int line);
 void copy_async(void* shared, const void* global, int bytes);
 void commit_copies();
 void wait_for_copies(int pending);
@@ -107,26 +108,26 @@ inline uint32_t float_as_bf16(float x) {
 inline uint32_t pack_bf16(float lo, float hi) { return float_as_bf16(lo) | float_as_bf16(hi) << 16; }
 
 template <typename T>
-inline T load(const T* p) {
-  emulator::check_access(p, sizeof(T), false);
+inline T load(const T* p, int line = __builtin_LINE()) {
+  emulator::check_access(p, sizeof(T), false, line);
   T x;
   memcpy(static_cast<void*>(&x), p, sizeof(T));
   return x;
 }
 template <typename T>
-inline T load_own(const T* p) {
-  return load(p);
+inline T load_own(const T* p, int line = __builtin_LINE()) {
+  return load(p, line);
 }
 template <typename T>
-inline void store(T* p, T x) {
-  emulator::check_access(p, sizeof(T), true);
+inline void store(T* p, T x, int line = __builtin_LINE()) {
+  emulator::check_access(p, sizeof(T), true, line);
   memcpy(static_cast<void*>(p), &x, sizeof(T));
 }
 
 // A copy lands when this thread waits for its group, and not before.
 template <typename T>
-inline void copy_async(T* shared, const T* global) {
-  emulator::check_access(global, sizeof(T), false);
+inline void copy_async(T* shared, const T* global, int line = __builtin_LINE()) {
+  emulator::check_access(global, sizeof(T), false, line);
   emulator::copy_async(shared, global, sizeof(T));
 }
 inline void commit_copies() { emulator::commit_copies(); }

@@ -25,6 +25,7 @@ def library(*sources: Path) -> ctypes.CDLL:
     lib.emulator_add_buffer.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
     lib.emulator_traffic.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_int64), ctypes.POINTER(ctypes.c_int64)]
     lib.emulator_set_order.argtypes = [ctypes.c_int, ctypes.c_uint]
+    lib.emulator_sectors.restype = ctypes.c_int64
     lib.emulator_set_shared_memory(SHARED_MEMORY)
     return lib
 
@@ -58,12 +59,31 @@ def span(x: Tensor) -> int:
     return (last + 1) * x.element_size()
 
 
+@contextmanager
+def count_sectors() -> Iterator[None]:
+    """Launches inside count the sectors of 32 bytes that warps touch: an access of a warp to a line of memory, alone.
+
+    Lanes that skip an access of their warp fall out of step with it.
+    """
+    library().emulator_count_sectors(1)
+    try:
+        yield
+    finally:
+        library().emulator_count_sectors(0)
+
+
 _traffic: dict[str, tuple[int, int]] = {}
+_sectors: dict[str, int] = {}
 
 
 def traffic() -> dict[str, tuple[int, int]]:
     """Bytes (loaded, stored) of each buffer in the last launch, by the name it was launched with."""
     return dict(_traffic)
+
+
+def sectors() -> dict[str, int]:
+    """Sectors touched in each buffer by the last launch, access by access."""
+    return dict(_sectors)
 
 
 def launch(
@@ -84,10 +104,12 @@ def launch(
     function.restype = ctypes.c_char_p
     error = function(*(arguments if isinstance(arguments, tuple) else (ctypes.byref(arguments),)))
     _traffic.clear()
+    _sectors.clear()
     for i, (n, _, _) in enumerate(buffers):
         loaded, stored = ctypes.c_int64(), ctypes.c_int64()
         lib.emulator_traffic(i, ctypes.byref(loaded), ctypes.byref(stored))
         _traffic[n] = (loaded.value, stored.value)
+        _sectors[n] = lib.emulator_sectors(i)
     if error is not None:
         raise EmulatorError(error.decode())
 
