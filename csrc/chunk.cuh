@@ -34,7 +34,8 @@ struct RowPosition {
 
 MTKD_DEVICE RowPosition row_position(int64_t row, int64_t inner) {
   if (inner == 1) return {row, 0};
-  return {row / inner, row % inner};
+  const int64_t outer = row / inner;
+  return {outer, row - outer * inner};
 }
 
 MTKD_DEVICE InputRow input_row(const Logits& x, RowPosition at) {

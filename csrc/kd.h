@@ -34,6 +34,12 @@ struct Gradient {
   DType dtype;  // that of the logits
 };
 
+// Pixels as rows: their classes are planes of neighbours.
+template <typename Tensor>
+bool lies_in_planes(const Tensor& x) {
+  return x.inner_stride == 1 && x.class_stride != 1;
+}
+
 // acc_t: float, or double when any logits are float64.
 template <typename acc_t>
 struct KDArgs {

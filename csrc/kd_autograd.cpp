@@ -40,9 +40,16 @@ bool fits_on_chip(const Tensor& student, TensorList teachers, const KDOptions& o
   if (!student.is_cuda()) return true;  // on a CPU the second sweep finds the rows in cache, or is no worse than B
 #ifdef MTKD_CUDA
   KDArgs<float> args{};
+  args.divergence = by_name(kDivergences, o.divergence, "divergence");
   args.classes = student.sym_size(-1).guard_int(__FILE__, __LINE__);
   args.teachers = static_cast<int>(teachers.size());
   args.student.dtype = dtype_of(student);
+  args.student.class_stride = student.sym_stride(-1).guard_int(__FILE__, __LINE__);
+  args.inner = 1;
+  for (int64_t d = student.dim() - 2; d >= 0 && args.inner == 1; --d) {  // as RowGrid finds them, or fewer
+    args.inner = student.sym_size(d).guard_int(__FILE__, __LINE__);
+    args.student.inner_stride = student.sym_stride(d).guard_int(__FILE__, __LINE__);
+  }
   for (size_t k = 0; k < teachers.size(); ++k) args.teacher[k].dtype = dtype_of(teachers[k]);
   const bool by_rule = o.rule == "confidence" || o.rule == "entropy";
   return kd_fits_on_chip(args, by_rule ? WeightRule::confidence : WeightRule::uniform, student.device().index());

@@ -13,11 +13,12 @@ constexpr int kStretch = kBackwardThreads * kBackwardChunks * kChunk;
 
 struct BackwardArgs : KDBackward<float> {
   int64_t stretches;  // of a row
+  int group_width;    // warps that share pixels
   bool teachers_want;
 };
 
-struct TeacherTerms {
-  float weight;  // w_k; 0: not read, its gradient is 0
+struct TeacherTerms {  // 9 words: a stride over all banks
+  float weight;        // w_k; 0: not read, its gradient is 0
   float max;
   float inv_sum;  // 1/Σ e^{(t−max)/τ}; DKD without another class: 0
   float log_sum;
@@ -30,7 +31,8 @@ struct TeacherTerms {
 
 // A row without a target has no hard term and no label.
 MTKD_DEVICE Row backward_row(const BackwardArgs& args, int64_t index) {
-  Row row{index, row_position(index, args.inner), true, 1.0f, 0.0f, -1, true};
+  Row row{index, row_position(index, args.inner), false, 1.0f, 0.0f, -1, true};
+  if (index >= args.rows) return row;
   row.scale = device::load(args.row_stats + RowStats{args.teachers}.scale() * args.rows + index);
   row.counts = row.scale != 0;
   if (row.counts && args.target != nullptr) {
@@ -44,11 +46,20 @@ MTKD_DEVICE float upstream_of(const float* upstream, int64_t stride, int64_t row
   return upstream == nullptr ? 1.0f : device::load(upstream + row * stride);
 }
 
-template <Kind kind>
+// Those of one row, between those of the other rows of the block.
+struct TermsOfTeachers {
+  TeacherTerms* first;
+  int rows;
+
+  MTKD_DEVICE TeacherTerms& operator[](int k) const { return first[k * rows]; }
+};
+
+template <Kind kind, typename Group>
 struct BackwardRow {
   const BackwardArgs& args;
   const Terms& terms;
-  TeacherTerms* teachers;  // [K], shared
+  const Group& group;
+  const TermsOfTeachers teachers;  // shared
   const Row row;
 
   MTKD_DEVICE float stat(int i) const { return device::load(args.row_stats + i * args.rows + row.index); }
@@ -66,9 +77,9 @@ struct BackwardRow {
   }
 
   // What the columns need of the teachers: read by one thread each, summed by all in the same order.
-  MTKD_DEVICE Mixture gather() const {
+  MTKD_DEVICE void load_terms() const {
     const RowStats stats{args.teachers};
-    for (int k = device::thread_index(); k < args.teachers; k += device::block_threads()) {
+    for (int k = group.rank(); k < args.teachers; k += group.size()) {
       TeacherTerms t{};
       if (args.kd_scale != 0) {
         const int64_t at = k * args.weights_teacher_stride + row.index * args.weights_row_stride;
@@ -86,7 +97,8 @@ struct BackwardRow {
       }
       teachers[k] = t;
     }
-    device::sync_block();
+  }
+  MTKD_DEVICE Mixture mixture_of_teachers() const {
     Mixture mixture;
     for (int k = 0; k < args.teachers; ++k) {
       const float w = teachers[k].weight;
@@ -205,14 +217,17 @@ struct BackwardRow {
 
   MTKD_DEVICE void backward(int64_t stretch) const {
     const int64_t chunks = (args.classes + kChunk - 1) / kChunk;
-    const int64_t first = stretch * (kStretch / kChunk) + device::thread_index();
+    const int64_t first = stretch * (kStretch / kChunk) + group.rank();
     const int64_t end = stretch * (kStretch / kChunk) + kStretch / kChunk;
     const int64_t last = end < chunks ? end : chunks;
+    if (row.counts) load_terms();
+    if (group.any(row.counts)) group.sync();
     if (!row.counts) {
-      for (int64_t chunk = first; chunk < last; chunk += kBackwardThreads) zero_chunk(chunk);
+      if (row.index >= args.rows) return;
+      for (int64_t chunk = first; chunk < last; chunk += group.size()) zero_chunk(chunk);
       return;
     }
-    const Mixture mixture = gather();
+    const Mixture mixture = mixture_of_teachers();
     const RowStats stats{args.teachers};
     const float factor = row.scale * upstream_of(args.upstream, args.upstream_stride, row.index);
     SoftmaxState<float> student;
@@ -222,20 +237,25 @@ struct BackwardRow {
     const bool needs_label = kind == Kind::dkd && args.ce_weight != 0;
     const float at_label = needs_label ? label_logit(input_row(args.student, row.position), row) : 0.0f;
     const StudentGradient g = student_gradient<kind>(args, row, factor, student, at_label, mixture);
-    for (int64_t chunk = first; chunk < last; chunk += kBackwardThreads) backward_chunk(chunk, g);
+    for (int64_t chunk = first; chunk < last; chunk += group.size()) backward_chunk(chunk, g);
   }
 };
 
-// Shared memory: [K] teacher terms.
-template <Kind kind>
+// Shared memory: [K][rows of the block] teacher terms.
+template <Kind kind, typename Group>
 MTKD_KERNEL(kBackwardThreads, 2)
 kd_backward(MTKD_PARAM(BackwardArgs) args) {
+  const Group group(args.group_width, device::shared_memory());
+  const int rows_in_block = device::block_threads() / group.size();
   TeacherTerms* teachers = reinterpret_cast<TeacherTerms*>(device::shared_memory());
   const Terms terms = terms_of(args, WeightRule::given);
-  for (int64_t i = device::block_index(); i < args.rows * args.stretches; i += device::grid_blocks()) {
-    BackwardRow<kind> row{args, terms, teachers, backward_row(args, i / args.stretches)};
+  const int64_t steps = (args.rows + rows_in_block - 1) / rows_in_block * args.stretches;
+  for (int64_t i = device::block_index(); i < steps; i += device::grid_blocks()) {
+    const int64_t index = i / args.stretches * rows_in_block + group.index_in_block();
+    const BackwardRow<kind, Group> row{
+        args, terms, group, {teachers + group.index_in_block(), rows_in_block}, backward_row(args, index)};
     row.backward(i % args.stretches);
-    device::sync_block();  // the terms have been read
+    group.sync();  // the terms have been read
   }
 }
 

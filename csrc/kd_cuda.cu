@@ -7,8 +7,16 @@
 //   else               a block streams over a row (forward), blocks share its columns
 //                      (backward)                                                            kd_streaming, kd_backward
 //
+// Rows that are pixels of planes, of a student [B, C, H, W]: neighbouring threads have neighbouring pixels. Other
+// tensors of the call may lie as they like.
+//
+//   classes <= 256     a warp has 32 pixels, at most 32 classes of each in registers; 12      kd_resident, PixelGroup
+//                      warps share those of more, 16 each, or 8 warps, 32 each
+//   else               warps share the classes of 32 pixels                                   kd_streaming, kd_backward
+//
 // Where no gradient is asked for, rows stream rather than stay in shared memory, unless a second sweep would follow.
 #include "kd_backward.cuh"
+#include "kd_pixels.cuh"
 #include "kd_rescale.cuh"
 #include "kd_resident.cuh"
 #include "kd_streaming.cuh"
@@ -102,6 +110,71 @@ LaunchShape block_shape(const KDArgs<float>& args) {
   return {at_most_grid(args.rows), threads, static_cast<int>(shared_bytes)};
 }
 
+// Pixels: classes a thread has in registers, and the threads that have registers for them.
+constexpr int kPixelThreads = 64;  // of a block whose warps each have pixels of their own
+constexpr int kPixelColumns = 4 * kChunk;
+constexpr int most_pixel_threads(int columns) { return columns <= 2 * kChunk ? 384 : 256; }  // 168 or 255 registers
+
+bool along_pixels(const KDArgs<float>& args) {
+  return args.inner > 1 && args.classes > 1 && lies_in_planes(args.student);
+}
+
+struct PixelShape {
+  int columns;  // classes a thread
+  int warps;    // that share a pixel
+};
+
+// One warp, twelve of two chunks a thread, or eight of four; none that could: 0.
+PixelShape pixel_shape(int64_t classes) {
+  const auto share = [&](int most) { return static_cast<int>(ceil_div(classes, most)); };
+  const auto fits = [&](int most) { return share(most) <= most_pixel_threads(most) / kWarp; };
+  const int most = share(kPixelColumns) == 1 || !fits(2 * kChunk) ? kPixelColumns : 2 * kChunk;
+  if (!fits(most)) return {0, 0};
+  return {static_cast<int>(ceil_div(ceil_div(classes, share(most)), kChunk)) * kChunk, share(most)};
+}
+
+// A block of `threads`, or of fewer where they all have pixels of their own and need too much shared memory.
+template <typename Bytes>
+LaunchShape shape_of_pixels(const KDArgs<float>& args, int warps, int threads, int device, const Bytes& bytes) {
+  while (warps == 1 && threads > kWarp && bytes(threads) > device::shared_memory_limit(device)) threads /= 2;
+  return {at_most_grid(ceil_div(args.rows, threads / warps)), threads, static_cast<int>(bytes(threads))};
+}
+
+template <int columns>
+struct ColumnsOf {
+  static constexpr int value = columns;
+};
+
+template <typename Launch>
+auto with_columns(int columns, const Launch& launch) {
+  switch (columns) {
+    case kChunk:
+      return launch(ColumnsOf<kChunk>{});
+    case 2 * kChunk:
+      return launch(ColumnsOf<2 * kChunk>{});
+    case 3 * kChunk:
+      return launch(ColumnsOf<3 * kChunk>{});
+    default:
+      return launch(ColumnsOf<kPixelColumns>{});
+  }
+}
+
+template <int N>
+LaunchShape shape_of_pixels(const KDArgs<float>& args, int warps, int device) {
+  return shape_of_pixels(args, warps, warps == 1 ? kPixelThreads : warps * kWarp, device, [&](int threads) {
+    return PixelGroup::scratch_bytes(warps) + summary_bytes(threads / warps * args.teachers) +
+           PixelTile<N, false>::shared_bytes(args, threads);
+  });
+}
+
+bool pixels_fit_in_registers(const KDArgs<float>& args, int device) {
+  const PixelShape shape = pixel_shape(args.classes);
+  return shape.columns > 0 && with_columns(shape.columns, [&](auto columns) {
+           const LaunchShape launch = shape_of_pixels<decltype(columns)::value>(args, shape.warps, device);
+           return launch.shared_bytes <= device::shared_memory_limit(device);
+         });
+}
+
 constexpr const char* kTooWide = "the rows have too many classes for registers";
 
 // Two chunks a thread leave an elementwise divergence no registers for its logarithms.
@@ -137,6 +210,7 @@ int64_t shared_tile_bytes(const KDArgs<float>& args, WeightRule rule) {
 
 bool kd_fits_on_chip(const KDArgs<float>& args, WeightRule rule, int device) {
   if (refused(args) != nullptr) return false;
+  if (along_pixels(args)) return pixels_fit_in_registers(args, device);
   return fits_in_registers(args, device) || shared_tile_bytes(args, rule) <= device::shared_memory_limit(device);
 }
 
@@ -146,6 +220,21 @@ const char* kd_forward_in_registers(const KDForward<float>& args, int device, vo
   if (args.classes <= kNarrowColumns) return forward_by_blocks<kChunk, kTileThreads>(resident, stream);
   if (args.classes <= kWideColumns) return forward_by_blocks<2 * kChunk, kWideTileThreads>(resident, stream);
   return kTooWide;
+}
+
+const char* kd_forward_of_pixels(const KDForward<float>& args, int device, void* stream) {
+  if (!pixels_fit_in_registers(args, device)) return kTooWide;
+  const PixelShape pixels = pixel_shape(args.classes);
+  const ResidentArgs resident{args, pixels.warps, any_wide(args)};
+  return with_columns(pixels.columns, [&](auto columns) {
+    constexpr int N = decltype(columns)::value;
+    return with_kernel(args, [&](auto kind, auto sums) {
+      constexpr bool two = decltype(sums)::value;
+      return device::launch(
+          kd_resident<decltype(kind)::value, two, PixelGroup, PixelTile<N, two>, most_pixel_threads(N)>,
+          shape_of_pixels<N>(args, pixels.warps, device), stream, resident);
+    });
+  });
 }
 
 const char* kd_forward_in_shared_memory(const KDForward<float>& args, int device, void* stream) {
@@ -162,7 +251,7 @@ const char* kd_forward_in_shared_memory(const KDForward<float>& args, int device
 
 const char* kd_forward_streaming(const KDForward<float>& args, int device, void* stream) {
   if (args.gradient.data != nullptr) return "the gradient of rows that do not fit on chip is written by the backward";
-  const StreamingArgs streaming{args, stream_fields(args.rule)};
+  const StreamingArgs streaming{args, stream_fields(args.rule), 0};
   const int64_t fixed_bytes = BlockGroup::scratch_bytes() + summary_bytes(args.teachers);
   const int64_t limit = device::shared_memory_limit(device);
   int threads = kStreamThreads;
@@ -171,13 +260,34 @@ const char* kd_forward_streaming(const KDForward<float>& args, int device, void*
   if (bytes > limit) return "the teachers' states do not fit in shared memory";
   const LaunchShape shape{at_most_grid(args.rows), threads, static_cast<int>(bytes)};
   return with_kind(args.divergence, [&](auto kind) {
-    return device::launch(kd_streaming<decltype(kind)::value>, shape, stream, streaming);
+    return device::launch(kd_streaming<decltype(kind)::value, BlockGroup>, shape, stream, streaming);
+  });
+}
+
+const char* kd_forward_streaming_of_pixels(const KDForward<float>& args, int device, void* stream) {
+  if (args.gradient.data != nullptr) return "the gradient of rows that do not fit on chip is written by the backward";
+  StreamingArgs streaming{args, stream_fields(args.rule), kStreamThreads / kWarp};
+  const int limit = device::shared_memory_limit(device);
+  const auto bytes = [&](int warps) {
+    return PixelGroup::scratch_bytes(warps) + summary_bytes(kWarp * args.teachers) +
+           warps * kWarp * stream_state_bytes(streaming);
+  };
+  int& warps = streaming.group_width;
+  while (warps > 1 && (bytes(warps) > limit || warps * kChunk >= 2 * args.classes)) warps /= 2;
+  if (bytes(warps) > limit) return "the teachers' states do not fit in shared memory";
+  const LaunchShape shape{at_most_grid(ceil_div(args.rows, kWarp)), warps * kWarp, static_cast<int>(bytes(warps))};
+  return with_kind(args.divergence, [&](auto kind) {
+    return device::launch(kd_streaming<decltype(kind)::value, PixelGroup>, shape, stream, streaming);
   });
 }
 
 const char* kd_forward_cuda(const KDForward<float>& args, int device, void* stream) {
   if (const char* error = refused(args)) return error;
   if (args.rows == 0) return nullptr;
+  if (along_pixels(args)) {
+    if (pixels_fit_in_registers(args, device)) return kd_forward_of_pixels(args, device, stream);
+    if (args.gradient.data == nullptr) return kd_forward_streaming_of_pixels(args, device, stream);
+  }
   if (fits_in_registers(args, device)) return kd_forward_in_registers(args, device, stream);
   const bool spares_a_sweep =
       is_elementwise(args.divergence) && shared_tile_bytes(args, args.rule) <= device::shared_memory_limit(device);
@@ -185,23 +295,38 @@ const char* kd_forward_cuda(const KDForward<float>& args, int device, void* stre
                                                          : kd_forward_streaming(args, device, stream);
 }
 
-const char* kd_backward_cuda(const KDBackward<float>& args, int, void* stream) {
+const char* kd_backward_cuda(const KDBackward<float>& args, int device, void* stream) {
   if (const char* error = refused(args)) return error;
   if (args.rows == 0) return nullptr;
-  BackwardArgs backward{args, ceil_div(args.classes, kStretch), false};
+  BackwardArgs backward{args, ceil_div(args.classes, kStretch), 1, false};
   for (int k = 0; k < args.teachers; ++k) backward.teachers_want |= args.teacher_gradient[k] != nullptr;
-  const int shared_bytes = args.teachers * static_cast<int>(sizeof(TeacherTerms));
-  const LaunchShape shape{at_most_grid(args.rows * backward.stretches), kBackwardThreads, shared_bytes};
+  const int terms_bytes = args.teachers * static_cast<int>(sizeof(TeacherTerms));
+  if (!along_pixels(args)) {
+    const LaunchShape shape{at_most_grid(args.rows * backward.stretches), kBackwardThreads, terms_bytes};
+    return with_kind(args.divergence, [&](auto kind) {
+      return device::launch(kd_backward<decltype(kind)::value, BlockGroup>, shape, stream, backward);
+    });
+  }
+  // A warp for every two chunks, so that reading the terms of the teachers pays.
+  const int64_t pairs = args.classes / (2 * kChunk);
+  const int warps = pairs < 2                          ? 1
+                    : pairs < kBackwardThreads / kWarp ? static_cast<int>(pairs)
+                                                       : kBackwardThreads / kWarp;
+  backward.group_width = warps;
+  LaunchShape shape = shape_of_pixels(args, warps, warps == 1 ? kBackwardThreads : warps * kWarp, device,
+                                      [&](int threads) { return threads / warps * terms_bytes; });
+  shape.blocks = at_most_grid(ceil_div(args.rows, shape.threads / warps) * backward.stretches);
   return with_kind(args.divergence, [&](auto kind) {
-    return device::launch(kd_backward<decltype(kind)::value>, shape, stream, backward);
+    return device::launch(kd_backward<decltype(kind)::value, PixelGroup>, shape, stream, backward);
   });
 }
 
 const char* kd_rescale_cuda(const KDRescale<float>& args, int device, void* stream) {
   if (args.gradient.dtype == DType::f64) return "a float64 gradient has no CUDA kernel";
   if (args.rows == 0) return nullptr;
-  const RescaleArgs rescale{args, ceil_div(args.classes, kStretch)};
-  const int64_t blocks = args.rows * rescale.stretches;
+  const bool pixels = args.inner > 1 && lies_in_planes(args.gradient);
+  const RescaleArgs rescale{args, ceil_div(args.classes, pixels ? kBackwardChunks * kChunk : kStretch), pixels};
+  const int64_t blocks = ceil_div(args.rows, pixels ? kBackwardThreads : 1) * rescale.stretches;
   const int64_t resident = 8 * device::multiprocessors(device);
   const LaunchShape shape{blocks < resident ? blocks : resident, kBackwardThreads, 0};
   return device::launch(kd_rescale, shape, stream, rescale);

@@ -6,8 +6,10 @@
 
 namespace mtkd_fast {
 
+// A block takes a stretch of a row; or its threads a row each, neighbouring pixels, kBackwardChunks chunks of it.
 struct RescaleArgs : KDRescale<float> {
   int64_t stretches;  // of a row
+  bool pixels;
 };
 
 // As load_chunk, for a tensor that this grid may write.
@@ -36,7 +38,7 @@ MTKD_DEVICE RawChunk load_own_chunk(const OutputRow& row, int64_t chunk, int64_t
   return raw;
 }
 
-MTKD_DEVICE void rescale_stretch(const RescaleArgs& args, int64_t index, int64_t stretch) {
+MTKD_DEVICE void rescale_chunks(const RescaleArgs& args, int64_t index, int64_t first, int64_t end, int64_t step) {
   const float upstream = upstream_of(args.upstream, args.upstream_stride, index);
   const bool in_place = args.out == args.gradient.data;
   if (in_place && upstream == 1) return;
@@ -49,9 +51,7 @@ MTKD_DEVICE void rescale_stretch(const RescaleArgs& args, int64_t index, int64_t
   to.data = static_cast<char*>(args.out) + (from.data - static_cast<char*>(args.gradient.data));
   to.vectors = from.vectors && reinterpret_cast<uintptr_t>(to.data) % sizeof(Words) == 0;
   const int64_t chunks = (args.classes + kChunk - 1) / kChunk;
-  const int64_t end = (stretch + 1) * (kStretch / kChunk);
-  for (int64_t c = stretch * (kStretch / kChunk) + device::thread_index(); c < end && c < chunks;
-       c += device::block_threads()) {
+  for (int64_t c = first; c < end && c < chunks; c += step) {
     float x[kChunk] = {};
     if (counts) {
       decode(load_own_chunk(from, c, args.classes), from.dtype, x);
@@ -65,8 +65,16 @@ MTKD_DEVICE void rescale_stretch(const RescaleArgs& args, int64_t index, int64_t
 MTKD_KERNEL(kBackwardThreads, 2) kd_rescale(MTKD_PARAM(RescaleArgs) args) {
   const bool one_for_all = args.upstream_stride == 0 && args.out == args.gradient.data;
   if (one_for_all && upstream_of(args.upstream, 0, 0) == 1) return;
-  for (int64_t i = device::block_index(); i < args.rows * args.stretches; i += device::grid_blocks()) {
-    rescale_stretch(args, i / args.stretches, i % args.stretches);
+  const int threads = device::block_threads(), chunks = args.pixels ? kBackwardChunks : kStretch / kChunk;
+  const int rows_in_block = args.pixels ? threads : 1;
+  const int64_t steps = (args.rows + rows_in_block - 1) / rows_in_block * args.stretches;
+  for (int64_t i = device::block_index(); i < steps; i += device::grid_blocks()) {
+    const int64_t row = i / args.stretches * rows_in_block + (args.pixels ? device::thread_index() : 0);
+    const int64_t first = i % args.stretches * chunks;
+    if (row < args.rows) {
+      rescale_chunks(args, row, first + (args.pixels ? 0 : device::thread_index()), first + chunks,
+                     args.pixels ? 1 : threads);
+    }
   }
 }
 

@@ -58,16 +58,21 @@ struct ResidentRow {
   const Terms& terms;
   Group& group;
   Tile& tile;
-  TeacherSummary* summaries;  // [K] of this row, shared
+  const Summaries summaries;  // shared
   const Row row;
 
   MTKD_DEVICE bool reads_student() const { return row.counts && (args.kd_scale != 0 || args.ce_weight != 0); }
   MTKD_DEVICE InputRow student_logits() const { return input_row(args.student, row.position); }
   MTKD_DEVICE InputRow teacher_logits(int k) const { return input_row(args.teacher[k], row.position); }
 
+  MTKD_DEVICE Wanted wanted(const Logits& logits, bool reads) const {
+    const int64_t first = row.position.inner - device::thread_index() % kWarp;
+    const bool in_line = logits.inner_stride == 1 && first >= 0 && first + kWarp <= args.inner;
+    return {input_row(logits, row.position), reads, in_line};
+  }
   MTKD_DEVICE Wanted wanted_teacher(int k) const {
     if (k >= args.teachers) return {};
-    return {teacher_logits(k), reads_teacher(args, row, known_weight(args, k, row))};
+    return wanted(args.teacher[k], reads_teacher(args, row, known_weight(args, k, row)));
   }
 
   MTKD_DEVICE Columns columns(int j, int c) const {
@@ -218,7 +223,7 @@ struct ResidentRow {
   }
 
   MTKD_DEVICE void forward() {
-    tile.fetch_student({student_logits(), reads_student()});
+    tile.fetch_student(wanted(args.student, reads_student()));
 #pragma unroll 1
     for (int k = 0; k < Tile::kDepth; ++k) tile.fetch_teacher(k, wanted_teacher(k));
     // One thread finishes the row. DKD's gradient of the hard label is everyone's.
@@ -243,19 +248,14 @@ struct ResidentRow {
   }
 };
 
-// Shared memory: the group's scratch, [rows of the block][K] summaries, the tile.
+// Shared memory: the group's scratch, [K][rows of the block] summaries, the tile.
 MTKD_HD int64_t summary_bytes(int summaries) {  // whole Words, for the tile that follows
   const int64_t bytes = summaries * static_cast<int64_t>(sizeof(TeacherSummary));
   return (bytes + sizeof(Words) - 1) / sizeof(Words) * sizeof(Words);
 }
 
-template <typename Group>
-MTKD_DEVICE TeacherSummary* summaries_of(char* shared) {
-  return reinterpret_cast<TeacherSummary*>(shared + Group::scratch_bytes());
-}
-
 struct ResidentArgs : KDForward<float> {
-  int group_width;  // lanes a row, where lanes share one
+  int group_width;  // lanes a row, where lanes share one; warps, where warps share pixels
   bool wide;        // some logits are floats
 };
 
@@ -264,7 +264,7 @@ MTKD_KERNEL(max_threads, 1)
 kd_resident(MTKD_PARAM(ResidentArgs) args) {
   Group group(args.group_width, device::shared_memory());
   const int rows_in_block = device::block_threads() / group.size();
-  TeacherSummary* summaries = summaries_of<Group>(device::shared_memory());
+  TeacherSummary* summaries = summaries_of(group, device::shared_memory());
   Tile tile(args, args.wide, group.rank(), group.size(),
             reinterpret_cast<char*>(summaries) + summary_bytes(rows_in_block * args.teachers));
   const Terms terms = terms_of(args, args.rule);
@@ -278,7 +278,7 @@ kd_resident(MTKD_PARAM(ResidentArgs) args) {
                                                  terms,
                                                  group,
                                                  tile,
-                                                 summaries + group.index_in_block() * args.teachers,
+                                                 {summaries + group.index_in_block(), rows_in_block},
                                                  read_row(args, args.items, index)};
     row.forward();
     group.sync();  // the summaries have been read

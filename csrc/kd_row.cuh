@@ -70,6 +70,21 @@ struct TeacherSummary {
   float signal;  // what a computed weight comes from: cross-entropy or entropy
 };
 
+// The summaries of one row. Those of the other rows of a block lie between them, so that lanes with rows of their own
+// touch neighbours: 5 words each, all banks.
+struct Summaries {
+  TeacherSummary* first;
+  int rows;
+
+  MTKD_DEVICE TeacherSummary& operator[](int k) const { return first[k * rows]; }
+};
+
+// Behind the group's scratch.
+template <typename Group>
+MTKD_DEVICE TeacherSummary* summaries_of(const Group& group, char* shared) {
+  return reinterpret_cast<TeacherSummary*>(shared + group.scratch_bytes());
+}
+
 // All but the divergence and the slope.
 template <Kind kind>
 MTKD_DEVICE TeacherSummary summarise(const TeacherState& t, float label_logit, WeightRule rule) {
@@ -124,8 +139,8 @@ struct Mixture {
 // Weights, divergences and their sums, the lanes of a warp sharing the teachers. Writes the teachers' row_stats, if
 // asked and wanted.
 template <Kind kind>
-MTKD_DEVICE Mixture mix(const KDForward<float>& args, const Row& row, const TeacherSummary* teachers, int lane,
-                        int lanes, bool write) {
+MTKD_DEVICE Mixture mix(const KDForward<float>& args, const Row& row, const Summaries& teachers, int lane, int lanes,
+                        bool write) {
   const int n = args.teachers;
   const bool computed = args.rule == WeightRule::confidence || args.rule == WeightRule::entropy;
   Mixture mixture;

@@ -23,25 +23,28 @@ inline int stream_fields(WeightRule rule) {
 
 struct StreamingArgs : KDForward<float> {
   int fields;
+  int group_width;  // warps that share pixels
 };
 
 inline int64_t stream_state_bytes(const StreamingArgs& args) {
   return static_cast<int64_t>(args.teachers) * args.fields * sizeof(float);  // a thread
 }
 
-template <Kind kind>
+template <Kind kind, typename Group>
 struct StreamingRow {
   static constexpr int kWidth = stream_width(kind);
   static constexpr int kChunks = kWidth / kChunk;
 
   const StreamingArgs& args;
   const Terms& terms;
-  BlockGroup& group;
-  TeacherSummary* summaries;
+  Group& group;
+  const Summaries summaries;
   float* states;
   const Row row;
 
-  MTKD_DEVICE float* field(int k, int i) const { return states + (k * args.fields + i) * group.size() + group.rank(); }
+  MTKD_DEVICE float* field(int k, int i) const {
+    return states + (k * args.fields + i) * device::block_threads() + device::thread_index();
+  }
   MTKD_DEVICE TeacherState get(int k, float student_sum) const {
     TeacherState state;
     state.max = *field(k, 0);
@@ -146,13 +149,14 @@ struct StreamingRow {
     const Raise<float> by(own.max, student.max, terms.inv_t);
     for (int k = 0; k < args.teachers; ++k) {
       TeacherSummary summary{};
-      if (reads(k)) {
-        const bool needs_label = group.rank() == 0 && wants_label_of_teachers<kind>(args.rule);
+      const bool read = reads(k);
+      if (group.any(read)) {
+        const bool needs_label = read && group.rank() == 0 && wants_label_of_teachers<kind>(args.rule);
         const float at_label = needs_label ? label_logit(input_row(args.teacher[k], row.position), row) : 0.0f;
         TeacherState state = get(k, own.sum);
         raise_student_side(state, by);
         group.merge(state, MergeTeacher<kind>{terms});
-        if (group.rank() == 0) {
+        if (read && group.rank() == 0) {
           summary = summarise<kind>(state, at_label, args.rule);
           if constexpr (kind != Kind::elementwise) {
             set_divergence<kind>(summary, state.cross, student, {at_label, student_at_label}, args.beta, terms);
@@ -171,13 +175,14 @@ struct StreamingRow {
     for (int k = 0; k < args.teachers; ++k) *field(k, 0) = *field(k, 1) = 0;
     const Softmax q = softmax_of(student.max, student.sum);
     const int first = next_read(0);
-    if (first == args.teachers) return;
-    for (int64_t tile = group.rank(); tile < chunks(); tile += kChunks * group.size()) add_elements(tile, first, q);
-    for (int k = first; k < args.teachers; ++k) {
-      if (!reads(k)) continue;
+    const int64_t end = first < args.teachers ? chunks() : 0;
+    for (int64_t tile = group.rank(); tile < end; tile += kChunks * group.size()) add_elements(tile, first, q);
+    for (int k = 0; k < args.teachers; ++k) {
+      const bool read = reads(k);
+      if (!group.any(read)) continue;
       ElementSums sums{*field(k, 0), *field(k, 1)};
       group.merge(sums, AddLanes{});
-      if (group.rank() != 0) continue;
+      if (!read || group.rank() != 0) continue;
       summaries[k].divergence = sums.divergence;
       summaries[k].slope = sums.slope;
     }
@@ -229,28 +234,31 @@ struct StreamingRow {
     merge_teachers(own, student, at_label);
     if constexpr (kind == Kind::elementwise) sum_elements(student);
     group.sync();  // the summaries are there
-    if (group.rank() < kWarp) {
-      const Mixture mixture = mix<kind>(args, row, summaries, group.rank(), kWarp, true);
+    if (group.rank() < group.lanes()) {
+      const bool exists = row.index < args.rows;
+      const Mixture mixture = mix<kind>(args, row, summaries, group.rank(), group.lanes(), exists);
       const float ce = student_cross_entropy<kind>(args, row, student, at_label);
-      if (group.rank() == 0) write_row(args, row, student, ce, mixture);
+      if (exists && group.rank() == 0) write_row(args, row, student, ce, mixture);
     }
   }
 };
 
-// Shared memory: the group's scratch, [K] summaries, the states of the teachers.
-template <Kind kind>
+// Shared memory: the group's scratch, [K][rows of the block] summaries, the states of the teachers.
+template <Kind kind, typename Group>
 MTKD_KERNEL(kStreamThreads, 2)
 kd_streaming(MTKD_PARAM(StreamingArgs) args) {
-  BlockGroup group(0, device::shared_memory());
-  TeacherSummary* summaries = reinterpret_cast<TeacherSummary*>(device::shared_memory() + BlockGroup::scratch_bytes());
+  Group group(args.group_width, device::shared_memory());
+  const int rows_in_block = device::block_threads() / group.size();
+  TeacherSummary* summaries = summaries_of(group, device::shared_memory());
   const Terms terms = terms_of(args, args.rule);
-  for (int64_t index = device::block_index(); index < args.rows; index += device::grid_blocks()) {
-    StreamingRow<kind> row{args,
-                           terms,
-                           group,
-                           summaries,
-                           reinterpret_cast<float*>(summaries + args.teachers),
-                           read_row(args, args.items, index)};
+  const int64_t step = device::grid_blocks() * rows_in_block;
+  for (int64_t base = device::block_index() * rows_in_block; base < args.rows; base += step) {
+    StreamingRow<kind, Group> row{args,
+                                  terms,
+                                  group,
+                                  {summaries + group.index_in_block(), rows_in_block},
+                                  reinterpret_cast<float*>(summaries + rows_in_block * args.teachers),
+                                  read_row(args, args.items, base + group.index_in_block())};
     row.forward();
     group.sync();  // the summaries have been read
   }

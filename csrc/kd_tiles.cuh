@@ -19,6 +19,7 @@ namespace mtkd_fast {
 struct Wanted {
   InputRow row;
   bool reads;
+  bool in_line;  // the lanes of this warp want neighbouring pixels, in order
 };
 
 inline bool any_wide(const KDArgs<float>& args) {

@@ -85,12 +85,6 @@ inline void widen(const void* row, DType dtype, int64_t at, int count, T* __rest
   }
 }
 
-// Pixels as rows: their classes are planes of neighbours.
-template <typename Tensor>
-bool lies_in_planes(const Tensor& x) {
-  return x.inner_stride == 1 && x.class_stride != 1;
-}
-
 // Columns [begin, begin + count) of the row that starts at element `row`: where they stand, if they can be read there,
 // else widened to `to`.
 template <typename T>

@@ -50,9 +50,9 @@ class Launch(NamedTuple):
             self.kernel[self.grid](**self.arguments, num_warps=self.num_warps)
 
 
-def fits_on_chip(n_classes: int) -> bool:
+def fits_on_chip(student: Tensor) -> bool:
     """Whether the forward can write the student's gradient (strategy A), for any K, rule and divergence."""
-    return n_classes <= ON_CHIP_CLASSES
+    return student.shape[-1] <= ON_CHIP_CLASSES
 
 
 def strategy(
@@ -62,7 +62,7 @@ def strategy(
     if not write_gradient:
         num_warps = 1 if n_rows >= FEW_ROWS else 4 if n_rows >= VERY_FEW_ROWS else 8
         return tiles(kd_streaming, n_classes, WIDE, num_warps)
-    if not fits_on_chip(n_classes):
+    if n_classes > ON_CHIP_CLASSES:
         raise ValueError(f"write_gradient takes at most {ON_CHIP_CLASSES} classes in Triton, got {n_classes}")
     if divergence not in ("forward_kl", "reverse_kl"):  # probabilities and logarithms of both sides at once
         return tiles(kd_on_chip, n_classes, NARROW, 16)

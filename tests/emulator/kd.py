@@ -7,7 +7,8 @@ from emulator import layout
 from emulator.machine import launch, library, poisoned, poisoned_like
 from mtkd_fast.schemas.kd import row_stats_size
 
-VARIANTS = ("", "_registers", "_shared", "_stream")  # of kd_forward: chosen by shape, or by name
+# Of kd_forward: chosen by shape, or by name.
+VARIANTS = ("", "_registers", "_shared", "_stream", "_pixels", "_stream_of_pixels")
 
 
 def arguments(
@@ -55,10 +56,13 @@ def forward_arguments(
     return args, inputs | {"row_weights": row_weights, "items": items, "weights": weights}
 
 
-def fits_on_chip(classes: int) -> bool:
-    """Whether the forward can write the gradient, whatever the dtypes and the rule."""
-    args = layout.KDForward(classes=classes, rows=1, inner=1, teachers=layout.MAX_TEACHERS)
-    args.rule = layout.RULES["confidence"]
+def fits_on_chip(student: Tensor) -> bool:
+    """Whether the forward can write the gradient, whatever the teachers, their dtypes, the rule and the divergence."""
+    (rows,) = layout.rows_of(student)
+    outer, inner, classes = rows.shape
+    args = layout.KDForward(rows=outer * inner, inner=inner, classes=classes, teachers=layout.MAX_TEACHERS)
+    args.student = layout.logits(rows)
+    args.rule, args.divergence = layout.RULES["confidence"], layout.DIVERGENCES["jsd"]
     return bool(library().fits_on_chip(layout.ctypes.byref(args)))
 
 

@@ -32,6 +32,10 @@ const char* kd_forward(const KDForward<float>* args) { return kd_forward_cuda(*a
 const char* kd_forward_registers(const KDForward<float>* args) { return kd_forward_in_registers(*args, 0, nullptr); }
 const char* kd_forward_shared(const KDForward<float>* args) { return kd_forward_in_shared_memory(*args, 0, nullptr); }
 const char* kd_forward_stream(const KDForward<float>* args) { return kd_forward_streaming(*args, 0, nullptr); }
+const char* kd_forward_pixels(const KDForward<float>* args) { return kd_forward_of_pixels(*args, 0, nullptr); }
+const char* kd_forward_stream_of_pixels(const KDForward<float>* args) {
+  return kd_forward_streaming_of_pixels(*args, 0, nullptr);
+}
 const char* kd_backward(const KDBackward<float>* args) { return kd_backward_cuda(*args, 0, nullptr); }
 const char* kd_rescale(const KDRescale<float>* args) { return kd_rescale_cuda(*args, 0, nullptr); }
 const char* hint_forward(const HintArgs<float>* args) { return hint_forward_cuda(*args, 0, nullptr); }
