@@ -221,14 +221,12 @@ struct StreamingRow {
     const bool reads_student = row.counts && (args.kd_scale != 0 || args.ce_weight != 0);
     for (int k = 0; k < args.teachers; ++k) put(k, TeacherState());
     SoftmaxState<float> student;
-    float at_label = 0;
     mark_read_teachers();
     if (reads_student) {
-      if (group.rank() == 0 && wants_label_of_student<kind>(args, row)) {
-        at_label = label_logit(input_row(args.student, row.position), row);
-      }
       for (int64_t tile = group.rank(); tile < chunks(); tile += kChunks * group.size()) absorb_tile(tile, student);
     }
+    const bool needs_label = group.rank() == 0 && wants_label_of_student<kind>(args, row);
+    const float at_label = needs_label ? label_logit(input_row(args.student, row.position), row) : 0.0f;
     const SoftmaxState<float> own = student;
     group.merge(student, MergeStudent{terms});
     merge_teachers(own, student, at_label);
