@@ -49,3 +49,18 @@ MTKD_HD Element<T> element(T p, T log_p, T q, T log_q, Scalar beta) {
     return {swapped.of_teacher, swapped.of_student};
   }
 }
+
+// Calls body(std::integral_constant) for an elementwise divergence.
+template <typename Body>
+MTKD_HD void with_elementwise(Divergence divergence, const Body& body) {
+  switch (divergence) {
+    case Divergence::jsd:
+      return body(std::integral_constant<Divergence, Divergence::jsd>());
+    case Divergence::tvd:
+      return body(std::integral_constant<Divergence, Divergence::tvd>());
+    case Divergence::skew_kl:
+      return body(std::integral_constant<Divergence, Divergence::skew_kl>());
+    default:
+      return body(std::integral_constant<Divergence, Divergence::skew_reverse_kl>());
+  }
+}

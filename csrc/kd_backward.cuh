@@ -2,6 +2,7 @@
 // row; the numbers of its teachers lie in shared memory. K + 1 reads and one write for each gradient wanted.
 #pragma once
 
+#include "kd_elementwise.cuh"
 #include "kd_row.cuh"
 
 namespace mtkd_fast {
@@ -18,9 +19,13 @@ struct BackwardArgs : KDBackward<float> {
 struct TeacherTerms {
   float weight;  // w_k; 0: not read, its gradient is 0
   float max;
-  float inv_sum;  // 1/Σ e^{(t−max)/τ}
+  float inv_sum;  // 1/Σ e^{(t−max)/τ}; DKD without another class: 0
   float log_sum;
   float divergence;
+  float share_of_q;
+  float slope;  // G of elementwise.h; DKD: q_y − p_y
+  float less;   // ∂D/∂t = (of the class − p·less)/τ: D of the KLs, D − G, β NCKD + v
+  float pull;   // DKD: v, the gradient at the target
 };
 
 // A row without a target has no hard term and no label.
@@ -39,7 +44,7 @@ MTKD_DEVICE float upstream_of(const float* upstream, int64_t stride, int64_t row
   return upstream == nullptr ? 1.0f : device::load(upstream + row * stride);
 }
 
-template <Divergence kind>
+template <Kind kind>
 struct BackwardRow {
   const BackwardArgs& args;
   const Terms& terms;
@@ -47,6 +52,18 @@ struct BackwardRow {
   const Row row;
 
   MTKD_DEVICE float stat(int i) const { return device::load(args.row_stats + i * args.rows + row.index); }
+
+  // What follows for DKD from the log-odds of the target, in teacher k and in the student.
+  MTKD_DEVICE void set_target_apart(int k, float student_max, float student_sum, TeacherTerms& t) const {
+    const float at_label = label_logit(input_row(args.teacher[k], row.position), row);
+    const float student_at_label = label_logit(input_row(args.student, row.position), row);
+    const float odds = log_odds(at_label, t.max, t.log_sum, terms.inv_t);
+    const float odds_s = log_odds(student_at_label, student_max, log_of(student_sum), terms.inv_t);
+    t.slope = sigmoid(odds_s) - sigmoid(odds);
+    t.pull = pull_on_target(odds, odds_s);
+    t.less = t.divergence - binary_kl(odds, odds_s) + t.pull;
+    if (t.log_sum == -infinity<float>()) t.inv_sum = 0;
+  }
 
   // What the columns need of the teachers: read by one thread each, summed by all in the same order.
   MTKD_DEVICE Mixture gather() const {
@@ -60,7 +77,12 @@ struct BackwardRow {
         t.max = stat(stats.teacher_max(k));
         t.inv_sum = 1.0f / sum;
         t.log_sum = log_of(sum);
-        t.divergence = stat(stats.divergence(k));
+        t.divergence = t.less = stat(stats.divergence(k));
+        if (kind == Kind::elementwise) t.less -= t.slope = stat(stats.slope(k));
+        if constexpr (kind == Kind::dkd) {
+          if (t.weight != 0) set_target_apart(k, stat(stats.student_max()), stat(stats.student_sum()), t);
+        }
+        t.share_of_q = share_of_q<kind>(sum, t.slope, args.beta);
       }
       teachers[k] = t;
     }
@@ -70,7 +92,8 @@ struct BackwardRow {
       const float w = teachers[k].weight;
       if (w == 0) continue;
       mixture.loss += w * teachers[k].divergence;
-      mixture.weight += w;
+      mixture.of_q += w * teachers[k].share_of_q;
+      mixture.at_target += w * teachers[k].slope;
       mixture.used = true;
     }
     return mixture;
@@ -91,27 +114,44 @@ struct BackwardRow {
     store_chunk(out, chunk, args.classes, zeros);
   }
 
-  // x: the teacher's logits. Adds w_k·p or w_k·log p to `mean` and writes the gradient of teacher k, if wanted.
+  // x: the teacher's logits. Adds w_k·x_k to `mean`, as StudentGradient wants it, and writes the gradient of teacher k,
+  // if wanted.
   MTKD_DEVICE void teacher_chunk(int k, int64_t chunk, const StudentGradient& g, const float (&s)[kChunk],
                                  const float (&x)[kChunk], float (&mean)[kChunk]) const {
     const TeacherTerms t = teachers[k];
     const bool wanted = args.teachers_want && args.teacher_gradient[k] != nullptr;
     const float factor = g.row_scale * g.kd * t.weight;
     float gradient[kChunk];
+    if constexpr (kind == Kind::elementwise) {
+      const Softmax student{g.max, g.inv_sum, g.log_sum}, teacher{t.max, t.inv_sum, t.log_sum};
+      auto p_of = [&](int i) { return probability(x[i], teacher, terms); };
+      auto q_of = [&](int i) { return probability(s[i], student, terms); };
+      for_each_element<kChunk>(args.divergence, args.beta, p_of, q_of, [&](int i, float p, const Element<float>& of) {
+        mean[i] += t.weight * of.of_student;
+        gradient[i] = factor * (of.of_teacher - p * t.less);
+      });
+    } else {
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      const float dx = shifted(x[i], t.max);
-      const float scaled = dx * terms.inv_t;
-      const float log_p = scaled == -infinity<float>() ? 0.0f : scaled - t.log_sum;
-      const float p = device::exp2(dx * terms.log2e_t) * t.inv_sum;
-      mean[i] += kind == Divergence::forward_kl ? t.weight * p : t.weight * log_p;
-      if (!wanted) continue;
-      const float ds = shifted(s[i], g.max);
-      if (kind == Divergence::forward_kl) {
-        const float log_q = ds * terms.inv_t - g.log_sum;
-        gradient[i] = factor * (p == 0 ? 0.0f : p * (log_p - log_q - t.divergence));
-      } else {
-        gradient[i] = factor * (p - device::exp2(ds * terms.log2e_t) * g.inv_sum);
+      for (int i = 0; i < kChunk; ++i) {
+        const float dx = shifted(x[i], t.max);
+        const float scaled = dx * terms.inv_t;
+        const float log_p = scaled == -infinity<float>() ? 0.0f : scaled - t.log_sum;
+        const float p = device::exp2(dx * terms.log2e_t) * t.inv_sum;
+        mean[i] += kind == Kind::reverse_kl ? t.weight * log_p : t.weight * p;
+        if (!wanted) continue;
+        const float ds = shifted(s[i], g.max);
+        if (kind == Kind::reverse_kl) {
+          gradient[i] = factor * (p - device::exp2(ds * terms.log2e_t) * g.inv_sum);
+          continue;
+        }
+        const float log_ratio = log_p - (ds * terms.inv_t - g.log_sum);
+        if (kind == Kind::forward_kl) {
+          gradient[i] = factor * (p == 0 ? 0.0f : p * (log_ratio - t.less));
+        } else {
+          const float of_others = args.beta == 0 ? 0.0f : args.beta * log_ratio;
+          const bool apart = chunk * kChunk + i == g.label;
+          gradient[i] = factor * (apart ? t.pull : p == 0 ? 0.0f : p * (of_others - t.less));
+        }
       }
     }
     if (!wanted) return;
@@ -141,7 +181,9 @@ struct BackwardRow {
     }
     RawChunk next = raw;
     if (k < args.teachers) next = load_teacher(k, chunk);
+    const Columns columns = columns_of<kind>(chunk, args.classes, row.label);
     if (reads_student) decode(raw, args.student.dtype, s);
+    set_apart<kind>(columns, s);
     if (args.teachers_want) {
       for (int j = 0; j < args.teachers; ++j) {
         if (args.kd_scale == 0 || teachers[j].weight == 0) zero_teacher_chunk(j, chunk);
@@ -151,6 +193,7 @@ struct BackwardRow {
       const int now = k;
       float x[kChunk];
       decode(next, args.teacher[now].dtype, x);
+      set_apart<kind>(columns, x);
       k = next_used(now + 1);
       if (k < args.teachers) next = load_teacher(k, chunk);
       teacher_chunk(now, chunk, g, s, x, mean);
@@ -172,14 +215,19 @@ struct BackwardRow {
     const Mixture mixture = gather();
     const RowStats stats{args.teachers};
     const float factor = row.scale * upstream_of(args.upstream, args.upstream_stride, row.index);
-    const StudentGradient g = student_gradient(args, row, factor, stat(stats.student_max()), stat(stats.student_sum()),
-                                               args.ce_weight != 0 ? stat(stats.student_sum1()) : 0.0f, mixture);
+    SoftmaxState<float> student;
+    student.max = stat(stats.student_max());
+    student.sum = stat(stats.student_sum());
+    if (args.ce_weight != 0) student.sum1 = stat(stats.student_sum1());
+    const bool needs_label = kind == Kind::dkd && args.ce_weight != 0;
+    const float at_label = needs_label ? label_logit(input_row(args.student, row.position), row) : 0.0f;
+    const StudentGradient g = student_gradient<kind>(args, row, factor, student, at_label, mixture);
     for (int64_t chunk = first; chunk < last; chunk += kBackwardThreads) backward_chunk(chunk, g);
   }
 };
 
 // Shared memory: [K] teacher terms.
-template <Divergence kind>
+template <Kind kind>
 MTKD_KERNEL(kBackwardThreads, 2)
 kd_backward(MTKD_PARAM(BackwardArgs) args) {
   TeacherTerms* teachers = reinterpret_cast<TeacherTerms*>(device::shared_memory());

@@ -4,23 +4,6 @@
 // An exponential an element and sweep, and for each teacher's element a logarithm (tvd: none) in the second and in the
 // third. What the rows cost in memory is what they cost a KL: K + 1 reads, one write.
 
-// Calls body(std::integral_constant) for an elementwise divergence.
-template <typename Body>
-void with_elementwise(Divergence divergence, Body body) {
-  switch (divergence) {
-    case Divergence::jsd:
-      return body(std::integral_constant<Divergence, Divergence::jsd>());
-    case Divergence::tvd:
-      return body(std::integral_constant<Divergence, Divergence::tvd>());
-    case Divergence::skew_kl:
-      return body(std::integral_constant<Divergence, Divergence::skew_kl>());
-    case Divergence::skew_reverse_kl:
-      return body(std::integral_constant<Divergence, Divergence::skew_reverse_kl>());
-    default:
-      __builtin_unreachable();
-  }
-}
-
 // log q and q of a tile, where the first sweep had s − max and its exponentials.
 template <typename T, typename At>
 void student_tile(const KDArgs<T>& args, const Block<T>& block, At at, const Sweep<T>& sweep, int64_t begin, int count,

@@ -2,11 +2,9 @@
 // its numbers for row_stats, and the gradient of one column.
 #pragma once
 
-#include "kd_states.cuh"
+#include "kd_dkd.cuh"
 
 namespace mtkd_fast {
-
-#include "row_formulas.h"
 
 struct Row {
   int64_t index;
@@ -53,32 +51,71 @@ MTKD_DEVICE bool reads_teacher(const KDForward<float>& args, const Row& row, flo
   return row.counts && args.kd_scale != 0 && !skipped;
 }
 
+// Whether a cross-entropy or a divergence wants the logit of the label.
+template <Kind kind>
+MTKD_DEVICE bool wants_label_of_student(const KDArgs<float>& args, const Row& row) {
+  return row.counts && (args.ce_weight != 0 || (kind == Kind::dkd && args.kd_scale != 0));
+}
+template <Kind kind>
+MTKD_DEVICE bool wants_label_of_teachers(WeightRule rule) {
+  return kind == Kind::dkd || rule == WeightRule::confidence;
+}
+
 // What a row keeps of a teacher until the weights are known, in shared memory.
 struct TeacherSummary {
   float divergence;
+  float slope;  // G of elementwise.h; DKD: q_y − p_y
   float max;
   float sum;
   float signal;  // what a computed weight comes from: cross-entropy or entropy
 };
 
-template <Divergence kind>
-MTKD_DEVICE TeacherSummary summarise(const TeacherState& t, const SoftmaxState<float>& student, float label_logit,
-                                     const Terms& terms, WeightRule rule) {
-  TeacherSummary summary{0.0f, t.max, t.sum, 0.0f};
-  const float log_t = log_of(t.sum), log_s = log_of(student.sum);
-  summary.divergence = kind == Divergence::forward_kl
-                           ? kl_from_sums(t.cross, t.sum, log_t, student.sum, log_s, terms.inv_t)
-                           : kl_from_sums(t.cross, student.sum, log_s, t.sum, log_t, terms.inv_t);
-  if (rule == WeightRule::confidence) summary.signal = cross_entropy(t.sum1, t.max, label_logit);
-  if (rule == WeightRule::entropy) summary.signal = entropy(t.sum1, t.dot1);
+// All but the divergence and the slope.
+template <Kind kind>
+MTKD_DEVICE TeacherSummary summarise(const TeacherState& t, float label_logit, WeightRule rule) {
+  TeacherSummary summary{0.0f, 0.0f, t.max, t.sum, 0.0f};
+  const bool apart = kind == Kind::dkd;
+  if (rule == WeightRule::confidence) {
+    summary.signal =
+        apart ? cross_entropy_apart(label_logit, t.max, t.sum1) : cross_entropy(t.sum1, t.max, label_logit);
+  }
+  if (rule == WeightRule::entropy) summary.signal = apart ? entropy_apart(label_logit, t) : entropy(t.sum1, t.dot1);
   return summary;
+}
+
+// The divergence, where it follows from sums, and DKD's slope. `at_label`: the logits of teacher and student.
+struct LabelLogits {
+  float teacher, student;
+};
+
+template <Kind kind>
+MTKD_DEVICE void set_divergence(TeacherSummary& t, float cross, const SoftmaxState<float>& student,
+                                LabelLogits at_label, float beta, const Terms& terms) {
+  const float log_t = log_of(t.sum), log_s = log_of(student.sum);
+  t.divergence = kind == Kind::reverse_kl ? kl_from_sums(cross, student.sum, log_s, t.sum, log_t, terms.inv_t)
+                                          : kl_from_sums(cross, t.sum, log_t, student.sum, log_s, terms.inv_t);
+  if constexpr (kind == Kind::dkd) {
+    const float odds = log_odds(at_label.teacher, t.max, log_t, terms.inv_t);
+    const float odds_s = log_odds(at_label.student, student.max, log_s, terms.inv_t);
+    t.divergence = decoupled(binary_kl(odds, odds_s), kl_of_others(t.sum, t.divergence), beta);
+    t.slope = sigmoid(odds_s) - sigmoid(odds);
+  }
+}
+
+// What q weighs in ∂D_k/∂s.
+template <Kind kind>
+MTKD_DEVICE float share_of_q(float teacher_sum, float slope, float beta) {
+  if (kind == Kind::elementwise) return -slope;
+  if (kind == Kind::dkd) return (teacher_sum == 0 ? 0.0f : beta) - slope;
+  return 1.0f;
 }
 
 // A row's teachers taken together.
 struct Mixture {
-  float loss = 0;     // Σ w_k D_k
-  float weight = 0;   // W = Σ w_k
-  bool used = false;  // some w_k is not 0
+  float loss = 0;       // Σ w_k D_k
+  float of_q = 0;       // Σ w_k share_of_q: W = Σ w_k for the KLs
+  float at_target = 0;  // DKD: Σ w_k (q_y − p_y)
+  bool used = false;    // some w_k is not 0
   // Σ w_k x_k = plain·Σ x_k − by_signal·Σ v_k x_k, where v_k is relative_exp(CE_k, max) or H_k
   float plain = 1;
   float by_signal = 0;
@@ -86,6 +123,7 @@ struct Mixture {
 
 // Weights, divergences and their sums, the lanes of a warp sharing the teachers. Writes the teachers' row_stats, if
 // asked and wanted.
+template <Kind kind>
 MTKD_DEVICE Mixture mix(const KDForward<float>& args, const Row& row, const TeacherSummary* teachers, int lane,
                         int lanes, bool write) {
   const int n = args.teachers;
@@ -117,7 +155,8 @@ MTKD_DEVICE Mixture mix(const KDForward<float>& args, const Row& row, const Teac
     }
     if (w != 0) {
       mixture.loss += w * t.divergence;
-      mixture.weight += w;
+      mixture.of_q += w * share_of_q<kind>(t.sum, t.slope, args.beta);
+      mixture.at_target += w * t.slope;
       mixture.used = true;
     }
     if (!write || !args.keep_stats) continue;
@@ -125,32 +164,44 @@ MTKD_DEVICE Mixture mix(const KDForward<float>& args, const Row& row, const Teac
     auto put = [&](int i, float x) { device::store(args.row_stats + i * args.rows + row.index, read ? x : 0.0f); };
     put(stats.divergence(k), t.divergence);
     put(stats.weight(k), w);
+    if (kind == Kind::elementwise) put(stats.slope(k), t.slope);
     put(stats.teacher_max(k), t.max);
     put(stats.teacher_sum(k), t.sum);
     put(stats.teacher_ce(k), args.rule == WeightRule::confidence ? t.signal : 0.0f);
     put(stats.teacher_entropy(k), args.rule == WeightRule::entropy ? t.signal : 0.0f);
   }
   mixture.loss = sum_lanes(mixture.loss, lanes);
-  mixture.weight = sum_lanes(mixture.weight, lanes);
+  mixture.of_q = sum_lanes(mixture.of_q, lanes);
+  if (kind == Kind::dkd) mixture.at_target = sum_lanes(mixture.at_target, lanes);
   mixture.used = any_lane(mixture.used, lanes);
   return mixture;
 }
 
-// (1 − ε)·(−log q[y]) + ε·mean(−log q) at temperature 1.
-MTKD_DEVICE float student_cross_entropy(const KDArgs<float>& args, const SoftmaxState<float>& s, float label_logit) {
+// (1 − ε)·(−log q[y]) + ε·mean(−log q) at temperature 1; 0 without a hard term.
+template <Kind kind>
+MTKD_DEVICE float student_cross_entropy(const KDArgs<float>& args, const Row& row, const SoftmaxState<float>& s,
+                                        float label_logit) {
+  if (args.ce_weight == 0 || !row.counts) return 0.0f;
+  const float smoothing = args.label_smoothing;
+  const bool apart = kind == Kind::dkd;
   float ce = 0;
-  if (args.label_smoothing < 1) ce += (1 - args.label_smoothing) * cross_entropy(s.sum1, s.max, label_logit);
-  if (args.label_smoothing > 0) ce += args.label_smoothing * (log_of(s.sum1) - s.total / args.classes);
+  if (smoothing < 1) {
+    ce += (1 - smoothing) *
+          (apart ? cross_entropy_apart(label_logit, s.max, s.sum1) : cross_entropy(s.sum1, s.max, label_logit));
+  }
+  if (smoothing > 0) {
+    ce += smoothing *
+          (apart ? uniform_cross_entropy_apart(label_logit, s, args.classes) : log_of(s.sum1) - s.total / args.classes);
+  }
   return ce;
 }
 
-// row_loss and the student's row_stats, by one thread.
-MTKD_DEVICE void write_row(const KDForward<float>& args, const Row& row, const SoftmaxState<float>& s,
-                           float label_logit, const Mixture& mixture) {
+// row_loss and the student's row_stats, by one thread. `ce`: student_cross_entropy.
+MTKD_DEVICE void write_row(const KDForward<float>& args, const Row& row, const SoftmaxState<float>& s, float ce,
+                           const Mixture& mixture) {
   const RowStats stats{args.teachers};
   const bool hard = args.ce_weight != 0 && row.counts;
   const bool reads_student = row.counts && (args.kd_scale != 0 || hard);
-  const float ce = hard ? student_cross_entropy(args, s, label_logit) : 0.0f;
   float loss = 0;
   if (args.kd_scale != 0) loss += args.kd_scale * mixture.loss;
   if (hard) loss += args.ce_weight * ce;
@@ -169,13 +220,15 @@ MTKD_DEVICE void write_row(const KDForward<float>& args, const Row& row, const S
 // ------------------------------------------------------------------------------------------------------------ gradient
 
 // What the gradient of a row in the student needs beside its columns. `mean` is Σ w_k x_k of the column, x the
-// teacher's p (forward KL) or log p (reverse KL).
+// teacher's p (forward KL, DKD), log p (reverse KL) or of_student (elementwise). All but reverse KL:
+// kd·(of_q·q + of_mean·mean).
 struct StudentGradient {
   float row_scale;  // of every gradient of the row; NaN for a label out of range
   float scale;      // of the student's; NaN also for a reverse KL that is not finite
   float kd;         // kd_scale/τ, 0 where no teacher counts
-  float weight;     // W
-  float loss;       // Σ w_k D_k, which reverse KL subtracts
+  float of_q;
+  float of_mean;
+  float loss;  // Σ w_k D_k, which reverse KL subtracts
   float max;
   float inv_sum;  // 1/Σ e^{(s−max)/τ}
   float log_sum;
@@ -184,30 +237,45 @@ struct StudentGradient {
   float label_value;  // 1 − ε
   float other_value;  // ε/C
   int64_t label;
+  // Of the target itself, where it stands apart
+  float at_target;             // Σ w_k (q_y − p_y)
+  float probability_at_label;  // at temperature 1
 };
 
-MTKD_DEVICE StudentGradient student_gradient(const KDArgs<float>& args, const Row& row, float scale, float max,
-                                             float sum, float sum1, const Mixture& mixture) {
-  StudentGradient g;
-  const bool undefined = args.divergence == Divergence::reverse_kl && args.kd_scale != 0 && !isfinite(mixture.loss);
-  g.row_scale = row.label_in_range ? scale : std::numeric_limits<float>::quiet_NaN();
-  g.scale = undefined ? std::numeric_limits<float>::quiet_NaN() : g.row_scale;
+template <Kind kind>
+MTKD_DEVICE StudentGradient student_gradient(const KDArgs<float>& args, const Row& row, float scale,
+                                             const SoftmaxState<float>& s, float label_logit, const Mixture& mixture) {
+  constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+  StudentGradient g{};
+  const bool undefined = kind == Kind::reverse_kl && args.kd_scale != 0 && !isfinite(mixture.loss);
+  g.row_scale = row.label_in_range ? scale : kNaN;
+  g.scale = undefined ? kNaN : g.row_scale;
   g.kd = args.kd_scale != 0 && mixture.used ? args.kd_scale / args.temperature : 0.0f;
-  g.weight = mixture.weight;
+  g.of_q = mixture.of_q;
+  g.of_mean = kind == Kind::elementwise ? 1.0f : kind == Kind::dkd ? -args.beta : -1.0f;
   g.loss = mixture.loss;
-  g.max = max;
-  g.inv_sum = 1.0f / sum;
-  g.log_sum = log_of(sum);
+  g.max = s.max;
+  g.inv_sum = 1.0f / s.sum;
+  g.log_sum = log_of(s.sum);
   g.ce = args.ce_weight;
-  g.inv_sum1 = args.ce_weight != 0 ? 1.0f / sum1 : 0.0f;
+  g.inv_sum1 = args.ce_weight != 0 ? 1.0f / s.sum1 : 0.0f;
   g.label_value = 1 - args.label_smoothing;
   g.other_value = args.label_smoothing / args.classes;
   g.label = row.label;
+  if constexpr (kind == Kind::dkd) {
+    if (s.sum == 0) g.inv_sum = g.of_q == 0 ? 0.0f : kNaN;  // a student without another class
+    g.at_target = mixture.at_target;
+    if (args.ce_weight != 0) {
+      const float odds = odds_at_one(label_logit, s.max, s.sum1);
+      g.inv_sum1 = s.sum1 == 0 ? 0.0f : sigmoid(-odds) / s.sum1;
+      g.probability_at_label = sigmoid(odds);
+    }
+  }
   return g;
 }
 
 // x[i], the student's logits, and mean[i] -> the gradient, over x.
-template <Divergence kind>
+template <Kind kind>
 MTKD_DEVICE void gradient_of_chunk(const StudentGradient& g, const Terms& terms, int64_t first, float* x,
                                    const float* mean) {
   float ds[kChunk], e[kChunk], out[kChunk];
@@ -221,11 +289,12 @@ MTKD_DEVICE void gradient_of_chunk(const StudentGradient& g, const Terms& terms,
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
       const float q = e[i] * g.inv_sum;
-      if (kind == Divergence::forward_kl) {
-        out[i] = g.kd * (g.weight * q - mean[i]);
-      } else {
+      if (kind == Kind::reverse_kl) {
         const float log_q = ds[i] * terms.inv_t - g.log_sum;
-        out[i] = e[i] == 0 ? 0.0f : g.kd * q * (g.weight * log_q - mean[i] - g.loss);
+        out[i] = e[i] == 0 ? 0.0f : g.kd * q * (g.of_q * log_q - mean[i] - g.loss);
+      } else {
+        const bool apart = kind == Kind::dkd && first + i == g.label;
+        out[i] = g.kd * (apart ? g.at_target : g.of_q * q + g.of_mean * mean[i]);
       }
     }
   }
@@ -234,8 +303,10 @@ MTKD_DEVICE void gradient_of_chunk(const StudentGradient& g, const Terms& terms,
     exponentials_at_one(e, ds, terms.at_one, e1);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
-      const float wanted = g.other_value + (first + i == g.label ? g.label_value : 0.0f);
-      out[i] += g.ce * (e1[i] * g.inv_sum1 - wanted);
+      const bool at_label = first + i == g.label;
+      const float wanted = g.other_value + (at_label ? g.label_value : 0.0f);
+      const float probability = kind == Kind::dkd && at_label ? g.probability_at_label : e1[i] * g.inv_sum1;
+      out[i] += g.ce * (probability - wanted);
     }
   }
 #pragma unroll

@@ -10,6 +10,16 @@ namespace mtkd_fast {
 
 constexpr float kLog2E = 1.4426950408889634f;
 
+// What a kernel is compiled for. The elementwise divergences are one kind: they differ in a formula of one class,
+// chosen at run time.
+enum class Kind : int { forward_kl, reverse_kl, dkd, elementwise };
+
+constexpr Kind kind_of(Divergence divergence) {
+  if (is_elementwise(divergence)) return Kind::elementwise;
+  if (divergence == Divergence::dkd) return Kind::dkd;
+  return divergence == Divergence::reverse_kl ? Kind::reverse_kl : Kind::forward_kl;
+}
+
 // e^{d} from e^{d/τ}: free at τ = 1, one or two multiplications at τ = 2 and 4, an exponential of its own elsewhere.
 enum class AtOne : int { same, squared, squared_twice, own };
 
@@ -68,13 +78,34 @@ MTKD_DEVICE Raise<float> unraised() {
   return by;
 }
 
+// Which columns of a chunk a state absorbs.
+struct Columns {
+  int valid;  // the first ones, up to the last class; none where negative
+  int apart;  // but for the target's, where DKD sets it apart; elsewhere −1
+};
+
+template <Kind kind>
+MTKD_DEVICE Columns columns_of(int64_t chunk, int64_t classes, int64_t label) {
+  const int64_t first = chunk * kChunk, left = classes - first;
+  const bool apart = kind == Kind::dkd && label >= first && label < first + kChunk;
+  return {left > kChunk ? kChunk : static_cast<int>(left), apart ? static_cast<int>(label - first) : -1};
+}
+
+// The logit of a target that stands apart counts as −inf. `x` points at eight registers.
+template <Kind kind>
+MTKD_DEVICE void set_apart(const Columns& columns, float* x) {
+  if constexpr (kind == Kind::dkd) {
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) x[i] = i == columns.apart ? -infinity<float>() : x[i];
+  }
+}
+
 // ------------------------------------------------------------------------------------------------------------- student
 
-// `valid` columns of x, the first ones of each chunk, count in `total`; the rest are −inf. Returns how the maximum
-// rose.
+// What `columns` leave out is −inf in x, and does not count in `total`. Returns how the maximum rose.
 template <int N>
-MTKD_DEVICE Raise<float> absorb_student(SoftmaxState<float>& state, const float (&x)[N], const int (&valid)[N / kChunk],
-                                        const Terms& terms) {
+MTKD_DEVICE Raise<float> absorb_student(SoftmaxState<float>& state, const float (&x)[N],
+                                        const Columns (&columns)[N / kChunk], const Terms& terms) {
   const float max = largest(x, state.max);
   Raise<float> by = unraised();
   if (max > state.max) {
@@ -101,8 +132,11 @@ MTKD_DEVICE Raise<float> absorb_student(SoftmaxState<float>& state, const float 
     }
     if (terms.student_total) {
 #pragma unroll
-      for (int i = 0; i < kChunk; ++i) state.total += i < valid[c] ? dx[i] : 0.0f;
-      state.count += valid[c] > 0 ? static_cast<float>(valid[c]) : 0.0f;
+      for (int i = 0; i < kChunk; ++i) {
+        state.total += i < columns[c].valid && i != columns[c].apart ? dx[i] : 0.0f;
+      }
+      const int count = columns[c].valid - (columns[c].apart >= 0 ? 1 : 0);
+      state.count += count > 0 ? static_cast<float>(count) : 0.0f;
     }
   }
   return by;
@@ -125,8 +159,9 @@ struct MergeStudent {
 
 // ------------------------------------------------------------------------------------------------------------- teacher
 
-// One teacher against the student. `cross` is that of the divergence's own direction: forward KL the teacher's
-// expectation, reverse KL the student's, whose share of Σ e^{(s−max)/τ} over the same columns is `student_sum`.
+// One teacher against the student. `cross` is that of the divergence's own direction: forward KL and DKD the teacher's
+// expectation, reverse KL the student's, whose share of Σ e^{(s−max)/τ} over the same columns is `student_sum`. The
+// elementwise divergences need neither.
 struct TeacherState {
   float max = -infinity<float>();
   float sum = 0;
@@ -136,13 +171,13 @@ struct TeacherState {
   float student_sum = 0;
 };
 
-template <Divergence kind>
+template <Kind kind>
 MTKD_DEVICE void raise_teacher(TeacherState& state, float max, const Terms& terms) {
   const Raise<float> by(state.max, max, terms.inv_t);
-  if (kind == Divergence::forward_kl) {
-    state.cross = raise_cross(state.cross, state.sum, by, unraised());
-  } else {
+  if (kind == Kind::reverse_kl) {
     state.cross = raise_cross(state.cross, state.student_sum, unraised(), by);
+  } else if (kind != Kind::elementwise) {
+    state.cross = raise_cross(state.cross, state.sum, by, unraised());
   }
   state.dot1 = by.factor1 * (state.dot1 + by.shift * state.sum1);
   state.sum *= by.factor;
@@ -152,7 +187,7 @@ MTKD_DEVICE void raise_teacher(TeacherState& state, float max, const Terms& term
 
 // ds[i]: the student's logits less its maximum; es[i]: e^{ds/τ}, used by reverse KL. Leaves dx and e = e^{dx/τ} of the
 // teacher relative to state.max.
-template <Divergence kind, int N>
+template <Kind kind, int N>
 MTKD_DEVICE void absorb_teacher(TeacherState& state, const float (&x)[N], const float (&ds)[N], const float (&es)[N],
                                 const Terms& terms, float (&dx)[N], float (&e)[N]) {
   const float max = largest(x, state.max);
@@ -167,11 +202,11 @@ MTKD_DEVICE void absorb_teacher(TeacherState& state, const float (&x)[N], const 
       dx[i] = shifted(x[i], max);
       e[i] = device::exp2(dx[i] * terms.log2e_t);
       state.sum += e[i];
-      if (kind == Divergence::forward_kl) {
-        state.cross += cross_term(dx[i], e[i], dx[i], ds[i]);
-      } else {
+      if (kind == Kind::reverse_kl) {
         state.cross += cross_term(ds[i], es[i], ds[i], dx[i]);
         state.student_sum += es[i];
+      } else if (kind != Kind::elementwise) {
+        state.cross += cross_term(dx[i], e[i], dx[i], ds[i]);
       }
     }
     if (terms.teacher_sum1) {
@@ -187,15 +222,15 @@ MTKD_DEVICE void absorb_teacher(TeacherState& state, const float (&x)[N], const 
   }
 }
 
-template <Divergence kind>
+template <Kind kind>
 struct MergeTeacher {
   const Terms& terms;
 
   MTKD_DEVICE void operator()(TeacherState& state, int width) const {
     raise_teacher<kind>(state, max_lanes(state.max, width), terms);
     state.sum = sum_lanes(state.sum, width);
-    state.cross = sum_lanes(state.cross, width);
-    if (kind == Divergence::reverse_kl) state.student_sum = sum_lanes(state.student_sum, width);
+    if (kind != Kind::elementwise) state.cross = sum_lanes(state.cross, width);
+    if (kind == Kind::reverse_kl) state.student_sum = sum_lanes(state.student_sum, width);
     if (terms.teacher_sum1) state.sum1 = sum_lanes(state.sum1, width);
     if (terms.teacher_dot1) state.dot1 = sum_lanes(state.dot1, width);
   }

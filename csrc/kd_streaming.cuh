@@ -1,14 +1,19 @@
 // Strategy B, forward: no row stays on chip. Tiles of columns outside, teachers inside, so that the student is read
 // once: K + 1 reads. Each thread has states of its own, the student's in registers, the teachers' in shared memory as
 // [k][field][thread], one word a thread, so that a warp touches 32 banks. They merge once, at the end of the row.
+//
+// An elementwise divergence wants those merged states first: a second sweep, 2(K + 1) reads, of which L2 serves what it
+// still holds.
 #pragma once
 
+#include "kd_elementwise.cuh"
 #include "kd_row.cuh"
 
 namespace mtkd_fast {
 
-// Columns of a thread in a tile: as many as 128 registers hold. Reverse KL keeps the student's exponentials too.
-constexpr int stream_width(Divergence kind) { return kind == Divergence::forward_kl ? 16 : 8; }
+// Columns of a thread in a tile: as many as 128 registers hold. Reverse KL keeps the student's exponentials too, the
+// elementwise divergences q and log q.
+constexpr int stream_width(Kind kind) { return kind == Kind::forward_kl || kind == Kind::dkd ? 16 : 8; }
 constexpr int kStreamThreads = 256;
 
 // The fields of a teacher's state that a call needs. `student_sum` is the thread's own and needs no place.
@@ -24,7 +29,7 @@ inline int64_t stream_state_bytes(const StreamingArgs& args) {
   return static_cast<int64_t>(args.teachers) * args.fields * sizeof(float);  // a thread
 }
 
-template <Divergence kind>
+template <Kind kind>
 struct StreamingRow {
   static constexpr int kWidth = stream_width(kind);
   static constexpr int kChunks = kWidth / kChunk;
@@ -67,19 +72,27 @@ struct StreamingRow {
                                                       : empty_chunk(from.dtype);
     }
   }
-  MTKD_DEVICE static void decode_tile(const RawChunk (&raw)[kChunks], DType dtype, float (&x)[kWidth]) {
+  MTKD_DEVICE static void decode_tile(const RawChunk (&raw)[kChunks], DType dtype, const Columns (&columns)[kChunks],
+                                      float (&x)[kWidth]) {
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c) decode(raw[c], dtype, x + c * kChunk);
+    for (int c = 0; c < kChunks; ++c) {
+      decode(raw[c], dtype, x + c * kChunk);
+      set_apart<kind>(columns[c], x + c * kChunk);
+    }
+  }
+  MTKD_DEVICE void columns_of_tile(int64_t tile, Columns (&columns)[kChunks]) const {
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) columns[c] = columns_of<kind>(chunk(tile, c), args.classes, row.label);
   }
 
-  // Which teachers are read, looked up once: until its summary is written, `signal` says so.
+  // Which teachers are read, looked up once: until its divergence is known, that place says so.
   MTKD_DEVICE void mark_read_teachers() const {
-    for (int k = group.rank(); k < args.teachers; k += group.size()) summaries[k].signal = reads(k) ? 1.0f : 0.0f;
+    for (int k = group.rank(); k < args.teachers; k += group.size()) summaries[k].divergence = reads(k) ? 1.0f : 0.0f;
     group.sync();
   }
   // The first teacher from k on that is read, or K.
   MTKD_DEVICE int next_read(int k) const {
-    while (k < args.teachers && summaries[k].signal == 0) ++k;
+    while (k < args.teachers && summaries[k].divergence == 0) ++k;
     return k;
   }
 
@@ -91,84 +104,139 @@ struct StreamingRow {
     if (k < args.teachers) load_tile(args.teacher[k], tile, raw);
 
     float ds[kWidth], es[kWidth];
-    decode_tile(student_raw, args.student.dtype, ds);
-    int valid[kChunks];
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      const int64_t left = args.classes - chunk(tile, c) * kChunk;
-      valid[c] = left > kChunk ? kChunk : static_cast<int>(left);
-    }
+    Columns columns[kChunks];
+    columns_of_tile(tile, columns);
+    decode_tile(student_raw, args.student.dtype, columns, ds);
     const SoftmaxState<float> before = student;
-    const Raise<float> by = absorb_student(student, ds, valid, terms);
+    const Raise<float> by = absorb_student(student, ds, columns, terms);
     const bool rose = student.max > before.max && before.max != -infinity<float>();
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
       ds[i] = shifted(ds[i], student.max);
-      es[i] = kind == Divergence::reverse_kl ? device::exp2(ds[i] * terms.log2e_t) : 0.0f;
+      es[i] = kind == Kind::reverse_kl ? device::exp2(ds[i] * terms.log2e_t) : 0.0f;
     }
 
     while (k < args.teachers) {
       const int now = k;
       float x[kWidth], dx[kWidth], e[kWidth];
-      decode_tile(raw, args.teacher[now].dtype, x);
+      decode_tile(raw, args.teacher[now].dtype, columns, x);
       k = next_read(now + 1);
       if (k < args.teachers) load_tile(args.teacher[k], tile, raw);
 
       TeacherState state = get(now, before.sum);
-      if (rose) raise_student_side<kind>(state, by);
+      if (rose) raise_student_side(state, by);
       absorb_teacher<kind>(state, x, ds, es, terms, dx, e);
       put(now, state);
     }
   }
 
   // The student's maximum rose: so must the cross sum, whichever side it is on.
-  template <Divergence direction>
   MTKD_DEVICE static void raise_student_side(TeacherState& state, const Raise<float>& by) {
-    if (direction == Divergence::forward_kl) {
-      state.cross = raise_cross(state.cross, state.sum, unraised(), by);
-    } else {
+    if (kind == Kind::reverse_kl) {
       state.cross = raise_cross(state.cross, state.student_sum, by, unraised());
       state.student_sum *= by.factor;
+    } else if (kind != Kind::elementwise) {
+      state.cross = raise_cross(state.cross, state.sum, unraised(), by);
     }
   }
+
+  // Every teacher's state into its summary; `own` is the thread's part of the student.
+  MTKD_DEVICE void merge_teachers(const SoftmaxState<float>& own, const SoftmaxState<float>& student,
+                                  float student_at_label) {
+    const Raise<float> by(own.max, student.max, terms.inv_t);
+    for (int k = 0; k < args.teachers; ++k) {
+      TeacherSummary summary{};
+      if (reads(k)) {
+        const bool needs_label = group.rank() == 0 && wants_label_of_teachers<kind>(args.rule);
+        const float at_label = needs_label ? label_logit(input_row(args.teacher[k], row.position), row) : 0.0f;
+        TeacherState state = get(k, own.sum);
+        raise_student_side(state, by);
+        group.merge(state, MergeTeacher<kind>{terms});
+        if (group.rank() == 0) {
+          summary = summarise<kind>(state, at_label, args.rule);
+          if constexpr (kind != Kind::elementwise) {
+            set_divergence<kind>(summary, state.cross, student, {at_label, student_at_label}, args.beta, terms);
+          }
+        }
+      }
+      if (group.rank() != 0) continue;
+      if (kind == Kind::elementwise) summary.divergence = summaries[k].divergence;  // the mark stays
+      summaries[k] = summary;
+    }
+  }
+
+  // The second sweep: D and G of the teachers that are read, each thread's own in the place of its states.
+  MTKD_DEVICE void sum_elements(const SoftmaxState<float>& student) {
+    group.sync();  // the summaries are there, but for D and G
+    for (int k = 0; k < args.teachers; ++k) *field(k, 0) = *field(k, 1) = 0;
+    const Softmax q = softmax_of(student.max, student.sum);
+    const int first = next_read(0);
+    if (first == args.teachers) return;
+    for (int64_t tile = group.rank(); tile < chunks(); tile += kChunks * group.size()) add_elements(tile, first, q);
+    for (int k = first; k < args.teachers; ++k) {
+      if (!reads(k)) continue;
+      ElementSums sums{*field(k, 0), *field(k, 1)};
+      group.merge(sums, AddLanes{});
+      if (group.rank() != 0) continue;
+      summaries[k].divergence = sums.divergence;
+      summaries[k].slope = sums.slope;
+    }
+  }
+  MTKD_DEVICE void add_elements(int64_t tile, int first, const Softmax& student) const {
+    RawChunk student_raw[kChunks], raw[kChunks];
+    load_tile(args.student, tile, student_raw);
+    load_tile(args.teacher[first], tile, raw);
+    float x[kWidth];
+    Probability q[kWidth];
+    Columns columns[kChunks];
+    columns_of_tile(tile, columns);
+    decode_tile(student_raw, args.student.dtype, columns, x);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) q[i] = probability(x[i], student, terms);
+    for (int k = first; k < args.teachers;) {
+      const int now = k;
+      decode_tile(raw, args.teacher[now].dtype, columns, x);
+      k = next_read(now + 1);
+      if (k < args.teachers) load_tile(args.teacher[k], tile, raw);
+
+      const Softmax teacher = softmax_of(summaries[now].max, summaries[now].sum);
+      ElementSums sums{*field(now, 0), *field(now, 1)};
+      auto p = [&](int i) { return probability(x[i], teacher, terms); };
+      for_each_element<kWidth>(
+          args.divergence, args.beta, p, [&](int i) { return q[i]; },
+          [&](int, float, const Element<float>& of) { sums.add(of); });
+      *field(now, 0) = sums.divergence;
+      *field(now, 1) = sums.slope;
+    }
+  }
+
+  MTKD_DEVICE int64_t chunks() const { return (args.classes + kChunk - 1) / kChunk; }
 
   MTKD_DEVICE void forward() {
     const bool reads_student = row.counts && (args.kd_scale != 0 || args.ce_weight != 0);
     for (int k = 0; k < args.teachers; ++k) put(k, TeacherState());
     SoftmaxState<float> student;
-    float at_label = 0;
     mark_read_teachers();
     if (reads_student) {
-      if (args.ce_weight != 0) at_label = label_logit(input_row(args.student, row.position), row);
-      const int64_t chunks = (args.classes + kChunk - 1) / kChunk;
-      for (int64_t tile = group.rank(); tile < chunks; tile += kChunks * group.size()) absorb_tile(tile, student);
+      for (int64_t tile = group.rank(); tile < chunks(); tile += kChunks * group.size()) absorb_tile(tile, student);
     }
+    const bool needs_label = group.rank() == 0 && wants_label_of_student<kind>(args, row);
+    const float at_label = needs_label ? label_logit(input_row(args.student, row.position), row) : 0.0f;
     const SoftmaxState<float> own = student;
     group.merge(student, MergeStudent{terms});
-    const Raise<float> by(own.max, student.max, terms.inv_t);
-
-    for (int k = 0; k < args.teachers; ++k) {
-      TeacherSummary summary{0.0f, 0.0f, 0.0f, 0.0f};
-      if (reads(k)) {
-        const bool needs_label = args.rule == WeightRule::confidence;
-        const float teacher_at_label = needs_label ? label_logit(input_row(args.teacher[k], row.position), row) : 0.0f;
-        TeacherState state = get(k, own.sum);
-        raise_student_side<kind>(state, by);
-        group.merge(state, MergeTeacher<kind>{terms});
-        summary = summarise<kind>(state, student, teacher_at_label, terms, args.rule);
-      }
-      if (group.rank() == 0) summaries[k] = summary;
-    }
+    merge_teachers(own, student, at_label);
+    if constexpr (kind == Kind::elementwise) sum_elements(student);
     group.sync();  // the summaries are there
     if (group.rank() < kWarp) {
-      const Mixture mixture = mix(args, row, summaries, group.rank(), kWarp, true);
-      if (group.rank() == 0) write_row(args, row, student, at_label, mixture);
+      const Mixture mixture = mix<kind>(args, row, summaries, group.rank(), kWarp, true);
+      const float ce = student_cross_entropy<kind>(args, row, student, at_label);
+      if (group.rank() == 0) write_row(args, row, student, ce, mixture);
     }
   }
 };
 
 // Shared memory: the group's scratch, [K] summaries, the states of the teachers.
-template <Divergence kind>
+template <Kind kind>
 MTKD_KERNEL(kStreamThreads, 2)
 kd_streaming(MTKD_PARAM(StreamingArgs) args) {
   BlockGroup group(0, device::shared_memory());

@@ -5,7 +5,7 @@
 
 namespace mtkd_fast {
 
-const char* kd_forward_in_registers(const KDForward<float>&, void* stream);
+const char* kd_forward_in_registers(const KDForward<float>&, int device, void* stream);
 const char* kd_forward_in_shared_memory(const KDForward<float>&, int device, void* stream);
 const char* kd_forward_streaming(const KDForward<float>&, int device, void* stream);
 

@@ -23,7 +23,6 @@ from mtkd_fast import (
     multi_teacher_kd_loss,
     teacher_weights,
 )
-from mtkd_fast.reference.divergences import DIVERGENCES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -35,15 +34,10 @@ class Backend:
         self.name, self.implementation, self.device, self.missing = name, implementation, device, missing
         self.interpreted = implementation == "triton" and dispatch.INTERPRETED
         self.float64 = device == "cpu" and implementation in ("cpp", "reference")
-        self.divergences = dispatch.FUSED_DIVERGENCES.get((implementation, device), tuple(DIVERGENCES))
 
     @contextmanager
     def active(self):
         yield
-
-    def needs(self, divergence: str):
-        if divergence not in self.divergences:
-            pytest.skip(f"{self.name} has no kernel for divergence={divergence!r}")
 
     def loss(self, *args, **kwargs):
         return multi_teacher_kd_loss(*args, **kwargs, implementation=self.implementation)
@@ -85,7 +79,6 @@ class EmulatedCuda(Backend):
     def __init__(self):
         super().__init__("cuda-emulated", "triton")
         self.interpreted = False
-        self.divergences = dispatch.FUSED_DIVERGENCES["cpp", "cuda"]
         if not shutil.which("g++"):
             self.missing = "the CUDA emulator needs g++"
 
@@ -167,7 +160,6 @@ def _each_of(backends: list[Backend]):
 
     @pytest.fixture(params=[_param(backend) for backend in backends])
     def one(request):
-        _require_divergence(request)
         with _activated(request.param) as active:
             yield active
 
@@ -189,14 +181,6 @@ def implementation(request):
     if "cpu" not in dispatch.implementations()[request.param].devices:
         pytest.skip(dispatch.implementations()[request.param].note)
     return request.param
-
-
-def _require_divergence(request):
-    """Skips a test whose parameters ask for a divergence that its backend has no kernel for."""
-    parameters = request.node.callspec.params
-    divergence = parameters.get("divergence") or getattr(parameters.get("case"), "divergence", None)
-    if divergence is not None:
-        request.param.needs(divergence)
 
 
 @contextmanager

@@ -14,11 +14,12 @@ if not shutil.which("g++"):
 
 import emulator
 from emulator import attention, hint, layout, machine, mixture, mutual, relation
-from traffic import relation_planes_bytes
+from traffic import kd_bytes, relation_planes_bytes
 
 from mtkd_fast.dispatch import FUSED_DIVERGENCES
 from mtkd_fast.reference import hint as hint_reference
 from mtkd_fast.reference import kd as reference
+from mtkd_fast.schemas.kd import ELEMENTWISE
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 FAULTS = Path(emulator.__file__).parent / "faults.cpp"
@@ -109,8 +110,8 @@ def test_the_structs_are_those_of_the_headers(name, struct):
 
 # ---------- kernels, by name
 
-OPTIONS = dict(beta=0.0, ce_weight=0.7, label_smoothing=0.1, ignore_index=-100)
-REGISTERS, SHARED, STREAM = "_registers", "_shared", "_stream"
+OPTIONS = dict(beta=0.3, ce_weight=0.7, label_smoothing=0.1, ignore_index=-100)
+CHOSEN, REGISTERS, SHARED, STREAM = "", "_registers", "_shared", "_stream"
 
 
 def inputs(n, classes, n_teachers, dtypes=(F32,), seed=0):
@@ -147,7 +148,12 @@ def assert_close(got, right, tolerance):
     assert (got.double() - right).abs().max() <= tolerance * max(1.0, right.abs().max().item())
 
 
-@pytest.mark.parametrize("divergence", FUSED_DIVERGENCES["cpp", "cuda"])
+def assert_gradient_close(got, right):
+    largest = right.abs().max()
+    assert_close(got.double() / largest, right / largest, 4e-6 if got.dtype == F32 else 4e-3)
+
+
+@pytest.mark.parametrize("divergence", FUSED_DIVERGENCES)
 @pytest.mark.parametrize("rule", ["uniform", "given", "confidence", "entropy"])
 @pytest.mark.parametrize(
     ("variant", "classes", "dtypes"),
@@ -155,7 +161,7 @@ def assert_close(got, right, tolerance):
         (REGISTERS, 10, (F32,)),
         (REGISTERS, 100, (BF16,)),
         (REGISTERS, 257, (F32, BF16, F16)),
-        (REGISTERS, 4104, (BF16, F32)),
+        (CHOSEN, 4104, (BF16, F32)),  # two chunks a thread, but for the elementwise divergences
         (SHARED, 100, (BF16, F32)),
         (SHARED, 4099, (BF16,)),
         (STREAM, 33, (F32, F16)),
@@ -174,16 +180,17 @@ def test_every_forward_kernel(variant, classes, dtypes, rule, divergence):
     if variant == STREAM:
         student, teachers, target, _ = tensors
         got, *_ = emulator.backward(
-            student, teachers, target, row_stats[3:6], None, row_stats, divergence, 0.0, 3.0, 9.0, 0.7, 0.1,
+            student, teachers, target, row_stats[3:6], None, row_stats, divergence, 0.3, 3.0, 9.0, 0.7, 0.1,
             [True, False, False, False],
         )  # fmt: skip
-    assert_close(got / gradient.abs().max(), gradient / gradient.abs().max(), 4e-6 if dtypes[0] == F32 else 4e-3)
+    assert_gradient_close(got, gradient)
 
 
 @pytest.mark.parametrize("variant", [REGISTERS, SHARED, STREAM])
-def test_the_order_of_threads_changes_nothing(variant):
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd", "dkd"])
+def test_the_order_of_threads_changes_nothing(variant, divergence):
     tensors = inputs(5, 300, 3, (BF16, F32))
-    options = dict(rule="confidence", divergence="reverse_kl", temperature=2.0, kd_scale=4.0, **OPTIONS)
+    options = dict(rule="confidence", divergence=divergence, temperature=2.0, kd_scale=4.0, **OPTIONS)
     results = []
     for order in ORDERS:
         with emulator.use_order(order, seed=3):
@@ -192,36 +199,39 @@ def test_the_order_of_threads_changes_nothing(variant):
         assert all(a.equal(b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_many_teachers():
+@pytest.mark.parametrize("divergence", ["forward_kl", "skew_kl", "dkd"])
+@pytest.mark.parametrize("classes", [8, 130])
+def test_many_teachers(classes, divergence):
     n_teachers = layout.MAX_TEACHERS
-    tensors = inputs(2, 130, n_teachers, (BF16, F32, F16))
-    options = dict(rule="entropy", divergence="forward_kl", temperature=4.0, kd_scale=16.0, **OPTIONS)
+    tensors = inputs(2, classes, n_teachers, (BF16, F32, F16))
+    options = dict(rule="entropy", divergence=divergence, temperature=4.0, kd_scale=16.0, **OPTIONS)
     loss, _, gradient = exact(*tensors, options, 2)
-    for variant in (REGISTERS, SHARED, STREAM):
-        row_loss, _, got = run_forward(*tensors, options, variant, variant != STREAM)
+    for variant, shared_memory in ((REGISTERS, 227), (REGISTERS, 99), (SHARED, 227), (STREAM, 227)):
+        with machine.use_shared_memory(shared_memory * 1024):
+            row_loss, _, got = run_forward(*tensors, options, variant, variant != STREAM)
         assert_close(row_loss, loss, 3e-6)
         if variant != STREAM:
-            assert_close(got / gradient.abs().max(), gradient / gradient.abs().max(), 4e-3)
+            assert_gradient_close(got, gradient)
 
 
-@pytest.mark.parametrize("divergence", FUSED_DIVERGENCES["cpp", "cuda"])
+@pytest.mark.parametrize("divergence", FUSED_DIVERGENCES)
 def test_teacher_gradients(divergence):
-    student, teachers, _, w = inputs(4, 77, 3, (F32, BF16, F32))
+    student, teachers, target, w = inputs(4, 77, 3, (F32, BF16, F32))
     options = dict(
-        rule="given", divergence=divergence, temperature=2.0, kd_scale=4.0, beta=0.0, ce_weight=0.0,
+        rule="given", divergence=divergence, temperature=2.0, kd_scale=4.0, beta=0.3, ce_weight=0.0,
         label_smoothing=0.0, ignore_index=-100,
     )  # fmt: skip
     leaves = [x.double().requires_grad_() for x in (student, *teachers)]
-    loss, _ = reference.kd(leaves[0], leaves[1:], None, w, None, None, reduction="sum", **options)
+    loss, _ = reference.kd(leaves[0], leaves[1:], target, w, None, None, reduction="sum", **options)
     right = torch.autograd.grad(loss, leaves)
     _, row_stats, _ = emulator.forward(
-        student, teachers, None, w, None, None, **options, skip_zero_weights=True, write_gradient=False
+        student, teachers, target, w, None, None, **options, skip_zero_weights=True, write_gradient=False
     )
     got = emulator.backward(
-        student, teachers, None, w, None, row_stats, divergence, 0.0, 2.0, 4.0, 0.0, 0.0, [True] * 4
+        student, teachers, target, w, None, row_stats, divergence, 0.3, 2.0, 4.0, 0.0, 0.0, [True] * 4
     )
     for x, y in zip(got, right, strict=True):
-        assert_close(x / y.abs().max(), y / y.abs().max(), 4e-6 if x.dtype == F32 else 4e-3)
+        assert_gradient_close(x, y)
 
 
 # ---------- rescale
@@ -253,7 +263,7 @@ def test_an_upstream_of_one_moves_nothing():
 
 # ---------- traffic
 
-# Bytes of the logits alone, without terms that need a label's logit: those, row_stats and weights are O(N·K).
+# Bytes of the logits; row_stats and weights are O(N·K).
 
 
 def logits_bytes(n_teachers):
@@ -262,22 +272,69 @@ def logits_bytes(n_teachers):
     return [moved[name][0] for name in ("student", *(f"teacher{k}" for k in range(n_teachers)))]
 
 
-@pytest.mark.parametrize(("variant", "classes"), [(REGISTERS, 96), (REGISTERS, 1000), (SHARED, 1000), (STREAM, 1000)])
+def modelled(model, n_teachers):
+    return [model.loads.get(name, 0) for name in ("student", *(f"teacher {k}" for k in range(n_teachers)))]
+
+
+SHAPES = pytest.mark.parametrize(
+    ("variant", "classes"), [(REGISTERS, 96), (REGISTERS, 1000), (SHARED, 1000), (STREAM, 1000)]
+)
+
+
+@SHAPES
 @pytest.mark.parametrize("dtypes", [(F32,), (BF16,), (BF16, F32)])
-def test_forward_reads_everything_once(variant, classes, dtypes):
+@pytest.mark.parametrize(
+    ("rule", "divergence"),
+    [
+        ("entropy", "forward_kl"), ("uniform", "reverse_kl"), ("uniform", "dkd"), ("entropy", "jsd"), ("given", "tvd"),
+        ("uniform", "skew_kl"), ("entropy", "skew_reverse_kl"),
+    ],
+)  # fmt: skip
+def test_forward_reads_everything_once(variant, classes, dtypes, rule, divergence):
     student, teachers, _, w = inputs(4, classes, 3, dtypes)
     options = dict(
-        rule="entropy", divergence="forward_kl", temperature=2.0, kd_scale=4.0, beta=0.0, ce_weight=0.0,
+        rule=rule, divergence=divergence, temperature=2.0, kd_scale=4.0, beta=0.3, ce_weight=0.0,
         label_smoothing=0.0, ignore_index=-100,
     )  # fmt: skip
     run_forward(student, teachers, torch.zeros(4).long(), w, options, variant, variant != STREAM)
-    assert logits_bytes(3) == [x.numel() * x.element_size() for x in (student, *teachers)]
-    written = 0 if variant == STREAM else student.numel() * student.element_size()
-    assert machine.traffic()["gradient"] == (0, written)
+    model = kd_bytes(
+        student, teachers, counted=4, label_of_student=divergence == "dkd", label_of_teachers=divergence == "dkd",
+        sweeps=2 if divergence in ELEMENTWISE and variant == STREAM else 1,
+        gradients=() if variant == STREAM else ("student",),
+    )  # fmt: skip
+    assert logits_bytes(3) == modelled(model, 3)
+    assert machine.traffic()["gradient"] == (0, model.stores.get("gradient of student", 0))
 
 
-@pytest.mark.parametrize(("variant", "classes"), [(REGISTERS, 96), (REGISTERS, 1000), (SHARED, 1000), (STREAM, 1000)])
-def test_what_weighs_nothing_is_not_read(variant, classes):
+@pytest.mark.parametrize("divergence", FUSED_DIVERGENCES)
+@pytest.mark.parametrize("rule", ["confidence", "entropy"])
+def test_one_thread_of_a_block_that_streams_looks_up_the_labels(rule, divergence):
+    student, teachers, target, _ = inputs(4, 1000, 3, (BF16, F32))
+    options = dict(rule=rule, divergence=divergence, temperature=2.0, kd_scale=4.0, **OPTIONS)
+    run_forward(student, teachers, target, None, options, STREAM, False)
+    model = kd_bytes(
+        student, teachers, counted=3, label_of_student=True,
+        label_of_teachers=rule == "confidence" or divergence == "dkd", sweeps=2 if divergence in ELEMENTWISE else 1,
+    )  # fmt: skip
+    assert logits_bytes(3) == modelled(model, 3)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "classes", "sweeps"), [("forward_kl", 6500, 1), ("jsd", 6500, 1), ("jsd", 40000, 2)]
+)
+def test_rows_that_fit_on_chip_are_swept_once(divergence, classes, sweeps):
+    student, teachers, _, w = inputs(2, classes, 2, (BF16, F32))
+    options = dict(
+        rule="given", divergence=divergence, temperature=2.0, kd_scale=4.0, beta=0.3, ce_weight=0.0,
+        label_smoothing=0.0, ignore_index=-100,
+    )  # fmt: skip
+    run_forward(student, teachers, torch.zeros(2).long(), w, options, CHOSEN, False)
+    assert logits_bytes(2) == modelled(kd_bytes(student, teachers, counted=2, sweeps=sweeps), 2)
+
+
+@SHAPES
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_what_weighs_nothing_is_not_read(variant, classes, divergence):
     n = 4
     student, teachers, target, w = inputs(n, classes, 3)
     w[1], w[2, 0] = 0, 0
@@ -286,13 +343,13 @@ def test_what_weighs_nothing_is_not_read(variant, classes):
     student[3], teachers[0][3] = float("nan"), float("nan")
     teachers[1][:] = float("nan")
     options = dict(
-        rule="given", divergence="forward_kl", temperature=2.0, kd_scale=4.0, beta=0.0, ce_weight=0.0,
+        rule="given", divergence=divergence, temperature=2.0, kd_scale=4.0, beta=0.3, ce_weight=0.0,
         label_smoothing=0.0, ignore_index=-100,
     )  # fmt: skip
     row_loss, row_stats, gradient = run_forward(student, teachers, target, w, options, variant, variant != STREAM)
-    row = 4 * classes
-    read = logits_bytes(3)
-    assert read == [3 * row, 3 * row, 0, 2 * row]
+    sweeps = 2 if divergence in ELEMENTWISE and variant == STREAM else 1
+    model = kd_bytes(student, teachers, counted=3, used=[3, 0, 2], sweeps=sweeps)
+    assert logits_bytes(3) == modelled(model, 3)
     for x in (row_loss, row_stats, gradient):
         assert x.isfinite().all()
     assert row_loss[3] == 0
@@ -301,29 +358,33 @@ def test_what_weighs_nothing_is_not_read(variant, classes):
 
 def test_without_the_teachers_term_no_teacher_is_read():
     student, teachers, target, w = inputs(4, 100, 2)
-    options = dict(rule="uniform", divergence="forward_kl", temperature=2.0, kd_scale=0.0, **OPTIONS)
-    for variant in (REGISTERS, SHARED, STREAM):
-        run_forward(student, teachers, target, w, options, variant, variant != STREAM)
-        assert logits_bytes(2)[1:] == [0, 0]
+    for divergence in ("forward_kl", "jsd", "dkd"):
+        options = dict(rule="uniform", divergence=divergence, temperature=2.0, kd_scale=0.0, **OPTIONS)
+        for variant in (REGISTERS, SHARED, STREAM):
+            run_forward(student, teachers, target, w, options, variant, variant != STREAM)
+            assert logits_bytes(2)[1:] == [0, 0]
 
 
-def test_backward_reads_everything_once():
+@pytest.mark.parametrize("divergence", FUSED_DIVERGENCES)
+def test_backward_reads_everything_once(divergence):
     student, teachers, target, _ = inputs(4, 2100, 3, (BF16, F32))
-    options = dict(rule="uniform", divergence="forward_kl", temperature=2.0, kd_scale=4.0, **OPTIONS)
+    options = dict(rule="uniform", divergence=divergence, temperature=2.0, kd_scale=4.0, **OPTIONS)
     _, row_stats, _ = run_forward(student, teachers, target, None, options, STREAM, False)
     weights = row_stats[3:6].clone()
     weights[1] = 0
     target[:] = 1
-    row_stats[-1, 2] = 0  # a row that does not count
+    row_stats[6 * 3 + 4, 2] = 0  # a row that does not count
+    ce_weight = 0.0 if divergence == "dkd" else 0.7  # whose gradient is every thread's to look up
     emulator.backward(
-        student, teachers, target, weights, torch.ones(()), row_stats, "forward_kl", 0.0, 2.0, 4.0, 0.7, 0.1,
+        student, teachers, target, weights, torch.ones(()), row_stats, divergence, 0.3, 2.0, 4.0, ce_weight, 0.1,
         [True, True, False, False],
     )  # fmt: skip
-    counted = 3
-    assert logits_bytes(3) == [counted * 2100 * size for size in (2, 4, 0, 4)]
+    model = kd_bytes(student, teachers, counted=3, used=[3, 0, 3], gradients=("student", "teacher 0"))
+    labels = [3 * 2 * 2, 3 * 4, 0, 3 * 4] if divergence == "dkd" else [0] * 4  # the student's for each teacher
+    assert logits_bytes(3) == [bytes + more for bytes, more in zip(modelled(model, 3), labels, strict=True)]
     moved = machine.traffic()
-    assert moved["student_gradient"] == (0, 4 * 2100 * 2)
-    assert moved["teacher_gradient0"] == (0, 4 * 2100 * 4)
+    assert moved["student_gradient"] == (0, model.stores["gradient of student"])
+    assert moved["teacher_gradient0"] == (0, model.stores["gradient of teacher 0"])
 
 
 # ---------- hint

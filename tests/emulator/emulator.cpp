@@ -251,6 +251,8 @@ void wait_for_copies(int pending) {
   }
 }
 
+int shared_memory = 0;
+
 const char* run(LaunchShape shape, void (*body)(const void*, const void*), const void* kernel, const void* args) {
   fault.clear();
   running_body = body;
@@ -295,6 +297,8 @@ void emulator_traffic(int buffer, int64_t* loaded, int64_t* stored) {
   *loaded = buffers[buffer].loaded;
   *stored = buffers[buffer].stored;
 }
+
+void emulator_set_shared_memory(int bytes) { mtkd_fast::emulator::shared_memory = bytes; }
 
 void emulator_set_order(int kind, unsigned seed) {
   mtkd_fast::emulator::order_kind = kind;

@@ -25,6 +25,8 @@ struct Thread {
 };
 extern Thread* current;
 
+extern int shared_memory;  // bytes that a block can have
+
 void barrier(int line);
 void warp_barrier(int line);
 uint32_t shuffle(uint32_t value, int source_lane, int line);
@@ -134,7 +136,7 @@ inline void wait_for_copies() {
 }
 
 inline int64_t max_blocks() { return 5; }  // so few that kernels must loop
-inline int shared_memory_limit(int) { return 227 * 1024; }
+inline int shared_memory_limit(int) { return emulator::shared_memory; }
 inline int multiprocessors(int) { return 1; }
 
 template <typename Args>

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from emulator import layout
 from emulator.machine import launch, library, poisoned, poisoned_like
+from mtkd_fast.schemas.kd import row_stats_size
 
 VARIANTS = ("", "_registers", "_shared", "_stream")  # of kd_forward: chosen by shape, or by name
 
@@ -74,7 +75,7 @@ def forward(
         label_smoothing=label_smoothing, ignore_index=ignore_index, skip_zero_weights=skip_zero_weights,
     )  # fmt: skip
     row_loss = poisoned((args.rows,), torch.float32)
-    row_stats = poisoned((6 * args.teachers + 5, args.rows), torch.float32)
+    row_stats = poisoned((row_stats_size(args.teachers, divergence), args.rows), torch.float32)
     args.row_loss, args.row_stats = row_loss.data_ptr(), row_stats.data_ptr()
     args.keep_stats = keep_stats
     outputs = {"row_loss": row_loss, "row_stats": row_stats, "gradient": gradient}

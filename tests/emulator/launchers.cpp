@@ -29,7 +29,7 @@ int64_t size_of_attention_pairs() { return sizeof(AttentionPairs<float>); }
 int fits_on_chip(const KDForward<float>* args) { return kd_fits_on_chip(*args, args->rule, 0); }
 
 const char* kd_forward(const KDForward<float>* args) { return kd_forward_cuda(*args, 0, nullptr); }
-const char* kd_forward_registers(const KDForward<float>* args) { return kd_forward_in_registers(*args, nullptr); }
+const char* kd_forward_registers(const KDForward<float>* args) { return kd_forward_in_registers(*args, 0, nullptr); }
 const char* kd_forward_shared(const KDForward<float>* args) { return kd_forward_in_shared_memory(*args, 0, nullptr); }
 const char* kd_forward_stream(const KDForward<float>* args) { return kd_forward_streaming(*args, 0, nullptr); }
 const char* kd_backward(const KDBackward<float>* args) { return kd_backward_cuda(*args, 0, nullptr); }

@@ -7,7 +7,9 @@ from torch import Tensor
 
 MAX_TEACHERS = 64
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-DIVERGENCES = {"forward_kl": 0, "reverse_kl": 1}  # those with CUDA kernels
+DIVERGENCES = {
+    "forward_kl": 0, "reverse_kl": 1, "dkd": 2, "jsd": 3, "tvd": 4, "skew_kl": 5, "skew_reverse_kl": 6,
+}  # fmt: skip
 DISTANCES = {"mse": 0, "smooth_l1": 1, "cosine": 2}
 RULES = {"uniform": 0, "given": 1, "confidence": 2, "entropy": 3}
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from emulator.build import KERNELS, shared_library
 
 ORDERS = {"forward": 0, "reverse": 1, "shuffled": 2}
+SHARED_MEMORY = 227 * 1024  # of a block, on sm_90
 
 
 class EmulatorError(RuntimeError):
@@ -24,6 +25,7 @@ def library(*sources: Path) -> ctypes.CDLL:
     lib.emulator_add_buffer.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
     lib.emulator_traffic.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_int64), ctypes.POINTER(ctypes.c_int64)]
     lib.emulator_set_order.argtypes = [ctypes.c_int, ctypes.c_uint]
+    lib.emulator_set_shared_memory(SHARED_MEMORY)
     return lib
 
 
@@ -36,6 +38,16 @@ def use_order(order: str, seed: int = 0, lib: ctypes.CDLL | None = None) -> Iter
         yield
     finally:
         lib.emulator_set_order(ORDERS["forward"], 0)
+
+
+@contextmanager
+def use_shared_memory(size: int) -> Iterator[None]:
+    """As on a device with ``size`` bytes of shared memory to a block."""
+    library().emulator_set_shared_memory(size)
+    try:
+        yield
+    finally:
+        library().emulator_set_shared_memory(SHARED_MEMORY)
 
 
 def span(x: Tensor) -> int:
