@@ -21,6 +21,12 @@ def tensor(name: str, value: object) -> Tensor:
     return value
 
 
+def sequence(name: str, value: object, of: str) -> Sequence:
+    if isinstance(value, Tensor | str) or not isinstance(value, Sequence):
+        raise TypeError(f"{name} must be a sequence of {of}, got {type(value).__name__}")
+    return value
+
+
 def one_of(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
@@ -275,10 +281,8 @@ def feature_pairs(
 
     ``own_channels``: of maps [N, C, ...], whose C may differ.
     """
-    for name, value in ((argument, student), ("teacher_features", teacher)):
-        if isinstance(value, Tensor) or not isinstance(value, Sequence):
-            raise TypeError(f"{name} must be a sequence of K tensors, got {type(value).__name__}")
-    students, teachers = list(student), list(teacher)
+    students = list(sequence(argument, student, "K tensors"))
+    teachers = list(sequence("teacher_features", teacher, "K tensors"))
     if not 1 <= len(students) <= MAX_TEACHERS:
         raise ValueError(f"{argument} must hold 1 to {MAX_TEACHERS} tensors, got {len(students)}")
     if len(students) != len(teachers):
@@ -322,13 +326,18 @@ def hint_weights(value: object, students: list[Tensor]) -> Tensor | None:
     return weight
 
 
+def embedding(name: str, value: object) -> Tensor:
+    """[B, ...]"""
+    x = tensor(name, value)
+    logits_dtype(name, x)
+    if x.dim() < 2:
+        raise ValueError(f"{name} must have shape [B, ...], embeddings of B samples, got {tuple(x.shape)}")
+    return x
+
+
 def embeddings(student: object, teacher: object) -> tuple[Tensor, Tensor]:
     """[B, ...] each, one B -> [B, D]."""
-    pair = tensor("student", student), tensor("teacher", teacher)
-    for name, x in zip(("student", "teacher"), pair, strict=True):
-        logits_dtype(name, x)
-        if x.dim() < 2:
-            raise ValueError(f"{name} must have shape [B, ...], embeddings of B samples, got {tuple(x.shape)}")
+    pair = embedding("student", student), embedding("teacher", teacher)
     if len(pair[0]) != len(pair[1]) or len(pair[0]) == 0:
         raise ValueError(
             f"teacher must hold as many samples as student, one or more, got {len(pair[1])} and {len(pair[0])}"

@@ -201,9 +201,18 @@ def test_one_graph():
         (dict(representations=torch.zeros(2, N, C)), TypeError, "representations must be a sequence of M tensors"),
         (dict(representations=[torch.zeros(N, C)]), ValueError, "representations must hold 2 tensors"),
         (dict(representations=[None, None]), TypeError, r"representations\[0\] must be a tensor, got NoneType"),
+        (dict(representations="ab"), TypeError, "representations must be a sequence of M tensors, got str"),
+        (dict(representations=[torch.zeros(N, 2), torch.zeros(N)]), ValueError,
+         r"representations\[1\] must have shape \[B, ...\], embeddings of B samples, got \(5,\)"),
+        (dict(representations=[torch.zeros(N, 2), torch.zeros(N, 2).long()]), TypeError,
+         r"representations\[1\] must be float32, .* got torch.int64"),
+        (dict(representations=[torch.zeros(N, 2), torch.zeros(3, 2)]), ValueError,
+         r"representations\[1\] must hold 5 samples like representations\[0\], got \(3, 2\)"),
+        (dict(representations=[torch.zeros(N, 2), torch.zeros(N, 2, device="meta")]), ValueError,
+         r"representations\[1\] must be on cpu like representations\[0\], got meta"),
         (dict(return_losses=1), TypeError, "return_losses must be True or False, got int"),
     ],
-)
+)  # fmt: skip
 def test_bad_arguments_are_named(change, error, message):
     call = dict(student_logits=[torch.zeros(N, C)] * 2, target=torch.zeros(N).long())
     call |= dict(self_logits=[torch.zeros(N, C)] * 2) | change

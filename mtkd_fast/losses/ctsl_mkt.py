@@ -145,13 +145,19 @@ class CTSLMKTLoss(DistillationLoss):
     def _representations(self, representations: object, students: list[Tensor]) -> list[Tensor]:
         if representations is None:
             return students
-        if not isinstance(representations, Sequence):
-            raise TypeError(f"representations must be a sequence of M tensors, got {type(representations).__name__}")
-        if len(representations) != len(students):
+        points = list(checks.sequence("representations", representations, "M tensors"))
+        if len(points) != len(students):
             raise ValueError(
-                f"representations must hold {len(students)} tensors like student_logits, got {len(representations)}"
+                f"representations must hold {len(students)} tensors like student_logits, got {len(points)}"
             )
-        return [checks.tensor(f"representations[{k}]", x) for k, x in enumerate(representations)]
+        for k, x in enumerate(points):
+            name = f"representations[{k}]"
+            checks.same_device(name, checks.embedding(name, x), points[0], "representations[0]")
+            if len(x) != len(points[0]):
+                raise ValueError(
+                    f"{name} must hold {len(points[0])} samples like representations[0], got {tuple(x.shape)}"
+                )
+        return points
 
     def _relations(self, points: list[Tensor]) -> list[Tensor]:
         """L_DD + β1 · L_AD of every student, the mean over its peers."""
