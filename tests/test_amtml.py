@@ -299,7 +299,11 @@ REFUSED = [
     ("feature width", lambda b: (*b[:3], b[3][:, :2], *b[4:]), ValueError, r"feature must have shape \[N, 5\]"),
     ("feature batch", lambda b: (*b[:3], b[3][:2], *b[4:]), ValueError, "feature must hold 6 samples"),
     ("no feature", lambda b: (*b[:3], None, *b[4:]), TypeError, "feature must be a tensor, got NoneType"),
-    ("no target", lambda b: (*b[:2], None, *b[3:]), ValueError, r"target \[N\]"),
+    ("no target", lambda b: (*b[:2], None, *b[3:]), TypeError, "target must be a tensor, got NoneType"),
+    ("sequences", lambda b: (b[0][None], [t[None] for t in b[1]], *b[2:]), ValueError,
+     r"student_logits must have shape \[N, C\], got \(1, 6, 7\)"),
+    ("taps of no sequence", lambda b: (*b[:4], 3, b[5]), TypeError,
+     "student_features must be a sequence of taps, got int"),
     ("no taps", lambda b: b[:4], ValueError, "student_features and teacher_features must be there"),
     ("too few maps", lambda b: (*b[:5], b[5][:1]), ValueError, "teacher_features 3 maps, got 3 and 1"),
     ("maps of another size", lambda b: (*b[:5], [b[5][0][..., :2], *b[5][1:]]), ValueError,
@@ -337,7 +341,63 @@ def test_bad_modules_are_named():
         InstanceWeights(65, D)
     with pytest.raises(TypeError, match="feature_dim must be an integer"):
         InstanceWeights(K, 2.0)
+    with pytest.raises(TypeError, match=r"teacher_channels\[0\] must be an integer, got float"):
+        GroupHints([3, 4], [5.0])
+    with pytest.raises(TypeError, match="student_channels must be a sequence of numbers of channels, got int"):
+        GroupHints(3, [5])
+    with pytest.raises(ValueError, match=r"teacher_channels\[0\] must be a finite number > 0, got 0"):
+        GroupHints([3], [0])
+    with pytest.raises(TypeError, match=r"groups\[0\] must be an integer, got str"):
+        GroupHints([3, 4], [5], groups=["last"])
     with pytest.raises(ValueError, match="groups must hold one index below 2"):
         GroupHints([3, 4], [5], groups=[2])
     with pytest.raises(ValueError, match="stage must be 1 or 2, got 3"):
         AMTMLKDLoss(K, D).set_stage(3)
+
+
+@pytest.mark.parametrize(
+    ("taps", "maps", "error", "message"),
+    [
+        ([torch.zeros(N, 4, 3, 3)], torch.zeros(1, N, 6, 3, 3), TypeError,
+         "teacher_features must be a sequence of maps, got Tensor"),
+        ([None], [torch.zeros(N, 6)], TypeError, r"student_features\[0\] must be a tensor, got NoneType"),
+        ([torch.zeros(N, 4)], [torch.zeros(N, 6)], ValueError,
+         r"student_features\[0\] must have shape \[N, 4, H, W\], got \(6, 4\)"),
+        ([torch.zeros(N, 5, 3, 3)], [torch.zeros(N, 6)], ValueError,
+         r"student_features\[0\] must have shape \[N, 4, H, W\], got \(6, 5, 3, 3\)"),
+        ([torch.zeros(N, 4, 3, 3).long()], [torch.zeros(N, 6)], TypeError, r"student_features\[0\] must be float32, "),
+        ([torch.zeros(N, 4, 3, 3).double()], [torch.zeros(N, 6)], TypeError,
+         r"student_features\[0\] must be torch.float32 like the adapter, or narrower, got torch.float64"),
+        ([torch.zeros(N, 4, 3, 3)], [torch.zeros(N, 6, 3)], ValueError,
+         r"teacher_features\[0\] must have shape \[N, 6\] or \[N, 6, H, W\], got \(6, 6, 3\)"),
+        ([torch.zeros(N, 4, 3, 3)], [torch.zeros(N, 6).int()], TypeError, r"teacher_features\[0\] must be float32, "),
+    ],
+)  # fmt: skip
+def test_bad_taps_and_maps_are_named(taps, maps, error, message):
+    with pytest.raises(error, match=message):
+        GroupHints([4], [6])(taps, maps)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_features_meet_adapters_in_float32(dtype, autocast):
+    """As an autocast student hands them over, a pixel of zeros among them; the loss may be taken outside autocast."""
+    hints = GroupHints([4], [6])
+    nn.init.normal_(hints.adapters[0].weight)
+    tap, teacher = torch.randn(N, 4, 3, 3).to(dtype), torch.randn(N, 6, 3, 3).to(dtype)
+    tap[0, :, 0, 0] = 0
+    tap.requires_grad_()
+    wide = tap.detach().float().requires_grad_()
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        loss = hints([tap], [teacher])
+    right = hints([wide], [teacher.float()])
+    assert loss.dtype == torch.float32
+    exact = {} if not autocast else dict(rtol=3 * torch.finfo(dtype).eps, atol=0)
+    torch.testing.assert_close(loss, right, **exact)
+    found, wanted = (torch.autograd.grad(x, (y, hints.adapters[0].weight)) for x, y in ((loss, tap), (right, wide)))
+    assert found[0].dtype == dtype
+    assert (found[0][0, :, 0, 0] == 0).all()
+    assert found[0].isfinite().all()
+    if not autocast:
+        torch.testing.assert_close(found[0], wanted[0].to(dtype))
+        torch.testing.assert_close(found[1], wanted[1])
