@@ -80,7 +80,7 @@ def test_alpha_starts_at_zero_and_is_an_ordinary_parameter_by_path(inputs):
     other.load_state_dict(loss.state_dict())
     assert other.alpha["layers"].tolist() == [0.0, 1.0, 2.0]
     assert other.alpha["logits"].item() == 3.0
-    with pytest.raises(RuntimeError, match="Missing key.*alpha.other"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*alpha\.other"):
         AdaptiveDistillationLoss({"layers": 3, "other": 1}).load_state_dict(loss.state_dict())
 
 
