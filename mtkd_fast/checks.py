@@ -97,9 +97,6 @@ def student_logits(value: object, class_dim: int = -1) -> Tensor:
     """As a view with the classes last."""
     student = tensor("student_logits", value)
     logits_dtype("student_logits", student)
-    integer("class_dim", class_dim)
-    if student.dim() and not -student.dim() <= class_dim < student.dim():
-        raise ValueError(f"class_dim must be a dimension of student_logits {tuple(student.shape)}, got {class_dim}")
     rows_of_logits("student_logits", student, class_dim)
     return classes_last(student, class_dim)
 
@@ -109,6 +106,9 @@ def classes_last(logits: Tensor, class_dim: int) -> Tensor:
 
 
 def rows_of_logits(name: str, value: Tensor, class_dim: int = -1) -> None:
+    integer("class_dim", class_dim)
+    if value.dim() and not -value.dim() <= class_dim < value.dim():
+        raise ValueError(f"class_dim must be a dimension of {name} {tuple(value.shape)}, got {class_dim}")
     if value.dim() == 0 or value.shape[class_dim] == 0:
         expected = "[..., C]" if class_dim == -1 else f"[..., C, ...], C in dimension {class_dim},"
         raise ValueError(f"{name} must have shape {expected} with C >= 1, got {tuple(value.shape)}")
@@ -145,13 +145,13 @@ def teacher_logits(value: object, student: Tensor, class_dim: int = -1) -> list[
     return [classes_last(teacher, class_dim) for teacher in teachers]
 
 
-def mutual_students(value: object) -> list[Tensor]:
-    """M tensors [..., C], or one [M, ..., C]: students that teach each other."""
+def mutual_students(value: object, class_dim: int = -1) -> list[Tensor]:
+    """M tensors [..., C], or one [M, ..., C]: students that teach each other, as views with the classes last."""
     students = teacher_sequence(value, "student_logits", "students", fewest=2)
-    rows_of_logits("student_logits[0]", students[0])
+    rows_of_logits("student_logits[0]", students[0], class_dim)
     for i, student in enumerate(students):
         logits_like(f"student_logits[{i}]", student, students[0], "student_logits[0]")
-    return students
+    return [classes_last(student, class_dim) for student in students]
 
 
 def pair_weights(value: object, students: list[Tensor]) -> Tensor | None:
@@ -250,6 +250,19 @@ def row_weights(value: object, student: Tensor) -> Tensor | None:
     same_device("row_weights", weight, student)
     no_gradient("row_weights", weight)
     return weight
+
+
+def row_mask(value: object, samples: Tensor) -> Tensor | None:
+    """[B] bool beside ``samples`` [B, ...]."""
+    if value is None:
+        return None
+    mask = tensor("row_mask", value)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"row_mask must be bool, got {mask.dtype}")
+    if tuple(mask.shape) != (len(samples),):
+        raise ValueError(f"row_mask must have shape ({len(samples)},), one a sample, got {tuple(mask.shape)}")
+    same_device("row_mask", mask, samples, "student")
+    return mask
 
 
 def num_items(value: object, student: Tensor, reduction: str) -> float | Tensor | None:

@@ -68,7 +68,8 @@ def hint_term(loss, taps, maps, lambdas):
 
 def by_hand(
     loss, student, teachers, target, feature, taps=None, maps=None, *,
-    tau=5.0, a=0.7, mean=False, ce_tau=1.0, log_probabilities=False, weigh=False, regularised=True,
+    tau=5.0, a=0.7, mean=False, ce_tau=1.0, log_probabilities=False, probabilities=False, weigh=False,
+    regularised=True,
 ):  # fmt: skip
     theta, w = loss.weights.theta, loss.weights.W
     kd, ce, mixtures, mus = 0, 0, [], []
@@ -82,6 +83,7 @@ def by_hand(
     total = 2 * a * tau**2 * kd + (1 - a) * ce
     pbar = torch.stack(mixtures)
     s = (student / tau).log_softmax(-1) if log_probabilities else student
+    s = (student / tau).softmax(-1) if probabilities else s
     for relation in (distances, angles):
         total = total + mean_huber([x - y for x, y in zip(relation(s), relation(pbar), strict=True)])
     if taps is not None:
@@ -109,6 +111,7 @@ def assert_same(loss, got, right, leaves):
         (dict(reduction="mean"), dict(mean=True)),
         (dict(ce_temperature=3.0), dict(ce_tau=3.0)),
         (dict(relation_on="log_probabilities"), dict(log_probabilities=True)),
+        (dict(relation_on="probabilities"), dict(probabilities=True)),
         (dict(weigh_hints=True), dict(weigh=True)),
         (dict(official_code=True, reduction="batchmean"), dict(ce_tau=5.0, log_probabilities=True)),
     ],
@@ -188,11 +191,13 @@ def test_instance_weights_take_maps_by_their_maximum_and_are_seeded():
     assert a(maps.bfloat16()).dtype == torch.float32
 
 
-def test_ignored_rows_count_in_the_relations_alone(batch):
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("relation_on", ["logits", "log_probabilities", "probabilities"])
+def test_ignored_rows_count_in_no_term(batch, relation_on, implementation):
     student, teachers, target, feature, taps, maps = batch
     target[2] = -100
     kept = [n for n in range(N) if n != 2]
-    loss = make(distance_weight=0.0, angle_weight=0.0)
+    loss = make(implementation, relation_on=relation_on)
     fewer = loss(
         student[kept], [t[kept] for t in teachers], target[kept], feature[kept], [f[kept] for f in taps],
         [g[kept] for g in maps],
@@ -200,17 +205,47 @@ def test_ignored_rows_count_in_the_relations_alone(batch):
     torch.testing.assert_close(loss(*batch), fewer, rtol=1e-12, atol=0)
 
 
-def test_what_an_ignored_row_holds_reaches_nobody(batch):
-    student, _, target, feature, taps, _ = batch
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("relation_on", ["logits", "log_probabilities", "probabilities"])
+def test_what_an_ignored_row_holds_reaches_nobody(batch, relation_on, implementation):
+    student, teachers, target, feature, taps, _ = batch
     target[2] = -100
     with torch.no_grad():
-        for x in (student, feature, *taps):
+        for x in (student, *teachers, feature, *taps):
             x[2] = math.nan
-    loss = make(distance_weight=0.0, angle_weight=0.0)
+    loss = make(implementation, relation_on=relation_on)
     value = loss(*batch)
     assert value.isfinite()
     leaves = [student, feature, *taps, *loss.parameters()]
     assert all(g.isfinite().all() for g in torch.autograd.grad(value, leaves))
+
+
+@pytest.mark.parametrize("relation_on", ["logits", "log_probabilities"])
+def test_a_class_that_every_row_excludes_adds_nothing_to_the_relations(batch, relation_on):
+    student, teachers, target, feature, *_ = batch
+    without = [n for n in range(C) if n != 3]
+    target[:] = target.clamp(max=2)
+    for logits in (student, *teachers):
+        logits.data[:, 3] = -math.inf
+    loss = make(with_hints=False, relation_on=relation_on)
+    fewer = student.detach()[:, without].requires_grad_()
+    got = loss(student, teachers, target, feature)
+    right = loss(fewer, [t[:, without] for t in teachers], target, feature)
+    torch.testing.assert_close(got, right, rtol=1e-12, atol=0)
+    (found,), (wanted,) = torch.autograd.grad(got, student), torch.autograd.grad(right, fewer)
+    torch.testing.assert_close(found[:, without], wanted, rtol=1e-9, atol=1e-12)
+    assert (found[:, 3] == 0).all()
+
+
+def test_classes_that_some_rows_exclude_have_relations_of_probabilities(batch):
+    student, teachers, target, feature, *_ = batch
+    target[0] = 0
+    for logits in (student, *teachers):
+        logits.data[0, 3] = -math.inf
+    assert make(with_hints=False)(student, teachers, target, feature).isnan()
+    loss = make(with_hints=False, relation_on="probabilities")(student, teachers, target, feature)
+    assert loss.isfinite()
+    assert torch.autograd.grad(loss, student)[0].isfinite().all()
 
 
 def test_a_pooled_vector_is_a_map_of_one_pixel():

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from mtkd_fast import checks
 from mtkd_fast.hint import hint_loss
 from mtkd_fast.kd import multi_teacher_kd_loss
-from mtkd_fast.losses.module import DistillationLoss, share_of_rows
+from mtkd_fast.losses.module import DistillationLoss, relation_points, share_of_rows
 from mtkd_fast.mixture import ensemble_probabilities, mixture_divergence
 from mtkd_fast.paths import unit
 from mtkd_fast.reference.kd import compute_dtype
 from mtkd_fast.relation import rkd_angle_loss, rkd_distance_loss
 
 REDUCTIONS = ("batchmean", "mean")
-RELATION_INPUTS = ("logits", "log_probabilities")
+RELATION_INPUTS = ("logits", "log_probabilities", "probabilities")
 
 
 class InstanceWeights(nn.Module):
@@ -189,8 +189,11 @@ class AMTMLKDLoss(DistillationLoss):
             "batchmean", with ``official_code`` "mean".
         ce_temperature: of the hard label. None: 1, with ``official_code`` τ (its logits are overwritten by
             log_softmax(s/τ) before both the cross-entropy and the relations).
-        relation_on: what of the student is compared: "logits" or "log_probabilities", log softmax(s/τ). None: "logits",
-            with ``official_code`` "log_probabilities".
+        relation_on: what of the student is compared: "logits", "log_probabilities", log softmax(s/τ), or
+            "probabilities", softmax(s/τ) (ours: what is compared of the teachers). None: "logits", with
+            ``official_code`` "log_probabilities". In the first two a class that the student excludes (a logit of −inf)
+            in every row that counts adds nothing; one that it excludes in some of them alone is infinitely far from
+            the others, and the loss is NaN: take "probabilities" there.
         weigh_hints: λ_j is the mean of mu_j over the batch, a constant, instead of 1. The official code computes it and
             leaves it unused: False.
         detach_features_for_weights, seed: as in :class:`InstanceWeights`.
@@ -200,7 +203,7 @@ class AMTMLKDLoss(DistillationLoss):
 
     Called with student_logits [N, C], teacher_logits (K tensors or [K, N, C]), target [N], feature [N, d] (or a map),
     and, with hints in stage 1, student_features (taps) and teacher_features (a map each). Rows whose target is ignored
-    (-100) count in no term but the relations, which know no labels.
+    (-100) count in no term, and what they hold reaches none.
 
     Stages: 1, the default, trains student, mu and adapters together. ``set_stage(2)`` freezes theta, W and the adapters
     (``requires_grad`` is False, so wrap in DistributedDataParallel after it), and leaves out hints and regulariser. The
@@ -302,7 +305,7 @@ class AMTMLKDLoss(DistillationLoss):
         mu = self.weights(without_ignored(feature, labels))
         if mu.shape[1] != len(student):
             raise ValueError(f"feature must hold {len(student)} samples like student_logits, got {mu.shape[1]}")
-        loss = self._on_logits(student, teachers, labels, mu) + self._relations(student, teachers, mu)
+        loss = self._on_logits(student, teachers, labels, mu) + self._relations(student, teachers, labels, mu)
         if self.stage == 2:
             return loss
         return (
@@ -333,22 +336,24 @@ class AMTMLKDLoss(DistillationLoss):
         classes = student.shape[1] if self.reduction == "mean" else 1
         return 2 * self.temperature**2 / classes * rows.sum() / counted.sum().clamp(min=1)
 
-    def _relations(self, student: Tensor, teachers: list[Tensor], mu: Tensor) -> Tensor | float:
+    def _relations(self, student: Tensor, teachers: list[Tensor], target: Tensor, mu: Tensor) -> Tensor | float:
         if self.distance_weight == self.angle_weight == 0 or len(student) == 0:
             return 0.0
         with torch.no_grad():
             mixture = ensemble_probabilities(
                 teachers, weights=mu, temperature=self.temperature, implementation=self.implementation
             )
-        if self.relation_on == "log_probabilities":
-            student = (student.to(compute_dtype(student)) / self.temperature).log_softmax(-1)
+        if self.relation_on != "logits":
+            tempered = without_ignored(student, target).to(compute_dtype(student)) / self.temperature
+            logarithms = self.relation_on == "log_probabilities"
+            student = tempered.log_softmax(-1) if logarithms else tempered.softmax(-1)
+        options = dict(row_mask=target != -100, implementation=self.implementation)
+        student = relation_points(student, options["row_mask"])
         loss = 0.0
         if self.distance_weight != 0:
-            distance = rkd_distance_loss(student, mixture, implementation=self.implementation)
-            loss = loss + self.distance_weight * distance
+            loss = loss + self.distance_weight * rkd_distance_loss(student, mixture, **options)
         if self.angle_weight != 0:
-            angle = rkd_angle_loss(student, mixture, implementation=self.implementation)
-            loss = loss + self.angle_weight * angle
+            loss = loss + self.angle_weight * rkd_angle_loss(student, mixture, **options)
         return loss
 
     def _hints(
