@@ -56,11 +56,12 @@ def backward(teachers, weights, upstream, row_stats, temperature, skip_zero_weig
 def divergence(student, teachers, weights, temperature, skip_zero_weights, write_gradient):
     """-> KL(pbar‖q) [...], row_stats [6K + 5, N], the student's gradient, which is empty if not asked for."""
     args, inputs = arguments(layout.MixtureDivergence, teachers, weights, temperature, skip_zero_weights)
-    args.student = layout.logits(layout.rows_of(student))
+    rows = layout.rows_of(student)  # a copy where its rows take more than two strides
+    args.student = layout.logits(rows)
     value, row_stats = poisoned(student.shape[:-1], F32), poisoned((6 * args.teachers + 5, args.rows), F32)
     gradient = poisoned(student.shape if write_gradient else (0,), student.dtype)
     args.divergence, args.row_stats = value.data_ptr(), row_stats.data_ptr()
     args.gradient = gradient.data_ptr() if write_gradient else None
     outputs = {"divergence": value, "row_stats": row_stats, "gradient": gradient}
-    launch("mixture_divergence", args, inputs | {"student": student}, outputs)
+    launch("mixture_divergence", args, inputs | {"student": rows}, outputs)
     return value, row_stats, gradient
