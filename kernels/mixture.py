@@ -4,8 +4,9 @@ A program holds whole rows up to ON_CHIP_CLASSES classes, longer ones in tiles. 
 
     probabilities   K + 1 on chip; else 2K + 1: the states of a row come from a first sweep
     backward        K + 1 reads; a teacher's gradient reads it and the upstream again, from cache, and writes
-    divergence      K + 1 reads for the states, K + 1 for the value and one write, the student's gradient; the second
-                    reads of rows on chip come from L1 or L2. A third, of the teachers, where weights want a gradient
+    divergence      K + 1 reads for the states, K + 1 for the value and one write, the gradient of a float32 student
+                    (kd_backward makes that of another with its upstream); the second reads of rows on chip come from
+                    L1 or L2. A third, of the teachers, where weights want a gradient
 """
 
 from collections.abc import Sequence

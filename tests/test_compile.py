@@ -231,7 +231,10 @@ def values(requires_grad: bool, divergence: str) -> dict:
     )  # fmt: skip
     student_logits = student
     student, teacher = torch.randn(N, 4, requires_grad=requires_grad), torch.randn(N, 3)
-    relations = dict(student=student, teacher=teacher, relation="angle", write_gradient=True)
+    relations = dict(
+        student=student, teacher=teacher, row_mask=torch.arange(N) % 3 != 1, relation="angle", write_gradient=True,
+        points=[student, torch.randn(N, 2)], angle_weight=0.5, needs=[True, False],
+    )  # fmt: skip
     students = [z.detach().requires_grad_(requires_grad) for z in (student_logits, *teachers)]
     mutuals = dict(
         students=students, pair_weights=torch.rand(4, 4), row_weights=torch.rand(N), num_items=torch.tensor(5.0),
