@@ -4,7 +4,6 @@ A, on chip: whole rows in registers, the gradient written in the forward, K + 2 
 B, streaming: tiles, O(N·K) numbers saved, the backward recomputes, 2K + 3.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from .kd_backward import kd_backward
 from .kd_on_chip import kd_on_chip
 from .kd_rescale import kd_rescale
 from .kd_streaming import kd_streaming
-from .logits import as_arguments, check_dtypes, layout
+from .logits import along_pixels, as_arguments, check_dtypes, layout
 from .rows import per_teacher_strides, row_stats_size
 from .weights import WEIGHT_RULES
 
@@ -25,6 +24,10 @@ ON_CHIP_CLASSES = 8192  # of one row in the registers of a program of 8 warps
 WIDE, NARROW = 1024, 512  # columns of a row per warp: 32 a thread cost the fewest instructions, 16 the fewest registers
 SMALL_TILE = 256  # elements of a program of many short rows
 FEW_ROWS, VERY_FEW_ROWS = 2048, 512  # below, more warps share a row, so that the machine is full
+ON_CHIP_CLASSES_OF_PIXELS = 512  # likewise, of 16 pixels, whose 32 bytes of bf16 a class are the least worth a read
+CLASSES_OF_PIXELS = 32  # of a tile that need not hold all of them
+PIXEL_TILE, MOST_PIXELS = 2048, 512  # elements of a program of few classes: with 32, 64 pixels, 128 bytes of bf16
+LINE = 32  # pixels of a program of many classes, as long as they fit
 
 
 class Tiles(NamedTuple):
@@ -50,25 +53,30 @@ class Launch(NamedTuple):
             self.kernel[self.grid](**self.arguments, num_warps=self.num_warps)
 
 
-def fits_on_chip(n_classes: int) -> bool:
-    """Whether the forward can write the student's gradient (strategy A), for any K, rule and divergence."""
-    return n_classes <= ON_CHIP_CLASSES
+def most_on_chip(student: Tensor) -> int:
+    """The most classes of which the forward can write the student's gradient (strategy A)."""
+    return ON_CHIP_CLASSES_OF_PIXELS if along_pixels(student) else ON_CHIP_CLASSES
+
+
+def fits_on_chip(student: Tensor) -> bool:
+    """For any K, rule and divergence."""
+    return student.shape[-1] <= most_on_chip(student)
 
 
 def strategy(
-    n_rows: int, n_classes: int, n_teachers: int, rule: str, divergence: str, write_gradient: bool
-) -> Tiles:  # fmt: skip
-    """The forward's kernel and its tiles."""
+    student: Tensor, n_teachers: int, rule: str, divergence: str, write_gradient: bool
+) -> tuple[Any, int, int]:
+    """The forward's kernel, the elements of a warp, and how many warps may share a row."""
+    n_rows, n_classes = student.shape[:-1].numel(), student.shape[-1]
     if not write_gradient:
-        num_warps = 1 if n_rows >= FEW_ROWS else 4 if n_rows >= VERY_FEW_ROWS else 8
-        return tiles(kd_streaming, n_classes, WIDE, num_warps)
-    if not fits_on_chip(n_classes):
-        raise ValueError(f"write_gradient takes at most {ON_CHIP_CLASSES} classes in Triton, got {n_classes}")
+        return kd_streaming, WIDE, 1 if n_rows >= FEW_ROWS else 4 if n_rows >= VERY_FEW_ROWS else 8
+    if not fits_on_chip(student):
+        raise ValueError(f"write_gradient takes at most {most_on_chip(student)} classes in Triton, got {n_classes}")
     if divergence not in ("forward_kl", "reverse_kl"):  # probabilities and logarithms of both sides at once
-        return tiles(kd_on_chip, n_classes, NARROW, 16)
+        return kd_on_chip, NARROW, 16
     two = two_accumulators(rule, n_teachers)
     crowded = n_teachers > 3 or (two and (divergence == "reverse_kl" or rule == "entropy"))
-    return tiles(kd_on_chip, n_classes, NARROW if crowded and n_classes <= 8 * NARROW else WIDE, 8)
+    return kd_on_chip, NARROW if crowded and n_classes <= 8 * NARROW else WIDE, 8
 
 
 def two_accumulators(rule: str, n_teachers: int) -> bool:
@@ -76,10 +84,28 @@ def two_accumulators(rule: str, n_teachers: int) -> bool:
     return rule in ("confidence", "entropy") and n_teachers > 1
 
 
-def tiles(kernel: Any, n_classes: int, columns_per_warp: int, most_warps: int) -> Tiles:
-    """Many short rows to a program, or one row, or one row in tiles."""
-    block_c = min(triton.next_power_of_2(n_classes), columns_per_warp * most_warps)
-    return Tiles(kernel, max(1, SMALL_TILE // block_c), block_c, max(1, block_c // columns_per_warp))
+def tiles(kernel: Any, n_classes: int, per_warp: int, most_warps: int, pixels: int = 0) -> Tiles:
+    """Many short rows to a program, or one row, or one row in tiles; of ``pixels`` that follow each other, lines."""
+    block_c = min(triton.next_power_of_2(n_classes), per_warp * most_warps)
+    block_n = max(1, SMALL_TILE // block_c)
+    if pixels:
+        pixels, block_c = triton.next_power_of_2(pixels), triton.next_power_of_2(n_classes)
+        if kernel is not kd_on_chip:
+            block_c = min(block_c, max(CLASSES_OF_PIXELS, PIXEL_TILE // pixels))
+        block_n = min(pixels, max(PIXEL_TILE // block_c, LINE), ON_CHIP_CLASSES // block_c, MOST_PIXELS)
+    return Tiles(kernel, block_n, block_c, max(1, block_n * block_c // per_warp))
+
+
+def launch(choice: tuple[Any, int, int], arguments: dict[str, Any]) -> Launch:
+    """A kernel, the elements of a warp and the warps that may share a row: on tiles for what the arguments are."""
+    n_rows, n_classes, inner = (arguments[name] for name in ("n_rows", "n_classes", "inner"))
+    kernel, *of_warps = choice
+    plan = tiles(kernel, n_classes, *of_warps, inner if arguments["PIXELS"] else 0)
+    outer, length = (n_rows // inner, inner) if arguments["PIXELS"] else (1, n_rows)
+    programs = outer * triton.cdiv(length, plan.block_n)
+    if kernel is kd_backward:
+        programs *= triton.cdiv(n_classes, plan.block_c)
+    return Launch(kernel, (programs,), arguments | dict(BLOCK_N=plan.block_n, BLOCK_C=plan.block_c), plan.num_warps)
 
 
 def forward(
@@ -92,7 +118,7 @@ def forward(
     n_rows, n_teachers = student.shape[:-1].numel(), len(teachers)
     row_loss = student.new_empty(n_rows, dtype=torch.float32)
     row_stats = student.new_empty((row_stats_size(n_teachers, divergence), n_rows), dtype=torch.float32)
-    gradient = student.new_empty(student.shape if write_gradient else 0)
+    gradient = torch.empty_like(student) if write_gradient else student.new_empty(0)
     if n_rows > 0:
         forward_launch(
             student, teachers, target, weights, row_weights, items, row_loss, row_stats, gradient,
@@ -109,12 +135,11 @@ def forward_launch(
     rule: str, divergence: str, beta: float, temperature: float, kd_scale: float, ce_weight: float,
     label_smoothing: float, ignore_index: int, skip_zero_weights: bool, write_gradient: bool,
 ) -> Launch:  # fmt: skip
-    n_classes = student.shape[-1]
-    plan = strategy(row_loss.numel(), n_classes, len(teachers), rule, divergence, write_gradient)
     given, given_strides = per_teacher_strides(weights) if rule == "given" and kd_scale != 0 else (None, None)
     arguments = common_arguments(
-        student, teachers, divergence, beta, temperature, kd_scale, ce_weight, label_smoothing, plan
-    )
+        student, teachers, divergence, beta, temperature, kd_scale, ce_weight, label_smoothing,
+        gradient if write_gradient else None,
+    )  # fmt: skip
     arguments |= dict(
         target=None if target is None else target.reshape(-1).to(torch.int64).contiguous(),
         row_weights=None if row_weights is None else row_weights.reshape(-1).to(torch.float32).contiguous(),
@@ -124,28 +149,36 @@ def forward_launch(
         RULE=WEIGHT_RULES[rule], SKIP_ZERO=rule == "given" and skip_zero_weights,
     )  # fmt: skip
     if write_gradient:
-        arguments |= dict(gradient=gradient, PAIR=two_accumulators(rule, len(teachers)))
-    grid = (triton.cdiv(row_loss.numel(), plan.block_n),)
-    return Launch(plan.kernel, grid, arguments, plan.num_warps)
+        arguments |= dict(PAIR=two_accumulators(rule, len(teachers)))
+    else:
+        del arguments["gradient"], arguments["gradient_strides"]
+    return launch(strategy(student, len(teachers), rule, divergence, write_gradient), arguments)
 
 
 def common_arguments(
     student: Tensor, teachers: Sequence[Tensor], divergence: str, beta: float, temperature: float, kd_scale: float,
-    ce_weight: float, label_smoothing: float, plan: Tiles, teacher_gradients: Sequence[Tensor | None] | None = None,
+    ce_weight: float, label_smoothing: float, gradient: Tensor | None,
+    teacher_gradients: Sequence[Tensor | None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """What every kernel of the op is told. Teachers that a kd_scale of 0 leaves unread are not even looked at."""
     read = list(teachers) if kd_scale != 0 else []
     check_dtypes([student, *read])
-    where = layout([student, *read])
-    table = as_arguments(read, where.strides[1:], teacher_gradients)
-    return dict(
-        student=student, student_strides=where.strides[0], teachers=table.pointers, teacher_strides=table.strides,
+    pixels = along_pixels(student)
+    where = layout([student, gradient, *read, *(teacher_gradients or ())], pixels)
+    of_student, of_gradient, *strides = where.strides
+    table = as_arguments(read, strides[: len(read)], teacher_gradients or (), strides[len(read) :])
+    arguments = dict(
+        student=student, student_strides=of_student, teachers=table.pointers, teacher_strides=table.strides,
+        gradient=gradient, gradient_strides=of_gradient,
         n_rows=student.shape[:-1].numel(), inner=where.inner, n_classes=student.shape[-1], n_teachers=len(teachers),
         beta=beta, inv_t=1.0 / temperature, kd_scale=kd_scale, ce_weight=ce_weight, label_smoothing=label_smoothing,
         DIVERGENCE=DIVERGENCES[divergence], HAS_KD=kd_scale != 0, HAS_CE=ce_weight != 0,
         TAU=int(temperature) if temperature in (1, 2, 4) else 0, K_PAD=triton.next_power_of_2(len(teachers)),
-        DTYPE=table.dtype, UNIT=where.unit, BLOCK_N=plan.block_n, BLOCK_C=plan.block_c,
-    ) | ({} if teacher_gradients is None else dict(teacher_gradients=table.gradients))  # fmt: skip
+        DTYPE=table.dtype, UNIT=where.unit, PIXELS=pixels,
+    )  # fmt: skip
+    if teacher_gradients is not None:
+        arguments |= dict(teacher_gradients=table.gradients, teacher_gradient_strides=table.gradient_strides)
+    return arguments
 
 
 def backward(
@@ -155,7 +188,8 @@ def backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     """``KDBackward``: the gradients of the student and of each teacher; an empty tensor where none is needed."""
-    gradients = [x.new_empty(x.shape if need else 0) for x, need in zip((student, *teachers), needs, strict=True)]
+    logits = zip((student, *teachers), needs, strict=True)
+    gradients = [torch.empty_like(x) if need else x.new_empty(0) for x, need in logits]
     if kd_scale == 0:
         gradients[1:] = [torch.zeros_like(g) for g in gradients[1:]]
     if student.shape[:-1].numel() > 0 and any(needs if kd_scale != 0 else needs[:1]):
@@ -172,24 +206,21 @@ def backward_launch(
     label_smoothing: float,
     gradients: Sequence[Tensor | None],
 ) -> Launch:  # fmt: skip
-    n_rows, n_classes = student.shape[:-1].numel(), student.shape[-1]
     if gradients[0] is None:
         ce_weight = 0.0
-    plan = tiles(kd_backward, n_classes, NARROW, 4)
     arguments = common_arguments(
-        student, teachers, divergence, beta, temperature, kd_scale, ce_weight, label_smoothing, plan,
-        gradients[1:] if kd_scale != 0 else [],
+        student, teachers, divergence, beta, temperature, kd_scale, ce_weight, label_smoothing,
+        gradients[0], gradients[1:] if kd_scale != 0 else [],
     )  # fmt: skip
     given, given_strides = per_teacher_strides(weights) if kd_scale != 0 else (None, None)
     per_row, per_row_stride = upstream_rows(upstream)
     arguments |= dict(
         target=None if ce_weight == 0 and divergence != "dkd" else target.reshape(-1).to(torch.int64).contiguous(),
         weights=given, weights_strides=given_strides, upstream=per_row, upstream_stride=per_row_stride,
-        row_stats=row_stats, gradient=gradients[0],
+        row_stats=row_stats,
         TO_TEACHERS=kd_scale != 0 and any(g is not None for g in gradients[1:]),
     )  # fmt: skip
-    grid = (triton.cdiv(n_rows, plan.block_n) * triton.cdiv(n_classes, plan.block_c),)
-    return Launch(plan.kernel, grid, arguments, plan.num_warps)
+    return launch((kd_backward, NARROW, 4), arguments)
 
 
 def rescale(gradient: Tensor, upstream: Tensor, scale: Tensor) -> Tensor:
@@ -207,16 +238,16 @@ def rescale_(gradient: Tensor, upstream: Tensor, scale: Tensor) -> None:
 
 
 def rescale_launch(gradient: Tensor, out: Tensor, upstream: Tensor, scale: Tensor) -> Launch:
-    n_rows, n_classes = gradient.shape[:-1].numel(), gradient.shape[-1]
-    plan = tiles(kd_rescale, n_classes, WIDE, 4)
+    pixels = along_pixels(gradient)
+    where = layout([gradient, out], pixels)
     factor, factor_stride = upstream_rows(upstream)
-    aligned = gradient.data_ptr() % 16 == 0 and out.data_ptr() % 16 == 0
     arguments = dict(
-        gradient=gradient, out=out, upstream=factor, upstream_stride=factor_stride, scale=scale,
-        n_rows=n_rows, n_classes=n_classes, IN_PLACE=out is gradient, UNIT=math.gcd(16, n_classes) if aligned else 1,
-        BLOCK_N=plan.block_n, BLOCK_C=plan.block_c,
+        gradient=gradient, gradient_strides=where.strides[0], out=out, out_strides=where.strides[1],
+        upstream=factor, upstream_stride=factor_stride, scale=scale,
+        n_rows=gradient.shape[:-1].numel(), inner=where.inner, n_classes=gradient.shape[-1],
+        IN_PLACE=out is gradient, UNIT=where.unit, PIXELS=pixels,
     )  # fmt: skip
-    return Launch(plan.kernel, (triton.cdiv(n_rows, plan.block_n),), arguments, plan.num_warps)
+    return launch((kd_rescale, WIDE, 4), arguments)
 
 
 def upstream_rows(upstream: Tensor | None) -> tuple[Tensor | None, int]:

@@ -33,19 +33,23 @@ def n_rows(logits: Tensor) -> int:
     return math.prod(logits.shape[:-1])  # Size.numel() would fix a symbolic size
 
 
+def fake_gradient(logits: Tensor, needed: bool) -> Tensor:
+    """In the memory order of the logits, dense."""
+    return torch.empty_like(logits) if needed else logits.new_empty((0,))
+
+
 def fake_kd_forward(student: Tensor, teachers: list[Tensor], *arguments: object) -> tuple[Tensor, Tensor, Tensor]:
     _, _, _, _, _, divergence, *_, reduction, _, _, write_gradient = arguments
     dtype = compute_dtype(student, *teachers)
     loss = student.new_empty(student.shape[:-1] if reduction == "none" else (), dtype=dtype)
     row_stats = student.new_empty((row_stats_size(len(teachers), divergence), n_rows(student)), dtype=dtype)
-    gradient = student.new_empty(student.shape if write_gradient else (0,))
-    return loss, row_stats, gradient
+    return loss, row_stats, fake_gradient(student, write_gradient)
 
 
 def fake_kd_backward(student: Tensor, teachers: list[Tensor], *arguments: object) -> list[Tensor]:
     """One gradient for the student and each teacher; an empty one where none is needed."""
     needs = arguments[-1]
-    return [x.new_empty(x.shape if need else (0,)) for x, need in zip((student, *teachers), needs, strict=True)]
+    return [fake_gradient(x, need) for x, need in zip((student, *teachers), needs, strict=True)]
 
 
 def fake_kd_rescale(gradient: Tensor, upstream: Tensor, scale: Tensor) -> Tensor:
