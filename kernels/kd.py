@@ -24,10 +24,18 @@ ON_CHIP_CLASSES = 8192  # of one row in the registers of a program of 8 warps
 WIDE, NARROW = 1024, 512  # columns of a row per warp: 32 a thread cost the fewest instructions, 16 the fewest registers
 SMALL_TILE = 256  # elements of a program of many short rows
 FEW_ROWS, VERY_FEW_ROWS = 2048, 512  # below, more warps share a row, so that the machine is full
-ON_CHIP_CLASSES_OF_PIXELS = 512  # likewise, of 16 pixels, whose 32 bytes of bf16 a class are the least worth a read
-CLASSES_OF_PIXELS = 32  # of a tile that need not hold all of them
-PIXEL_TILE, MOST_PIXELS = 2048, 512  # elements of a program of few classes: with 32, 64 pixels, 128 bytes of bf16
-LINE = 32  # pixels of a program of many classes, as long as they fit
+ON_CHIP_CLASSES_OF_PIXELS = 256  # of 16 pixels in as many: 32 bytes of bf16, the least that memory hands out
+LINE, WIDE_LINE = 32, 256  # pixels of a program: one a thread, or of few classes 8, 128 bits of bf16
+PIXEL_TILE, CLASSES_OF_PIXELS = 1024, 32  # elements, and the fewest classes, of a tile that need not hold all of them
+
+
+class Choice(NamedTuple):
+    """A kernel, and how it is spread out."""
+
+    kernel: Any
+    per_warp: int  # elements
+    most_warps: int  # of one row
+    pixels: int = 1  # PIXELS, where the threads run along them
 
 
 class Tiles(NamedTuple):
@@ -63,20 +71,22 @@ def fits_on_chip(student: Tensor) -> bool:
     return student.shape[-1] <= most_on_chip(student)
 
 
-def strategy(
-    student: Tensor, n_teachers: int, rule: str, divergence: str, write_gradient: bool
-) -> tuple[Any, int, int]:
-    """The forward's kernel, the elements of a warp, and how many warps may share a row."""
-    n_rows, n_classes = student.shape[:-1].numel(), student.shape[-1]
+def strategy(student: Tensor, n_teachers: int, rule: str, divergence: str, write_gradient: bool) -> Choice:
+    """The forward's kernel."""
+    n_rows, n_classes, pixels = student.shape[:-1].numel(), student.shape[-1], along_pixels(student)
     if not write_gradient:
-        return kd_streaming, WIDE, 1 if n_rows >= FEW_ROWS else 4 if n_rows >= VERY_FEW_ROWS else 8
+        if pixels:
+            return Choice(kd_streaming, NARROW, 8)
+        return Choice(kd_streaming, WIDE, 1 if n_rows >= FEW_ROWS else 4 if n_rows >= VERY_FEW_ROWS else 8)
     if not fits_on_chip(student):
         raise ValueError(f"write_gradient takes at most {most_on_chip(student)} classes in Triton, got {n_classes}")
     if divergence not in ("forward_kl", "reverse_kl"):  # probabilities and logarithms of both sides at once
-        return kd_on_chip, NARROW, 16
+        return Choice(kd_on_chip, NARROW, 16)
     two = two_accumulators(rule, n_teachers)
     crowded = n_teachers > 3 or (two and (divergence == "reverse_kl" or rule == "entropy"))
-    return kd_on_chip, NARROW if crowded and n_classes <= 8 * NARROW else WIDE, 8
+    if pixels:  # all that is known of a row is in one thread
+        crowded = n_teachers > 2 or two or divergence == "reverse_kl"
+    return Choice(kd_on_chip, NARROW if crowded and n_classes <= 8 * NARROW else WIDE, 8)
 
 
 def two_accumulators(rule: str, n_teachers: int) -> bool:
@@ -84,28 +94,37 @@ def two_accumulators(rule: str, n_teachers: int) -> bool:
     return rule in ("confidence", "entropy") and n_teachers > 1
 
 
-def tiles(kernel: Any, n_classes: int, per_warp: int, most_warps: int, pixels: int = 0) -> Tiles:
-    """Many short rows to a program, or one row, or one row in tiles; of ``pixels`` that follow each other, lines."""
-    block_c = min(triton.next_power_of_2(n_classes), per_warp * most_warps)
-    block_n = max(1, SMALL_TILE // block_c)
-    if pixels:
-        pixels, block_c = triton.next_power_of_2(pixels), triton.next_power_of_2(n_classes)
-        if kernel is not kd_on_chip:
-            block_c = min(block_c, max(CLASSES_OF_PIXELS, PIXEL_TILE // pixels))
-        block_n = min(pixels, max(PIXEL_TILE // block_c, LINE), ON_CHIP_CLASSES // block_c, MOST_PIXELS)
-    return Tiles(kernel, block_n, block_c, max(1, block_n * block_c // per_warp))
+def tiles(kernel: Any, n_classes: int, columns_per_warp: int, most_warps: int) -> Tiles:
+    """Many short rows to a program, or one row, or one row in tiles."""
+    block_c = min(triton.next_power_of_2(n_classes), columns_per_warp * most_warps)
+    return Tiles(kernel, max(1, SMALL_TILE // block_c), block_c, max(1, block_c // columns_per_warp))
 
 
-def launch(choice: tuple[Any, int, int], arguments: dict[str, Any]) -> Launch:
-    """A kernel, the elements of a warp and the warps that may share a row: on tiles for what the arguments are."""
+def tiles_of_pixels(choice: Choice, n_classes: int, n_pixels: int) -> Tiles:
+    """A part of ``n_pixels`` side by side, with all classes on chip, or in tiles."""
+    on_chip = choice.kernel is kd_on_chip
+    tile = 8 * choice.per_warp if on_chip else PIXEL_TILE
+    line = min(triton.next_power_of_2(n_pixels), LINE if choice.pixels == 1 else WIDE_LINE)
+    block_c = triton.next_power_of_2(n_classes)
+    if not on_chip:
+        block_c = min(block_c, max(CLASSES_OF_PIXELS, tile // line))
+    block_n = min(line, tile // block_c)
+    return Tiles(choice.kernel, block_n, block_c, max(1, block_n * block_c // choice.per_warp))
+
+
+def launch(choice: Choice, arguments: dict[str, Any], pixels: bool) -> Launch:
+    """On tiles that suit the arguments."""
     n_rows, n_classes, inner = (arguments[name] for name in ("n_rows", "n_classes", "inner"))
-    kernel, *of_warps = choice
-    plan = tiles(kernel, n_classes, *of_warps, inner if arguments["PIXELS"] else 0)
-    outer, length = (n_rows // inner, inner) if arguments["PIXELS"] else (1, n_rows)
-    programs = outer * triton.cdiv(length, plan.block_n)
-    if kernel is kd_backward:
-        programs *= triton.cdiv(n_classes, plan.block_c)
-    return Launch(kernel, (programs,), arguments | dict(BLOCK_N=plan.block_n, BLOCK_C=plan.block_c), plan.num_warps)
+    if pixels:
+        plan = tiles_of_pixels(choice, n_classes, inner)
+        blocks = n_rows // inner * triton.cdiv(inner, plan.block_n)
+    else:
+        plan = tiles(choice.kernel, n_classes, choice.per_warp, choice.most_warps)
+        blocks = triton.cdiv(n_rows, plan.block_n)
+    if plan.kernel is kd_backward:
+        blocks *= triton.cdiv(n_classes, plan.block_c)
+    arguments |= dict(PIXELS=choice.pixels if pixels else 0, BLOCK_N=plan.block_n, BLOCK_C=plan.block_c)
+    return Launch(plan.kernel, (blocks,), arguments, plan.num_warps)
 
 
 def forward(
@@ -152,7 +171,8 @@ def forward_launch(
         arguments |= dict(PAIR=two_accumulators(rule, len(teachers)))
     else:
         del arguments["gradient"], arguments["gradient_strides"]
-    return launch(strategy(student, len(teachers), rule, divergence, write_gradient), arguments)
+    choice = strategy(student, len(teachers), rule, divergence, write_gradient)
+    return launch(choice, arguments, along_pixels(student))
 
 
 def common_arguments(
@@ -163,8 +183,7 @@ def common_arguments(
     """What every kernel of the op is told. Teachers that a kd_scale of 0 leaves unread are not even looked at."""
     read = list(teachers) if kd_scale != 0 else []
     check_dtypes([student, *read])
-    pixels = along_pixels(student)
-    where = layout([student, gradient, *read, *(teacher_gradients or ())], pixels)
+    where = layout([student, gradient, *read, *(teacher_gradients or ())], along_pixels(student))
     of_student, of_gradient, *strides = where.strides
     table = as_arguments(read, strides[: len(read)], teacher_gradients or (), strides[len(read) :])
     arguments = dict(
@@ -174,7 +193,7 @@ def common_arguments(
         beta=beta, inv_t=1.0 / temperature, kd_scale=kd_scale, ce_weight=ce_weight, label_smoothing=label_smoothing,
         DIVERGENCE=DIVERGENCES[divergence], HAS_KD=kd_scale != 0, HAS_CE=ce_weight != 0,
         TAU=int(temperature) if temperature in (1, 2, 4) else 0, K_PAD=triton.next_power_of_2(len(teachers)),
-        DTYPE=table.dtype, UNIT=where.unit, PIXELS=pixels,
+        DTYPE=table.dtype, UNIT=where.unit,
     )  # fmt: skip
     if teacher_gradients is not None:
         arguments |= dict(teacher_gradients=table.gradients, teacher_gradient_strides=table.gradient_strides)
@@ -220,7 +239,10 @@ def backward_launch(
         row_stats=row_stats,
         TO_TEACHERS=kd_scale != 0 and any(g is not None for g in gradients[1:]),
     )  # fmt: skip
-    return launch((kd_backward, NARROW, 4), arguments)
+    pixels = along_pixels(student)
+    light = pixels and divergence == "forward_kl" and not arguments["TO_TEACHERS"]
+    choice = Choice(kd_backward, WIDE, 1, pixels=8) if light else Choice(kd_backward, NARROW, 4)
+    return launch(choice, arguments, pixels)
 
 
 def rescale(gradient: Tensor, upstream: Tensor, scale: Tensor) -> Tensor:
@@ -245,9 +267,9 @@ def rescale_launch(gradient: Tensor, out: Tensor, upstream: Tensor, scale: Tenso
         gradient=gradient, gradient_strides=where.strides[0], out=out, out_strides=where.strides[1],
         upstream=factor, upstream_stride=factor_stride, scale=scale,
         n_rows=gradient.shape[:-1].numel(), inner=where.inner, n_classes=gradient.shape[-1],
-        IN_PLACE=out is gradient, UNIT=where.unit, PIXELS=pixels,
+        IN_PLACE=out is gradient, UNIT=where.unit,
     )  # fmt: skip
-    return launch((kd_rescale, WIDE, 4), arguments)
+    return launch(Choice(kd_rescale, WIDE, 4, pixels=8), arguments, pixels)
 
 
 def upstream_rows(upstream: Tensor | None) -> tuple[Tensor | None, int]:

@@ -3,8 +3,10 @@
 Row n of a tensor starts at (n // inner)·outer_stride + (n % inner)·inner_stride, `inner` common to all tensors of a
 call, so that logits[:, :-1] of a [B, L, C] tensor needs no copy. Offsets are 64-bit.
 
-Threads run along the classes; or, where those lie further apart than the rows, along the rows, pixels of [B, C, H, W]
-seen as [B, H, W, C]. A program then has consecutive rows of one outer index.
+Threads run along the classes, PIXELS = 0; or, where the rows follow each other in memory and the classes do not, along
+the rows, pixels of [B, C, H, W] seen as [B, H, W, C]. PIXELS is then how many of them a thread may have side by side:
+1, so that what is known of a row is in one thread and so are most of its sums, or 8, 128 bits of bf16, where there is
+little of either.
 
 Up to MAX_TUPLE teachers are a tuple of pointers, unrolled by the compiler. More of them are one table in device memory
 and a run-time loop, compiled once for any K.
@@ -206,11 +208,10 @@ def place_of(rows, inner, in_rows):
 def read_mask(read, place, in_cols, PIXELS: tl.constexpr):
     """The elements [R, C] to load for the rows that are to be read [R].
 
-    A mask that differs from pixel to pixel would cost all of them their wide loads: a block of pixels is read as a
-    whole or not at all. What is read in vain is finite or not, and like the −inf of a row that is not read it reaches
-    nothing.
+    A mask that differs from pixel to pixel would cost wide loads their width: a block of pixels is read as a whole or
+    not at all. What is read in vain reaches no result, as the −inf of a row that is not read does not.
     """
-    if PIXELS:
+    if PIXELS > 1:
         _outer, _inner, in_rows = place
         read = in_rows & (tl.max(read.to(tl.int32), 0) != 0)
     return read[:, None] & in_cols
@@ -225,7 +226,10 @@ def offsets_of(place, strides, cols, UNIT: tl.constexpr, PIXELS: tl.constexpr):
         cols = cols.to(tl.int64) * in_units(strides[2], UNIT)
         if UNIT == 0:
             inner_index = inner_index * strides[1]
-        return (outer + inner_index)[:, None] + cols
+        offsets = (outer + inner_index)[:, None] + cols
+        if PIXELS == 1:
+            offsets = tl.multiple_of(offsets, (1, 1))  # all that is known, so that the compiler gives a thread no more
+        return offsets
     else:
         if UNIT == 0:
             cols = cols.to(tl.int64) * strides[2]
