@@ -88,7 +88,7 @@ def teacher_terms(
     if TO_TEACHERS:
         g = tl.where(used[:, None], to_teacher, 0.0) * (f * weight * inv_t)[:, None]
         store_teacher_gradient(
-            teachers, n_teachers, teacher_gradients, teacher_gradient_strides, k, place, cols, g,
+            teachers, teacher_gradients, teacher_gradient_strides, k, place, cols, g,
             place[2][:, None] & in_cols, DTYPE, UNIT, PIXELS,
         )  # fmt: skip
     return mixed

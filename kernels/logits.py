@@ -29,7 +29,8 @@ MAX_TUPLE = 4
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 F32, BF16, F16 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 MIXED = tl.constexpr(-1)
-ENTRY = tl.constexpr(5)  # int64 numbers of a tensor in the table: address, three strides, dtype
+ENTRY = tl.constexpr(9)  # int64 numbers of a teacher in the table: address, three strides, dtype, and its gradient's
+GRADIENT_AT = tl.constexpr(5)  # address and strides
 TABLES_KEPT = 64
 
 
@@ -44,7 +45,7 @@ class Strides(NamedTuple):
 class Teachers(NamedTuple):
     """K teachers and their gradients as kernel arguments."""
 
-    pointers: tuple[Tensor, ...] | Tensor  # one tensor each, or the table, with the gradients after the teachers
+    pointers: tuple[Tensor, ...] | Tensor  # one tensor each, or the table
     strides: tuple[Strides, ...] | None  # None: they are in the table
     gradients: tuple[Tensor | None, ...] | None  # likewise
     gradient_strides: tuple[Strides | None, ...] | None
@@ -112,11 +113,17 @@ def as_arguments(
     if len(teachers) <= MAX_TUPLE:
         return Teachers(tuple(teachers), tuple(strides), tuple(gradients), tuple(gradient_strides), MIXED.value)
     codes = [DTYPES[t.dtype] for t in teachers]
-    entries = [(t.data_ptr(), *at, code) for t, at, code in zip(teachers, strides, codes, strict=True)]
-    for g, at, code in zip(gradients, gradient_strides, codes if gradients else (), strict=True):
-        entries.append((0, 0, 0, 0, code) if g is None else (g.data_ptr(), *at, code))
+    none = (None,) * len(teachers)
+    of_gradients = [
+        (0,) * 4 if g is None else (g.data_ptr(), *at)
+        for g, at in zip(gradients or none, gradient_strides or none, strict=True)
+    ]
+    entries = tuple(
+        (t.data_ptr(), *at, code, *of_gradient)
+        for t, at, code, of_gradient in zip(teachers, strides, codes, of_gradients, strict=True)
+    )
     dtype = codes[0] if len(set(codes)) == 1 else MIXED.value
-    return Teachers(_table(teachers[0].device, tuple(entries)), None, None, None, dtype)
+    return Teachers(_table(teachers[0].device, entries), None, None, None, dtype)
 
 
 # Tables by content and stream, the least recently used first.
@@ -124,7 +131,7 @@ _tables: OrderedDict[tuple, Tensor] = OrderedDict()
 
 
 def _table(device: torch.device, entries: tuple[tuple[int, ...], ...]) -> Tensor:
-    """[len(entries), ENTRY]. A CUDA graph gets a table of its own, in its own memory, written again at every replay."""
+    """[K, ENTRY]. A CUDA graph gets a table of its own, in its own memory, written again at every replay."""
     if device.type != "cuda":
         return torch.tensor(entries)
     if torch.cuda.is_current_stream_capturing():
@@ -148,28 +155,36 @@ def write_table(device: torch.device, entries: tuple[tuple[int, ...], ...]) -> T
 
 
 @triton.jit
-def write_entry(entry, address, outer, inner, classes, dtype):
+def write_entry(entry, address, outer, inner, classes, dtype, gradient, to_outer, to_inner, to_classes):
     tl.store(entry, address)
     tl.store(entry + 1, outer)
     tl.store(entry + 2, inner)
     tl.store(entry + 3, classes)
     tl.store(entry + 4, dtype)
+    tl.store(entry + 5, gradient)
+    tl.store(entry + 6, to_outer)
+    tl.store(entry + 7, to_inner)
+    tl.store(entry + 8, to_classes)
 
 
-@triton.jit(do_not_specialize=range(1, 2 + 4 * 5))
+@triton.jit(do_not_specialize=range(1, 2 + 4 * 9))
 def write_entries(
     table, first,
     a0: tl.int64, o0: tl.int64, i0: tl.int64, c0: tl.int64, d0: tl.int64,
+    ga0: tl.int64, go0: tl.int64, gi0: tl.int64, gc0: tl.int64,
     a1: tl.int64, o1: tl.int64, i1: tl.int64, c1: tl.int64, d1: tl.int64,
+    ga1: tl.int64, go1: tl.int64, gi1: tl.int64, gc1: tl.int64,
     a2: tl.int64, o2: tl.int64, i2: tl.int64, c2: tl.int64, d2: tl.int64,
+    ga2: tl.int64, go2: tl.int64, gi2: tl.int64, gc2: tl.int64,
     a3: tl.int64, o3: tl.int64, i3: tl.int64, c3: tl.int64, d3: tl.int64,
+    ga3: tl.int64, go3: tl.int64, gi3: tl.int64, gc3: tl.int64,
 ):  # fmt: skip
     """One variant for all values: nothing is left to compile when a graph is captured after a first call."""
     entry = table + first * ENTRY
-    write_entry(entry, a0, o0, i0, c0, d0)
-    write_entry(entry + ENTRY, a1, o1, i1, c1, d1)
-    write_entry(entry + 2 * ENTRY, a2, o2, i2, c2, d2)
-    write_entry(entry + 3 * ENTRY, a3, o3, i3, c3, d3)
+    write_entry(entry, a0, o0, i0, c0, d0, ga0, go0, gi0, gc0)
+    write_entry(entry + ENTRY, a1, o1, i1, c1, d1, ga1, go1, gi1, gc1)
+    write_entry(entry + 2 * ENTRY, a2, o2, i2, c2, d2, ga2, go2, gi2, gc2)
+    write_entry(entry + 3 * ENTRY, a3, o3, i3, c3, d3, ga3, go3, gi3, gc3)
 
 
 @triton.jit
@@ -218,34 +233,33 @@ def read_mask(read, place, in_cols, PIXELS: tl.constexpr):
 
 
 @triton.jit
-def offsets_of(place, strides, cols, UNIT: tl.constexpr, PIXELS: tl.constexpr):
-    """Columns [1, C], or one column each [R, 1] -> offsets [R, C] or [R, 1]."""
+def pointers_to(x, strides, place, cols, UNIT: tl.constexpr, PIXELS: tl.constexpr):
+    """Columns [1, C], or one column each [R, 1] -> pointers [R, C] or [R, 1]."""
     outer_index, inner_index, _in_rows = place
     outer = outer_index * in_units(strides[0], UNIT)
     if PIXELS:
         cols = cols.to(tl.int64) * in_units(strides[2], UNIT)
         if UNIT == 0:
             inner_index = inner_index * strides[1]
-        offsets = (outer + inner_index)[:, None] + cols
+        pointers = x + (outer + inner_index)[:, None] + cols
         if PIXELS == 1:
-            offsets = tl.multiple_of(offsets, (1, 1))  # all that is known, so that the compiler gives a thread no more
-        return offsets
+            pointers = tl.multiple_of(pointers, (1, 1))  # as if no more were known, so that a thread gets one pixel
+        return pointers
     else:
         if UNIT == 0:
             cols = cols.to(tl.int64) * strides[2]
-        return (outer + inner_index * in_units(strides[1], UNIT))[:, None] + cols
+        return x + (outer + inner_index * in_units(strides[1], UNIT))[:, None] + cols
 
 
 @triton.jit
 def load_logits(x, strides, place, cols, mask, UNIT: tl.constexpr, PIXELS: tl.constexpr = False):
     """Logits as stored, −inf where masked."""
-    return tl.load(x + offsets_of(place, strides, cols, UNIT, PIXELS), mask=mask, other=-INF)
+    return tl.load(pointers_to(x, strides, place, cols, UNIT, PIXELS), mask=mask, other=-INF)
 
 
 @triton.jit
-def in_table(table, i, DTYPE: tl.constexpr, UNIT: tl.constexpr):
-    """Pointer and strides of entry i."""
-    entry = table + i * ENTRY
+def in_table(entry, DTYPE: tl.constexpr, UNIT: tl.constexpr):
+    """Pointer and strides."""
     x = tl.load(entry).to(tl.pointer_type(DTYPE))
     if UNIT > 1:
         x = tl.multiple_of(x, 16)
@@ -254,7 +268,7 @@ def in_table(table, i, DTYPE: tl.constexpr, UNIT: tl.constexpr):
 
 @triton.jit
 def load_as(DTYPE: tl.constexpr, table, k, place, cols, mask, UNIT: tl.constexpr, PIXELS: tl.constexpr):
-    x, strides = in_table(table, k, DTYPE, UNIT)
+    x, strides = in_table(table + k * ENTRY, DTYPE, UNIT)
     return load_logits(x, strides, place, cols, mask, UNIT, PIXELS)
 
 
@@ -320,42 +334,41 @@ def load_used(
 @triton.jit
 def store_gradient(x, strides, place, cols, g, mask, UNIT: tl.constexpr, PIXELS: tl.constexpr = False):
     """A gradient [R, C], rounded once to its dtype."""
-    tl.store(x + offsets_of(place, strides, cols, UNIT, PIXELS), g.to(x.dtype.element_ty), mask=mask)
+    tl.store(pointers_to(x, strides, place, cols, UNIT, PIXELS), g.to(x.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def store_as(DTYPE: tl.constexpr, table, i, place, cols, g, mask, UNIT: tl.constexpr, PIXELS: tl.constexpr):
-    x, strides = in_table(table, i, DTYPE, UNIT)
-    store_gradient(x, strides, place, cols, g, mask, UNIT, PIXELS)
+def store_as(DTYPE: tl.constexpr, table, k, place, cols, g, mask, UNIT: tl.constexpr, PIXELS: tl.constexpr):
+    x, strides = in_table(table + k * ENTRY + GRADIENT_AT, DTYPE, UNIT)
+    store_gradient(x, strides, place, cols, g, mask & (x.to(tl.int64) != 0), UNIT, PIXELS)
 
 
 @triton.jit
-def store_in_table(table, i, place, cols, g, mask, DTYPE: tl.constexpr, UNIT: tl.constexpr, PIXELS: tl.constexpr):
-    mask &= tl.load(table + i * ENTRY) != 0
+def store_in_table(table, k, place, cols, g, mask, DTYPE: tl.constexpr, UNIT: tl.constexpr, PIXELS: tl.constexpr):
     if DTYPE == F32:
-        store_as(tl.float32, table, i, place, cols, g, mask, UNIT, PIXELS)
+        store_as(tl.float32, table, k, place, cols, g, mask, UNIT, PIXELS)
     elif DTYPE == BF16:
-        store_as(tl.bfloat16, table, i, place, cols, g, mask, UNIT, PIXELS)
+        store_as(tl.bfloat16, table, k, place, cols, g, mask, UNIT, PIXELS)
     elif DTYPE == F16:
-        store_as(tl.float16, table, i, place, cols, g, mask, UNIT, PIXELS)
+        store_as(tl.float16, table, k, place, cols, g, mask, UNIT, PIXELS)
     else:
-        dtype = tl.load(table + i * ENTRY + 4)
+        dtype = tl.load(table + k * ENTRY + 4)
         if dtype == F32:
-            store_as(tl.float32, table, i, place, cols, g, mask, UNIT, PIXELS)
+            store_as(tl.float32, table, k, place, cols, g, mask, UNIT, PIXELS)
         elif dtype == BF16:
-            store_as(tl.bfloat16, table, i, place, cols, g, mask, UNIT, PIXELS)
+            store_as(tl.bfloat16, table, k, place, cols, g, mask, UNIT, PIXELS)
         else:
-            store_as(tl.float16, table, i, place, cols, g, mask, UNIT, PIXELS)
+            store_as(tl.float16, table, k, place, cols, g, mask, UNIT, PIXELS)
 
 
 @triton.jit
 def store_teacher_gradient(
-    teachers, n_teachers, gradients, gradient_strides, k, place, cols, g, mask,
+    teachers, gradients, gradient_strides, k, place, cols, g, mask,
     DTYPE: tl.constexpr, UNIT: tl.constexpr, PIXELS: tl.constexpr = False,
 ):  # fmt: skip
     """The gradient of teacher k, if it is wanted."""
     if gradients is None:
-        store_in_table(teachers, n_teachers + k, place, cols, g, mask, DTYPE, UNIT, PIXELS)
+        store_in_table(teachers, k, place, cols, g, mask, DTYPE, UNIT, PIXELS)
     elif gradients[k] is not None:
         store_gradient(gradients[k], gradient_strides[k], place, cols, g, mask, UNIT, PIXELS)
 

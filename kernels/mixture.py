@@ -258,7 +258,7 @@ def mixture_backward_of(
             to_teacher = tl.where(used[:, None], to_teacher, 0.0)
             inside = in_rows[:, None] & (cols < n_classes)
             store_teacher_gradient(
-                teachers, n_teachers, gradients, gradient_strides, k, place, cols, to_teacher, inside, DTYPE, UNIT
+                teachers, gradients, gradient_strides, k, place, cols, to_teacher, inside, DTYPE, UNIT
             )
 
 

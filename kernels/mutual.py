@@ -192,14 +192,14 @@ def write_gradients(
         for i in range(n_students):
             g = tl.where(counted, factor * gradient_of(i, d, e, sum, divergence, a, a_t, inv_t, DETACH), 0.0)
             store_teacher_gradient(
-                students, n_students, gradients, gradient_strides, i, place, cols, g[None, :], in_cols, DTYPE, UNIT
+                students, gradients, gradient_strides, i, place, cols, g[None, :], in_cols, DTYPE, UNIT
             )
     else:
         for i in tl.static_range(len(students)):
             if gradients[i] is not None:
                 g = tl.where(counted, factor * gradient_of(i, d, e, sum, divergence, a, a_t, inv_t, DETACH), 0.0)
                 store_teacher_gradient(
-                    students, n_students, gradients, gradient_strides, i, place, cols, g[None, :], in_cols, DTYPE, UNIT
+                    students, gradients, gradient_strides, i, place, cols, g[None, :], in_cols, DTYPE, UNIT
                 )
 
 
