@@ -790,6 +790,11 @@ LAYOUT_CASES = (
             ("many mixed teachers", "a table of mixed dtypes and strides", dict(
                 rows=(2, 5, 7), classes=7, teachers=6, dtypes=(F16, F32, BF16, F16), wants=("student", "teachers"),
                 teacher_layout="some channels, pixels, contiguous", divergence="dkd")),
+            ("poison beside", "a backward that reads in wide loads reads ignored pixels too", dict(
+                rows=(2, 4, 8), classes=9, dtypes=(F16,), teacher_layout="pixels", values="nan in student")),
+            ("unrouted poison", "nor does a teacher of weight 0 reach its pixel", dict(
+                rows=(2, 4, 8), classes=9, dtypes=(F16,), teacher_layout="pixels", values="empty teacher row",
+                weights="zero teacher")),
             ("many classes", "past what one program keeps on chip", dict(
                 rows=(2, 4, 6), classes=300, teachers=2, teacher_layout="pixels, some channels", divergence="jsd",
                 upstream="random", reduction="none")),
