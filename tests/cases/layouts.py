@@ -25,6 +25,19 @@ def transposed(x, device):
     return nan_buffer((x.shape[-1], *x.shape[:-1]), x, device).movedim(0, -1).copy_(x)
 
 
+def pixels(x, device):
+    """[B, H, W, C] as [B, C, H, W] gives it."""
+    return x.movedim(-1, 1).contiguous().to(device).movedim(1, -1) if x.dim() > 2 else transposed(x, device)
+
+
+def some_channels(x, device):
+    """The first C of more channels."""
+    if x.dim() < 3:
+        return row_stride(x, device)
+    batch, *positions, classes = x.shape
+    return nan_buffer((batch, classes + 3, *positions), x, device)[:, :classes].movedim(1, -1).copy_(x)
+
+
 def repeated(x, device):
     """The first row in every row, with stride 0."""
     return x.reshape(-1, x.shape[-1])[0].clone().to(device).expand(x.shape) if x.numel() else contiguous(x, device)
@@ -50,6 +63,8 @@ LAYOUTS = {
     "row stride": row_stride,
     "misaligned": misaligned,
     "transposed": transposed,
+    "pixels": pixels,
+    "some channels": some_channels,
     "repeated": repeated,
     "all but last": all_but_last,
     "every other row": every_other_row,

@@ -55,9 +55,9 @@ def forward_arguments(
     return args, inputs | {"row_weights": row_weights, "items": items, "weights": weights}
 
 
-def fits_on_chip(classes: int) -> bool:
+def fits_on_chip(student: Tensor) -> bool:
     """Whether the forward can write the gradient, whatever the dtypes and the rule."""
-    args = layout.KDForward(classes=classes, rows=1, inner=1, teachers=layout.MAX_TEACHERS)
+    args = layout.KDForward(classes=student.shape[-1], rows=1, inner=1, teachers=layout.MAX_TEACHERS)
     args.rule = layout.RULES["confidence"]
     return bool(library().fits_on_chip(layout.ctypes.byref(args)))
 
