@@ -81,6 +81,10 @@ def warm(name: str, loss: Loss, shape: Shape, inputs: Problem) -> None:
     step(loss, inputs if name.startswith(COMPILE) else problem.make(few, "cpu"))
 
 
+def give_memory_back_at_once() -> None:
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
+
+
 def cpu_peak(loss: Loss, inputs: Problem) -> int:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
@@ -105,7 +109,7 @@ def main() -> None:
     losses = contenders.make(objective, "cpu", names)
     for name, loss in losses.items():
         warm(name, loss, shape, inputs)
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
+    give_memory_back_at_once()
     print(json.dumps({name: cpu_peak(loss, inputs) for name, loss in losses.items()}))
 
 

@@ -36,6 +36,7 @@ struct Side : AttentionMaps<T> {
                       "features must be maps [N, C, ...] of one N, on one device");
     const Tensor f = laid_out(map);
     const int64_t positions = positions_of(f);
+    TORCH_CHECK_VALUE(positions > 0, "features must be maps [N, C, ...] of one or more positions, got ", map.sizes());
     TORCH_CHECK_VALUE(of_positions.scalar_type() == dtype_as<T>() && of_positions.is_contiguous() &&
                           of_positions.numel() == this->samples * positions,
                       "slopes must be what the forward returned");

@@ -21,6 +21,10 @@ struct LaunchShape {
 
 constexpr int kWarp = 32;
 
+namespace device {
+constexpr float kLog2E = 1.4426950408889634f;  // for exp2
+}
+
 }  // namespace mtkd_fast
 
 #if defined(MTKD_EMULATOR)

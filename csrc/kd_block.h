@@ -49,6 +49,25 @@ struct Lanes {  // a number of every row
   }
 };
 
+// How a block passes through the registers. Along: a row at a time, its columns in the lanes. Across: all rows at once,
+// one in each lane, a column at a time; the block is then one line of classes·kLanes numbers, class c from c·kLanes on.
+template <typename T>
+struct Along {
+  int line;  // the row
+
+  T of(const Lanes<T>& x) const { return x[line]; }
+  void add(Lanes<T>& x, Vec<T> more) const { x[line] += sum_of<T>(more); }
+};
+template <typename T>
+struct Across {
+  static constexpr int line = 0;
+
+  Vec<T> of(const Lanes<T>& x) const { return x.all(); }
+  void add(Lanes<T>& x, Vec<T> more) const { x = x.all() + more; }
+};
+template <typename T, typename At>
+constexpr bool kIsAcross = std::is_same_v<At, Across<T>>;
+
 // What the sweep leaves of one tensor's rows (SoftmaxState of row_stats.h), and a teacher's cross sum.
 template <typename T>
 struct States {
@@ -117,20 +136,17 @@ struct Block {
     return outer[row] * x.outer_stride + inner[row] * x.inner_stride;
   }
   bool reads(int k, int row) const { return !(skips_zero_weights && teacher[k].weight[row] == 0); }
+  bool reads_some(int k) const {
+    for (int row = 0; row < rows; ++row)
+      if (reads(k, row)) return true;
+    return false;
+  }
+  // Whether the rows are neighbours in memory, as far as their tensors have neighbours.
+  bool adjacent() const { return n[rows - 1] - n[0] == rows - 1 && outer[rows - 1] == outer[0]; }
   bool apart_in(int row, int64_t begin, int64_t count) const {
     return apart[row] >= begin && apart[row] < begin + count;
   }
 };
-
-// A tile of a row of the block as read_tile has it; a target that stands apart counts as −inf there.
-template <typename T>
-const T* read_classes(const Logits& x, const Block<T>& block, int row, int64_t begin, int count, T* to) {
-  const T* tile = read_tile(x, block.start(x, row), begin, count, to);
-  if (!block.apart_in(row, begin, count)) return tile;
-  if (tile != to) std::copy_n(tile, count, to);
-  to[block.apart[row] - begin] = -infinity<T>();
-  return to;
-}
 
 // What the exponentials of a teacher and of the student weigh in the student's gradient; at a target that stands apart
 // it is `at_target` less.
@@ -138,3 +154,13 @@ template <typename T>
 struct GradientShare {
   Vec<T> of_teacher, of_student, at_target;
 };
+
+// A number that a row of weight 0 does not want. Along, such a row is passed over as a whole.
+template <typename T>
+Vec<T> if_used(T, Vec<T> x) {
+  return x;
+}
+template <typename T>
+Vec<T> if_used(Vec<T> weight, Vec<T> x) {
+  return weight == 0 ? Vec<T>{} : x;
+}

@@ -1,34 +1,42 @@
-// The second sweep over the columns: gradients of one row of a block. It takes the exponentials that the first has
-// kept, or computes them again from rows that are in cache by then. Included once per instruction set.
+// The second sweep over the columns: gradients of a block, a line at a time. It takes the exponentials that the first
+// has kept, or computes them again from rows that are in cache by then. Included once per instruction set.
 
-// How a tile's exponentials come to be relative to the row's maximum, which was found later.
+// How a tile's exponentials come to be relative to the row's maximum, which was found later. Across, a line is one
+// tile.
 template <typename T>
 T catch_up(T max_then, T max, T inv_t) {
   return max_then == max ? T(1) : exp_of((max_then - max) * inv_t);
 }
+template <typename T>
+T catch_up(T, Vec<T>, T) {
+  return 1;
+}
 
 // share = Σ_k factor_k·e_k from kept exponentials (forward KL).
-template <typename T>
-void share_of_kept(const KDArgs<T>& args, const Block<T>& block, int row, const Sweep<T>& sweep, int64_t begin,
-                   int count, Scratch<T>& scratch) {
+template <typename T, typename At>
+void share_of_kept(const KDArgs<T>& args, const Block<T>& block, At at, const Sweep<T>& sweep, int64_t begin, int count,
+                   Scratch<T>& scratch) {
+  using Number = decltype(at.of(block.scale));
   const T* exps[kMaxTeachers];
-  T factor[kMaxTeachers];
+  Number factor[kMaxTeachers], weight[kMaxTeachers];
   int used = 0;
   for (int k = 0; k < args.teachers; ++k) {
-    if (block.teacher[k].weight[row] == 0) continue;
-    const T max = offset_of(block.teacher_state[k].max[row]);
-    factor[used] = block.teacher[k].factor[row] * catch_up(scratch.teacher_max_at(k, row, begin), max, sweep.inv_t);
-    exps[used++] = scratch.teacher_exps(k, row, begin);
+    weight[used] = at.of(block.teacher[k].weight);
+    if (!any_of(weight[used] != 0)) continue;
+    const Number max = offset_of(at.of(block.teacher_state[k].max));
+    const T late = catch_up(scratch.teacher_max_at(k, at.line, begin), max, sweep.inv_t);
+    factor[used] = at.of(block.teacher[k].factor) * late;
+    exps[used++] = scratch.teacher_exps(k, at.line, begin);
   }
   constexpr int kL = kLanes<T>;
   for (int i = 0; i < count; i += 4 * kL) {
     Vec<T> a{}, b{}, c{}, d{};
     for (int k = 0; k < used; ++k) {
       const T* e = exps[k] + i;
-      a += factor[k] * load(e);
-      b += factor[k] * load(e + kL);
-      c += factor[k] * load(e + 2 * kL);
-      d += factor[k] * load(e + 3 * kL);
+      a += if_used<T>(weight[k], factor[k] * load(e));
+      b += if_used<T>(weight[k], factor[k] * load(e + kL));
+      c += if_used<T>(weight[k], factor[k] * load(e + 2 * kL));
+      d += if_used<T>(weight[k], factor[k] * load(e + 3 * kL));
     }
     T* share = scratch.share.values + i;
     store(share, a), store(share + kL, b), store(share + 2 * kL, c), store(share + 3 * kL, d);
@@ -37,68 +45,73 @@ void share_of_kept(const KDArgs<T>& args, const Block<T>& block, int row, const 
 
 // share += factor·e^{(t−max)/τ} (forward KL), or weight·log p (reverse KL, where −inf counts as 0: see
 // mean_divergence).
-template <typename T>
-void add_share(const Vectors<T>& tile, const KDArgs<T>& args, const Block<T>& block, int row, int k,
+template <typename T, typename At>
+void add_share(const Vectors<T>& tile, const KDArgs<T>& args, const Block<T>& block, At at, int k,
                const Sweep<T>& sweep, T* share) {
   const TeacherNumbers<T>& teacher = block.teacher[k];
-  const T max = offset_of(block.teacher_state[k].max[row]);
+  const auto max = offset_of(at.of(block.teacher_state[k].max)), weight = at.of(teacher.weight);
   if (args.divergence != Divergence::reverse_kl) {
-    const T factor = teacher.factor[row];
-    for_each_vector(tile, false,
-                    [&](int i, Vec<T> x, auto) { store(share + i, load(share + i) + factor * sweep.exp(x - max)); });
+    const auto factor = at.of(teacher.factor);
+    for_each_vector(tile, false, [&](int i, Vec<T> x, auto) {
+      store(share + i, load(share + i) + if_used<T>(weight, factor * sweep.exp(x - max)));
+    });
   } else {
-    const T weight = teacher.weight[row], log_sum = teacher.log_sum[row];
+    const auto log_sum = at.of(teacher.log_sum);
     for_each_vector(tile, false, [&](int i, Vec<T> x, auto) {
       const Vec<T> scaled = (x - max) * sweep.inv_t;
       const Vec<T> log_p = scaled == -infinity<T>() ? Vec<T>{} : scaled - log_sum;
-      store(share + i, load(share + i) + weight * log_p);
+      store(share + i, load(share + i) + if_used<T>(weight, weight * log_p));
     });
   }
 }
 
 // The teachers' share of the student's gradient, in scratch.share.
-template <typename T>
-void share_of_teachers(const KDArgs<T>& args, const Block<T>& block, int row, const Sweep<T>& sweep, int64_t begin,
+template <typename T, typename At>
+void share_of_teachers(const KDArgs<T>& args, const Block<T>& block, At at, const Sweep<T>& sweep, int64_t begin,
                        int count, Scratch<T>& scratch) {
-  if (scratch.keeps()) return share_of_kept(args, block, row, sweep, begin, count, scratch);
+  if (scratch.keeps()) return share_of_kept(args, block, at, sweep, begin, count, scratch);
   const bool elementwise = is_elementwise(args.divergence);
-  if (elementwise) student_tile(args, block, row, sweep, begin, count, scratch);
+  if (elementwise) student_tile(args, block, at, sweep, begin, count, scratch);
   T* share = scratch.share.values;
   for (int i = 0; i < count; i += kLanes<T>) store(share + i, Vec<T>{});
   for (int k = 0; k < args.teachers; ++k) {
-    if (block.teacher[k].weight[row] == 0) continue;
+    const auto used = [&](int row) { return block.teacher[k].weight[row] != 0; };
+    if (!any_of(at.of(block.teacher[k].weight) != 0)) continue;
     if (elementwise) {
-      add_elements(args, block, row, k, sweep, begin, count, scratch);
+      add_elements(args, block, at, k, sweep, begin, count, scratch);
       continue;
     }
-    const T* t = read_classes(args.teacher[k], block, row, begin, count, scratch.widened(0));
-    add_share(Vectors<T>(t, count), args, block, row, k, sweep, share);
+    const T* t = read_line(args.teacher[k], block, at, begin, count, scratch.widened(0), used);
+    add_share(Vectors<T>(t, count), args, block, at, k, sweep, share);
   }
 }
 
-template <typename T, AtOne kAtOne>
-void student_gradient(const KDArgs<T>& args, const Block<T>& block, int row, const Sweep<T>& sweep, int64_t begin,
+template <typename T, AtOne kAtOne, typename At>
+void student_gradient(const KDArgs<T>& args, const Block<T>& block, At at, const Sweep<T>& sweep, int64_t begin,
                       int count, Scratch<T>& scratch) {
   const StudentNumbers<T>& g = block.student;
-  const T soft = g.soft[row], hard = g.hard[row], constant = g.constant[row], mean = g.mean_divergence[row],
-          total_weight = g.total_weight[row], log_sum = g.log_sum[row];
+  const auto soft = at.of(g.soft), hard = at.of(g.hard), constant = at.of(g.constant), mean = at.of(g.mean_divergence),
+             total_weight = at.of(g.total_weight), log_sum = at.of(g.log_sum), used = at.of(g.used);
   const T* share = scratch.share.values;
   T* out = scratch.out.values;
   const bool reverse = args.divergence == Divergence::reverse_kl;
   auto put = [&](int i, Vec<T> x, Vec<T> e, Vec<T> log_q) {
     Vec<T> gradient = reverse ? soft * e * (total_weight * log_q - load(share + i) - mean) : soft * e - load(share + i);
-    if constexpr (kAtOne != AtOne::unused) gradient += hard * exp_at_one<T, kAtOne>(e, x) + constant;
+    if constexpr (kAtOne == AtOne::unused)
+      gradient = if_used<T>(used, gradient);
+    else
+      gradient += hard * exp_at_one<T, kAtOne>(e, x) + constant;
     store(out + i, gradient);
   };
-  const T max = offset_of(block.student_state.max[row]);
+  const auto max = offset_of(at.of(block.student_state.max));
   const bool needs_logits = reverse || kAtOne == AtOne::own;
   if (scratch.keeps() && !needs_logits) {
-    const T* exps = scratch.student_exps(row, begin);
-    const T late = catch_up(scratch.student_max_at(row, begin), max, sweep.inv_t);
+    const T* exps = scratch.student_exps(at.line, begin);
+    const T late = catch_up(scratch.student_max_at(at.line, begin), max, sweep.inv_t);
     for (int i = 0; i < count; i += kLanes<T>) put(i, Vec<T>{}, load(exps + i) * late, Vec<T>{});
     return;
   }
-  const T* s = read_classes(args.student, block, row, begin, count, scratch.widened(0));
+  const T* s = read_line(args.student, block, at, begin, count, scratch.widened(0), kEveryRow);
   for_each_vector(Vectors<T>(s, count), false, [&](int i, Vec<T> x, auto) {
     x -= max;
     const Vec<T> scaled = x * sweep.inv_t;
@@ -107,89 +120,132 @@ void student_gradient(const KDArgs<T>& args, const Block<T>& block, int row, con
   });
 }
 
-template <typename T>
-void student_gradient(const KDArgs<T>& args, const Block<T>& block, int row, const Sweep<T>& sweep, int64_t begin,
+template <typename T, typename At>
+void student_gradient(const KDArgs<T>& args, const Block<T>& block, At at, const Sweep<T>& sweep, int64_t begin,
                       int count, Scratch<T>& scratch) {
   switch (sweep.student_at_one) {
     case AtOne::unused:
-      return student_gradient<T, AtOne::unused>(args, block, row, sweep, begin, count, scratch);
+      return student_gradient<T, AtOne::unused>(args, block, at, sweep, begin, count, scratch);
     case AtOne::same:
-      return student_gradient<T, AtOne::same>(args, block, row, sweep, begin, count, scratch);
+      return student_gradient<T, AtOne::same>(args, block, at, sweep, begin, count, scratch);
     case AtOne::square:
-      return student_gradient<T, AtOne::square>(args, block, row, sweep, begin, count, scratch);
+      return student_gradient<T, AtOne::square>(args, block, at, sweep, begin, count, scratch);
     case AtOne::fourth:
-      return student_gradient<T, AtOne::fourth>(args, block, row, sweep, begin, count, scratch);
+      return student_gradient<T, AtOne::fourth>(args, block, at, sweep, begin, count, scratch);
     case AtOne::own:
-      return student_gradient<T, AtOne::own>(args, block, row, sweep, begin, count, scratch);
+      return student_gradient<T, AtOne::own>(args, block, at, sweep, begin, count, scratch);
   }
 }
 
 template <typename T>
-void write_student_gradient(const KDArgs<T>& args, const Block<T>& block, int row, const Sweep<T>& sweep,
-                            Scratch<T>& scratch, const Gradient& gradient) {
-  const int64_t to = block.start(gradient, row);
+void zero_line(const KDArgs<T>& args, const Block<T>& block, Along<T> at, const Gradient& gradient) {
+  zero_row<T>(gradient, block.start(gradient, at.line), args.classes);
+}
+template <typename T>
+void zero_line(const KDArgs<T>& args, const Block<T>& block, Across<T>, const Gradient& gradient) {
+  for (int row = 0; row < block.rows; ++row) zero_line(args, block, Along<T>{row}, gradient);
+}
+
+template <typename T>
+void write_student_gradient(const KDArgs<T>& args, const Block<T>& block, const Sweep<T>& sweep, Scratch<T>& scratch,
+                            const Gradient& gradient) {
   const bool hard = args.ce_weight != 0, apart = args.divergence == Divergence::dkd;
-  if (!hard && block.student.used[row] == 0) return zero_row<T>(gradient, to, args.classes);
-  for (int64_t begin = 0; begin < args.classes; begin += kTileColumns) {
-    const int count = tile_count(args.classes, begin);
-    share_of_teachers(args, block, row, sweep, begin, count, scratch);
-    student_gradient(args, block, row, sweep, begin, count, scratch);
-    const int64_t label = block.target[row] - begin;
-    if ((hard || apart) && label >= 0 && label < count) scratch.out.values[label] -= block.student.label[row];
-    if (scratch.streams)
-      stream_tile(static_cast<T*>(gradient.data) + to + begin, count, scratch.out.values);
-    else
-      write_tile(gradient, to, begin, count, scratch.out.values);
+  T* out = scratch.out.values;
+  for_each_line(block, scratch.across(), kEveryRow, [&](auto at) {
+    if (!hard && !any_of(at.of(block.student.used) != 0)) return zero_line(args, block, at, gradient);
+    for (int64_t begin = 0; begin < scratch.line(); begin += kTileColumns) {
+      const int count = tile_count(scratch.line(), begin);
+      share_of_teachers(args, block, at, sweep, begin, count, scratch);
+      student_gradient(args, block, at, sweep, begin, count, scratch);
+      if (hard || apart)
+        for_each_place(block, at, block.target, begin, count,
+                       [&](int row, int64_t place) { out[place] -= block.student.label[row]; });
+      if (scratch.streams)
+        stream_tile(static_cast<T*>(gradient.data) + block.start(gradient, at.line) + begin, count, out);
+      else
+        write_line(gradient, block, at, begin, count, out);
+    }
+  });
+}
+
+// What the gradient in teacher k is made of, beside its columns.
+template <typename Number>
+struct TeacherFactors {
+  Number weight, scale;  // scale: row's factor·kd_scale·w/τ
+  Number to_p, to_q, max_t, max_s, log_sums;
+  Number per_ratio, less;  // p·(per_ratio·(log p − log q) − less)
+};
+
+template <typename T, typename At>
+auto teacher_factors(const KDArgs<T>& args, const Block<T>& block, At at, int k, const Sweep<T>& sweep) {
+  using Number = decltype(at.of(block.scale));
+  const TeacherNumbers<T>& numbers = block.teacher[k];
+  const Number sum_t = at.of(block.teacher_state[k].sum), sum_s = at.of(block.student_state.sum),
+               d = at.of(numbers.divergence), one = number<Number>(1);
+  TeacherFactors<Number> f;
+  f.weight = at.of(numbers.weight);
+  f.scale = at.of(block.scale) * args.kd_scale * f.weight * sweep.inv_t;
+  f.max_t = offset_of(at.of(block.teacher_state[k].max));
+  f.max_s = offset_of(at.of(block.student_state.max));
+  f.to_p = one / sum_t;
+  f.to_q = one / sum_s;
+  f.log_sums = at.of(numbers.log_sum) - at.of(block.student.log_sum);
+  f.per_ratio = one;
+  f.less = d;
+  if (args.divergence == Divergence::dkd) {
+    const Number odds = at.of(numbers.odds), odds_s = at.of(block.student.odds);
+    f.to_p = sum_t == 0 ? Number{} : f.to_p;
+    f.per_ratio = number<Number>(args.beta);
+    f.less = d - binary_kl(odds, odds_s) + pull_on_target(odds, odds_s);
   }
+  return f;
 }
 
 // The gradient in teacher k, times the row's factor: forward KL p·(log p − log q − D)/τ, reverse KL (p − q)/τ; dkd, of
 // dkd.h, p̂·(β(log p̂ − log q̂) − (β NCKD + v))/τ and at the target v/τ; the others as in elementwise.h.
-template <typename T>
-void write_teacher_gradient(const KDBackward<T>& args, const Block<T>& block, int row, int k, const Sweep<T>& sweep,
-                            Scratch<T>& scratch) {
-  const Logits &teacher = args.teacher[k], &student = args.student;
-  const TeacherNumbers<T>& numbers = block.teacher[k];
-  const Gradient out = args.gradient_of_teacher(k);
-  const int64_t to = block.start(out, row);
-  if (numbers.weight[row] == 0) return zero_row<T>(out, to, args.classes);
-
-  const T max_t = offset_of(block.teacher_state[k].max[row]), max_s = offset_of(block.student_state.max[row]);
-  const T sum_t = block.teacher_state[k].sum[row];
-  const bool apart = args.divergence == Divergence::dkd, nothing = apart && sum_t == 0;
-  const T to_p = nothing ? T(0) : 1 / sum_t, to_q = 1 / block.student_state.sum[row];
-  const T log_sums = numbers.log_sum[row] - block.student.log_sum[row], d = numbers.divergence[row];
-  const T scale = block.scale[row] * args.kd_scale * numbers.weight[row] * sweep.inv_t;
-  T per_ratio = 1, less = d, pull = 0;
-  if (apart) {
-    const T odds = numbers.odds[row], odds_s = block.student.odds[row];
-    pull = pull_on_target(odds, odds_s);
-    per_ratio = args.beta;
-    less = d - binary_kl(odds, odds_s) + pull;
+template <typename T, typename At>
+void teacher_gradient(const KDBackward<T>& args, const Block<T>& block, At at, int k, const Sweep<T>& sweep,
+                      int64_t begin, int count, Scratch<T>& scratch) {
+  const auto f = teacher_factors(args, block, at, k, sweep);
+  const auto used = [&](int row) { return block.teacher[k].weight[row] != 0; };
+  T *out = scratch.out.values, *ds_of = scratch.share.values;
+  if (is_elementwise(args.divergence)) {
+    student_tile(args, block, at, sweep, begin, count, scratch);
+    return teacher_elements(args, block, at, k, sweep, begin, count, scratch);
   }
-  for (int64_t begin = 0; begin < args.classes; begin += kTileColumns) {
-    const int count = tile_count(args.classes, begin);
-    if (is_elementwise(args.divergence)) {
-      student_tile(args, block, row, sweep, begin, count, scratch);
-      teacher_elements(args, block, row, k, sweep, begin, count, scale, scratch);
-      write_tile(out, to, begin, count, scratch.out.values);
-      continue;
+  const T* s = read_line(args.student, block, at, begin, count, scratch.widened(0), used);
+  for_each_vector(Vectors<T>(s, count), false, [&](int i, Vec<T> x, auto) { store(ds_of + i, x - f.max_s); });
+  const T* t = read_line(args.teacher[k], block, at, begin, count, scratch.widened(0), used);
+  for_each_vector(Vectors<T>(t, count), false, [&](int i, Vec<T> x_t, auto) {
+    const Vec<T> dt = x_t - f.max_t, ds = load(ds_of + i), p = f.to_p * sweep.exp(dt);
+    Vec<T> gradient;
+    if (args.divergence == Divergence::reverse_kl) {
+      gradient = p - f.to_q * sweep.exp(ds);
+    } else {
+      const Vec<T> ratio = args.divergence == Divergence::dkd && args.beta == 0
+                               ? Vec<T>{}
+                               : f.per_ratio * ((dt - ds) * sweep.inv_t - f.log_sums);
+      gradient = p == 0 ? Vec<T>{} : p * (ratio - f.less);
     }
-    const T* s = read_classes(student, block, row, begin, count, scratch.widened(0));
-    const Vectors<T> tile_s(s, count);
-    for_each_vector(tile_s, false, [&](int i, Vec<T> x, auto) { store(scratch.share.values + i, x - max_s); });
-    const T* t = read_classes(teacher, block, row, begin, count, scratch.widened(0));
-    for_each_vector(Vectors<T>(t, count), false, [&](int i, Vec<T> x_t, auto) {
-      const Vec<T> dt = x_t - max_t, ds = load(scratch.share.values + i), p = to_p * sweep.exp(dt);
-      Vec<T> gradient;
-      if (args.divergence != Divergence::reverse_kl)
-        gradient = p == 0 ? Vec<T>{}
-                          : p * ((per_ratio == 0 ? Vec<T>{} : per_ratio * ((dt - ds) * sweep.inv_t - log_sums)) - less);
-      else
-        gradient = p - to_q * sweep.exp(ds);
-      store(scratch.out.values + i, scale * gradient);
-    });
-    if (block.apart_in(row, begin, count)) scratch.out.values[block.apart[row] - begin] = scale * pull;
-    write_tile(out, to, begin, count, scratch.out.values);
-  }
+    store(out + i, if_used<T>(f.weight, f.scale * gradient));
+  });
+  for_each_place(block, at, block.apart, begin, count, [&](int row, int64_t place) {
+    if (used(row))
+      out[place] = block.scale[row] * args.kd_scale * block.teacher[k].weight[row] * sweep.inv_t *
+                   pull_on_target(block.teacher[k].odds[row], block.student.odds[row]);
+  });
+}
+
+template <typename T>
+void write_teacher_gradient(const KDBackward<T>& args, const Block<T>& block, int k, const Sweep<T>& sweep,
+                            Scratch<T>& scratch) {
+  const Gradient gradient = args.gradient_of_teacher(k);
+  for_each_line(block, scratch.across(), kEveryRow, [&](auto at) {
+    if (!any_of(at.of(block.teacher[k].weight) != 0)) return zero_line(args, block, at, gradient);
+    for (int64_t begin = 0; begin < scratch.line(); begin += kTileColumns) {
+      const int count = tile_count(scratch.line(), begin);
+      teacher_gradient(args, block, at, k, sweep, begin, count, scratch);
+      write_line(gradient, block, at, begin, count, scratch.out.values);
+    }
+  });
 }

@@ -22,6 +22,8 @@ namespace MTKD_ISA {
 //
 #include "kd_scratch.h"
 //
+#include "kd_lines.h"
+//
 #include "kd_sweep.h"
 //
 #include "kd_elementwise.h"
@@ -81,7 +83,7 @@ void write_stats(const KDForward<T>& args, const Block<T>& block, int row) {
     out[at.weight(k) * rows] = teacher.weight[row];
     if (is_elementwise(args.divergence)) out[at.slope(k) * rows] = teacher.slope[row];
     out[at.teacher_max(k) * rows] = read ? block.teacher_state[k].max[row] : T(0);
-    out[at.teacher_sum(k) * rows] = block.teacher_state[k].sum[row];
+    out[at.teacher_sum(k) * rows] = read ? block.teacher_state[k].sum[row] : T(0);
     out[at.teacher_ce(k) * rows] = args.rule == WeightRule::confidence ? teacher.signal[row] : T(0);
     out[at.teacher_entropy(k) * rows] = args.rule == WeightRule::entropy ? teacher.signal[row] : T(0);
   }
@@ -105,7 +107,7 @@ void forward_block(const KDForward<T>& args, const Sweep<T>& sweep, Block<T>& bl
   }
   if (args.gradient.data == nullptr) return;
   gradient_factors(args, sweep, block);
-  for (int row = 0; row < block.rows; ++row) write_student_gradient(args, block, row, sweep, scratch, args.gradient);
+  write_student_gradient(args, block, sweep, scratch, args.gradient);
 }
 
 template <typename T>
@@ -150,11 +152,9 @@ template <typename T>
 void backward_block(const KDBackward<T>& args, const Sweep<T>& sweep, Block<T>& block, Scratch<T>& scratch) {
   if (args.divergence == Divergence::dkd) set_targets_apart(args, sweep, block);
   gradient_factors(args, sweep, block);
-  for (int row = 0; row < block.rows; ++row) {
-    if (args.student_gradient.data) write_student_gradient(args, block, row, sweep, scratch, args.student_gradient);
-    for (int k = 0; k < args.teachers; ++k)
-      if (args.teacher_gradient[k]) write_teacher_gradient(args, block, row, k, sweep, scratch);
-  }
+  if (args.student_gradient.data) write_student_gradient(args, block, sweep, scratch, args.student_gradient);
+  for (int k = 0; k < args.teachers; ++k)
+    if (args.teacher_gradient[k]) write_teacher_gradient(args, block, k, sweep, scratch);
 }
 
 template <typename T>

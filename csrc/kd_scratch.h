@@ -4,6 +4,15 @@
 constexpr int64_t kBlockBytes = 128 << 10;  // of a block of short rows
 constexpr int64_t kKeptBytes = 4 << 20;     // of a long row; past it, the exponentials are computed again
 constexpr int64_t kKeptShare = 8;           // and so they are if they took more than this part of the gradient's memory
+constexpr int64_t kShortRow = 32;  // classes up to which rows are worked on across (kd_block.h), wherever they lie
+
+// Pixels are worked on across, as long as a line of each tensor is no more than a thread may keep.
+template <typename T>
+bool goes_across(const KDArgs<T>& args) {
+  if (args.classes <= kShortRow) return true;
+  const int64_t line_bytes = args.classes * kLanes<T> * int64_t{sizeof(T)};
+  return lies_in_planes(args.student) && line_bytes * (args.teachers + 2) <= kKeptBytes;
+}
 
 template <typename T>
 class Scratch {
@@ -11,24 +20,29 @@ class Scratch {
   Tile<T> share, out;
   const bool streams;  // the student's gradient goes past the caches
 
-  // For a thread that has `rows` rows to do at a time.
+  // For a thread that has `rows` rows to do.
   Scratch(const KDArgs<T>& args, int64_t rows, bool gradient, bool streams)
-      : streams(streams), tiles_((args.classes + kTileColumns - 1) / kTileColumns) {
-    const int64_t pitch = pitch_of(args.classes), number = sizeof(T);
-    const int64_t row_bytes = pitch * (args.teachers + 2) * number;
-    const bool one_tile = tiles_ == 1;
-    rows_ = one_tile ? std::clamp<int64_t>(kBlockBytes / row_bytes, 1, std::min<int64_t>(kLanes<T>, rows)) : 1;
+      : streams(streams),
+        across_(goes_across(args)),
+        line_(across_ ? args.classes * kLanes<T> : args.classes),
+        tiles_(across_ ? 1 : (args.classes + kTileColumns - 1) / kTileColumns) {
+    const int64_t pitch = pitch_of(line_), number = sizeof(T);
+    const int64_t line_bytes = pitch * (args.teachers + 2) * number;
+    const int64_t fitting = std::clamp<int64_t>(kBlockBytes / line_bytes, 1, std::min<int64_t>(kLanes<T>, rows));
+    const int64_t lines = one_tile() && !across_ ? fitting : 1;
+    rows_ = across_ ? kLanes<T> : lines;
     const int64_t gradient_bytes = rows * args.classes * element_bytes(args.student.dtype);
-    const bool affordable = row_bytes <= std::min(kKeptBytes, gradient_bytes / kKeptShare);
+    const bool affordable = line_bytes <= std::min(kKeptBytes, gradient_bytes / kKeptShare);
     // The others weigh logarithms, which come from the logits.
-    keeps_ = gradient && expectation_of(args.divergence) == Expectation::teacher && (one_tile || affordable);
-    tile_pitch_ = one_tile ? pitch : pitch_of(kTileColumns);
+    keeps_ = gradient && expectation_of(args.divergence) == Expectation::teacher && (one_tile() || affordable);
+    tile_pitch_ = one_tile() ? pitch : pitch_of(kTileColumns);
     student_pitch_ = keeps_ ? pitch : tile_pitch_;
     teacher_pitch_ = keeps_ ? pitch : 0;
 
-    const int64_t per_tile = rows_ * tile_pitch_, student = rows_ * student_pitch_;
-    const int64_t teachers = keeps_ ? args.teachers * rows_ * pitch : tile_pitch_;
-    const int64_t maxima = (args.teachers + 1) * rows_ * tiles_;
+    lines_ = lines;
+    const int64_t per_tile = lines * tile_pitch_, student = lines * student_pitch_;
+    const int64_t teachers = keeps_ ? args.teachers * lines * pitch : tile_pitch_;
+    const int64_t maxima = (args.teachers + 1) * lines * tiles_;
     const size_t bytes = (2 * per_tile + student + teachers + maxima) * number;
     memory_.reset(static_cast<T*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
     if (!memory_) throw std::bad_alloc();
@@ -40,25 +54,31 @@ class Scratch {
 
   int rows() const { return rows_; }
   bool keeps() const { return keeps_; }
+  bool across() const { return across_; }
+  bool one_tile() const { return tiles_ == 1; }
+  int64_t line() const { return line_; }  // numbers
+  int64_t tile_columns() const { return across_ ? line_ / kLanes<T> : kTileColumns; }
 
   // Of the current tile:
-  T* widened(int row) { return memory_.get() + row * tile_pitch_; }
-  T* shifted(int row) { return shifted_ + row * tile_pitch_; }  // s − max
+  T* widened(int line) { return memory_.get() + line * tile_pitch_; }
+  T* shifted(int line) { return shifted_ + line * tile_pitch_; }  // s − max
 
   // e^{(x−max)/τ} of the tile at `begin`, kept or of the current tile only; those of the teachers overwrite each other
   // if they are not kept.
-  T* student_exps(int row, int64_t begin) { return student_exps_ + row * student_pitch_ + (keeps_ ? begin : 0); }
-  T* teacher_exps(int k, int row, int64_t begin) {
-    return teacher_exps_ + (k * rows_ + row) * teacher_pitch_ + (keeps_ ? begin : 0);
+  T* student_exps(int line, int64_t begin) { return student_exps_ + line * student_pitch_ + (keeps_ ? begin : 0); }
+  T* teacher_exps(int k, int line, int64_t begin) {
+    return teacher_exps_ + (k * lines_ + line) * teacher_pitch_ + (keeps_ ? begin : 0);
   }
 
   // The largest logit when the tile passed by, which they are relative to; not yet that of the row.
-  T& student_max_at(int row, int64_t begin) { return max_at_[row * tiles_ + begin / kTileColumns]; }
-  T& teacher_max_at(int k, int row, int64_t begin) {
-    return max_at_[((k + 1) * rows_ + row) * tiles_ + begin / kTileColumns];
+  T& student_max_at(int line, int64_t begin) { return max_at_[line * tiles_ + tile_of(begin)]; }
+  T& teacher_max_at(int k, int line, int64_t begin) {
+    return max_at_[((k + 1) * lines_ + line) * tiles_ + tile_of(begin)];
   }
 
  private:
+  int64_t tile_of(int64_t begin) const { return across_ ? 0 : begin / kTileColumns; }
+
   // From row to row: whole groups of four vectors, as share_of_kept takes them, and one more, because rows of exactly
   // 4 KB would all map to the same sets of the cache.
   static int64_t pitch_of(int64_t columns) {
@@ -69,7 +89,9 @@ class Scratch {
   struct Free {
     void operator()(T* p) const { std::free(p); }
   };
-  int64_t tiles_, rows_, tile_pitch_, student_pitch_, teacher_pitch_;
+  const bool across_;
+  const int64_t line_, tiles_;
+  int64_t rows_, lines_, tile_pitch_, student_pitch_, teacher_pitch_;
   bool keeps_;
   std::unique_ptr<T, Free> memory_;
   T *shifted_, *student_exps_, *teacher_exps_, *max_at_;

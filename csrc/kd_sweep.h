@@ -16,12 +16,12 @@ struct Ahead {
 
 // Two tiles ahead in the row (one is too short a time for a memory that is busy), then on to the next block's row.
 template <typename T>
-Ahead ahead_of(const KDArgs<T>& args, const Logits& x, int rows, int64_t begin) {
+Ahead ahead_of(const KDArgs<T>& args, const Logits& x, int rows, int64_t begin, bool across) {
   constexpr int64_t kDistance = 2;
   const int64_t tile = begin / kTileColumns + kDistance, tiles = (args.classes + kTileColumns - 1) / kTileColumns;
   const int64_t rows_on = std::max<int64_t>(rows, tiles == 1 ? kDistance : 1);
   const int64_t in_next = std::min(tile - tiles, tiles - 1) * kTileColumns + rows_on * x.inner_stride;
-  const int bytes = x.class_stride == 1 ? element_bytes(x.dtype) : 0;
+  const int bytes = across || x.class_stride != 1 ? 0 : element_bytes(x.dtype);
   return {reinterpret_cast<uintptr_t>(x.data) + (tile < tiles ? tile * kTileColumns : in_next) * bytes, bytes};
 }
 
@@ -35,29 +35,36 @@ inline void for_each_vector(const Vectors<T>& x, bool careful, Step step) {
   if (x.rest) step(x.whole, x.last, std::true_type());
 }
 
-// One tensor's part of a tile: the block's rows, and their extremes. All rows' extremes come before anything that waits
-// for them.
+// One tensor's part of a tile: the block's lines, and the extremes of its rows. All rows' extremes come before anything
+// that waits for them.
 template <typename T>
-struct TileRows {
-  int64_t start[kLanes<T>];  // where the row begins
-  Vectors<T> row[kLanes<T>];
-  Lanes<T> max, min;  // of whole vectors only; NaN is not seen
+struct TileLines {
+  int64_t start[kLanes<T>] = {};  // where a row begins
+  Vectors<T> line[kLanes<T>];
+  Lanes<T> max, min;  // along: of whole vectors only; NaN is not seen
 
   template <typename Reads>
-  TileRows(const Logits& x, const Block<T>& block, int64_t begin, int count, Scratch<T>& scratch, Reads reads) {
+  TileLines(const Logits& x, const Block<T>& block, int64_t begin, int count, Scratch<T>& scratch, Reads reads) {
     max = min = splat(-infinity<T>());
+    if (scratch.across()) {
+      const int numbers = count * kLanes<T>;
+      line[0].fill(read_line(x, block, Across<T>(), begin, numbers, scratch.widened(0), reads), numbers);
+      find_extremes(Across<T>());
+      return;
+    }
     for (int r = 0; r < block.rows; ++r) {
       if (!reads(r)) continue;
       start[r] = block.start(x, r);
-      row[r].fill(read_classes(x, block, r, begin, count, scratch.widened(r)), count);
+      line[r].fill(read_line(x, block, Along<T>{r}, begin, count, scratch.widened(r), reads), count);
     }
     for (int r = 0; r < block.rows; ++r)
-      if (reads(r)) find_extremes(r);
+      if (reads(r)) find_extremes(Along<T>{r});
   }
 
  private:
-  void find_extremes(int r) {
-    const Vectors<T>& x = row[r];
+  template <typename At>
+  void find_extremes(At at) {
+    const Vectors<T>& x = line[at.line];
     Vec<T> high = splat(-infinity<T>()), low = splat(infinity<T>());
     for (int i = 0; i < x.whole; i += kLanes<T>) {
       const Vec<T> v = load(x.values + i);
@@ -65,8 +72,13 @@ struct TileRows {
       low = v < low ? v : low;
     }
     if (x.rest) high = x.last > high ? x.last : high;
-    max[r] = max_of<T>(high);
-    min[r] = -max_of<T>(-low);
+    if constexpr (kIsAcross<T, At>) {
+      max = high;
+      min = low;
+    } else {
+      max[at.line] = max_of<T>(high);
+      min[at.line] = -max_of<T>(-low);
+    }
   }
 };
 
@@ -91,33 +103,55 @@ Raise<T> prepare(States<T>& states, const Lanes<T>& tile_max, int64_t begin, int
   return by;
 }
 
-// Σ (s − max) of a tile but for its target.
+// Σ (s − max) of a row's `count` numbers, `pitch` apart, but for its target.
 template <typename T>
-T total_without(const T* values, int count, int64_t target, T max) {
+T total_without(const T* values, int pitch, int count, int64_t target, T max) {
   T total = 0;
-  for (int i = 0; i < count; ++i) total += i == target ? T(0) : values[i] - max;
+  for (int i = 0; i < count; ++i) total += i == target ? T(0) : values[i * pitch] - max;
   return total;
+}
+
+// Adds Σ (s − max) of a tile, of which `total` has the whole vectors.
+template <typename T>
+void add_total(Lanes<T>& to, const Block<T>& block, Along<T> at, const Vectors<T>& s, int64_t begin, Vec<T> total,
+               T max) {
+  const int row = at.line, count = s.whole + s.rest;
+  if (block.apart_in(row, begin, count)) {
+    to[row] += total_without(s.values, 1, count, block.apart[row] - begin, max);
+    return;
+  }
+  T rest = 0;
+  for (int i = s.whole; i < count; ++i) rest += s.values[i] - max;  // not the padding
+  to[row] += sum_of<T>(total) + rest;
+}
+template <typename T>
+void add_total(Lanes<T>& to, const Block<T>& block, Across<T>, const Vectors<T>& s, int64_t, Vec<T> total, Vec<T> max) {
+  to = total;
+  for (int row = 0; row < block.rows; ++row)
+    if (block.apart[row] >= 0)
+      to[row] = total_without(s.values + row, kLanes<T>, s.whole / kLanes<T>, block.apart[row], T(max[row]));
 }
 
 template <typename T, AtOne kAtOne>
 void absorb_student(const KDArgs<T>& args, Block<T>& block, const Sweep<T>& sweep, int64_t begin, int count,
                     Scratch<T>& scratch) {
-  const TileRows<T> tile(args.student, block, begin, count, scratch, [](int) { return true; });
+  const TileLines<T> tile(args.student, block, begin, count, scratch, kEveryRow);
   States<T>& states = block.student_state;
   block.student_tile.sum_before = begin == 0 ? T(0) : states.sum[0];
   block.student_tile.raise = prepare(states, tile.max, begin, begin - block.apart_in(0, 0, begin), sweep.inv_t);
   Lanes<T> offset;
   offset = offset_of(states.max.all());
   block.student_tile.lowest = tile.min.all() - offset.all();
-  const Ahead next = ahead_of(args, args.student, block.rows, begin);
+  const Ahead next = ahead_of(args, args.student, block.rows, begin, scratch.across());
 
-  for (int row = 0; row < block.rows; ++row) {
-    const Vectors<T>& s = tile.row[row];
-    const Ahead ahead = next.of_row(tile.start[row]);
-    const T max = offset[row];
-    T* shifted = scratch.shifted(row);
-    T* exps = scratch.student_exps(row, begin);
-    scratch.student_max_at(row, begin) = states.max[row];
+  for_each_line(block, scratch.across(), kEveryRow, [&](auto at) {
+    const int line = at.line;
+    const Vectors<T>& s = tile.line[line];
+    const Ahead ahead = next.of_row(tile.start[line]);
+    const auto max = at.of(offset);
+    T* shifted = scratch.shifted(line);
+    T* exps = scratch.student_exps(line, begin);
+    scratch.student_max_at(line, begin) = states.max[line];
     Vec<T> sum{}, sum1{}, total{};
     for_each_vector(s, false, [&](int i, Vec<T> x, auto) {
       ahead.prefetch(i);
@@ -131,18 +165,14 @@ void absorb_student(const KDArgs<T>& args, Block<T>& block, const Sweep<T>& swee
         if (i < s.whole) total += x;
       }
     });
-    states.sum[row] += sum_of<T>(sum);
+    at.add(states.sum, sum);
     if constexpr (kAtOne != AtOne::unused) {
-      states.sum1[row] += sum_of<T>(sum1);
-      T rest = 0;
-      for (int i = s.whole; i < count; ++i) rest += s.values[i] - max;  // not the padding
-      states.total[row] += block.apart_in(row, begin, count)
-                               ? total_without(s.values, count, block.apart[row] - begin, max)
-                               : sum_of<T>(total) + rest;
-      const int64_t label = block.target[row] - begin;
-      if (label >= 0 && label < count) states.label[row] = s.values[label];
+      at.add(states.sum1, sum1);
+      add_total(states.total, block, at, s, begin, total, max);
+      for_each_place(block, at, block.target, begin, s.whole + s.rest,
+                     [&](int row, int64_t place) { states.label[row] = s.values[place]; });
     }
-  }
+  });
 }
 
 // e·ratio, and +inf for a ratio of +inf even if e underflowed to 0.
@@ -156,7 +186,9 @@ template <typename T, Expectation kExpectation, AtOne kAtOne, bool kEntropy>
 void absorb_teacher(const KDArgs<T>& args, Block<T>& block, int k, const Sweep<T>& sweep, int64_t begin, int count,
                     Scratch<T>& scratch) {
   constexpr bool kForward = kExpectation == Expectation::teacher;
-  const TileRows<T> tile(args.teacher[k], block, begin, count, scratch, [&](int row) { return block.reads(k, row); });
+  const auto reads = [&](int row) { return block.reads(k, row); };
+  if (!block.reads_some(k)) return;
+  const TileLines<T> tile(args.teacher[k], block, begin, count, scratch, reads);
   States<T>& states = block.teacher_state[k];
   const StudentTile<T>& student = block.student_tile;
   const T sum_before = states.sum[0];
@@ -169,19 +201,19 @@ void absorb_teacher(const KDArgs<T>& args, Block<T>& block, int k, const Sweep<T
   const Vec<T> lowest = tile.min.all() - offset.all(), lowest_s = student.lowest.all();
   Lanes<T> lower;  // of both
   lower = lowest < lowest_s ? lowest : lowest_s;
-  const Ahead next = ahead_of(args, args.teacher[k], block.rows, begin);
+  const Ahead next = ahead_of(args, args.teacher[k], block.rows, begin, scratch.across());
 
-  for (int row = 0; row < block.rows; ++row) {
-    if (!block.reads(k, row)) continue;
-    const Vectors<T>& t = tile.row[row];
-    const Ahead ahead = next.of_row(tile.start[row]);
-    const T max = offset[row];
-    const T* student_shifted = scratch.shifted(row);
-    const T* student_exps = scratch.student_exps(row, begin);
-    T* exps = scratch.teacher_exps(k, row, begin);
-    scratch.teacher_max_at(k, row, begin) = states.max[row];
+  for_each_line(block, scratch.across(), reads, [&](auto at) {
+    const int line = at.line;
+    const Vectors<T>& t = tile.line[line];
+    const Ahead ahead = next.of_row(tile.start[line]);
+    const auto max = at.of(offset);
+    const T* student_shifted = scratch.shifted(line);
+    const T* student_exps = scratch.student_exps(line, begin);
+    T* exps = scratch.teacher_exps(k, line, begin);
+    scratch.teacher_max_at(k, line, begin) = states.max[line];
     Vec<T> sum{}, sum1{}, dot1{}, crossed{};
-    for_each_vector(t, lower[row] == -infinity<T>(), [&](int i, Vec<T> dt, auto careful) {
+    for_each_vector(t, any_of(at.of(lower) == -infinity<T>()), [&](int i, Vec<T> dt, auto careful) {
       ahead.prefetch(i);
       dt -= max;
       const Vec<T> ds = load(student_shifted + i);
@@ -202,15 +234,15 @@ void absorb_teacher(const KDArgs<T>& args, Block<T>& block, int k, const Sweep<T
         if constexpr (kEntropy) dot1 += dt == -infinity<T>() ? Vec<T>{} : e1 * dt;
       }
     });
-    states.sum[row] += sum_of<T>(sum);
-    states.cross[row] += sum_of<T>(crossed);
+    at.add(states.sum, sum);
+    at.add(states.cross, crossed);
     if constexpr (kAtOne != AtOne::unused) {
-      states.sum1[row] += sum_of<T>(sum1);
-      const int64_t label = block.target[row] - begin;
-      if (label >= 0 && label < count) states.label[row] = t.values[label];
+      at.add(states.sum1, sum1);
+      for_each_place(block, at, block.target, begin, t.whole + t.rest,
+                     [&](int row, int64_t place) { states.label[row] = t.values[place]; });
     }
-    if constexpr (kEntropy) states.dot1[row] += sum_of<T>(dot1);
-  }
+    if constexpr (kEntropy) at.add(states.dot1, dot1);
+  });
 }
 
 template <typename T>
@@ -255,9 +287,9 @@ void sweep_block(const KDForward<T>& args, Block<T>& block, const Sweep<T>& swee
   const AbsorbStudent<T> absorb_s = student_absorber<T>(sweep.student_at_one);
   const AbsorbTeacher<T> absorb_t =
       teacher_absorber<T>(expectation_of(args.divergence), sweep.teacher_at_one, sweep.entropy);
-  assert(block.rows == 1 || args.classes <= kTileColumns);  // see prepare
-  for (int64_t begin = 0; begin < args.classes; begin += kTileColumns) {
-    const int count = tile_count(args.classes, begin);
+  assert(block.rows == 1 || scratch.one_tile());  // see prepare
+  for (int64_t begin = 0; begin < args.classes; begin += scratch.tile_columns()) {
+    const int count = static_cast<int>(std::min(args.classes - begin, scratch.tile_columns()));
     absorb_s(args, block, sweep, begin, count, scratch);
     for (int k = 0; k < args.teachers; ++k)
       if (args.kd_scale != 0) absorb_t(args, block, k, sweep, begin, count, scratch);

@@ -7,6 +7,10 @@
 
 namespace mtkd_fast {
 
+// Below this a mixture may have lost terms to underflow, and its logarithm is taken by sums of logarithms.
+template <typename acc_t>
+constexpr acc_t kSafeMixture = sizeof(acc_t) == sizeof(float) ? acc_t(0x1p-80) : acc_t(0x1p-900);
+
 // Rows as in kd.h. weights: element (k, row) at k·teacher_stride + row·row_stride, or null for 1/K.
 template <typename acc_t>
 struct MixtureArgs {
@@ -37,8 +41,8 @@ struct MixtureBackward : MixtureArgs<acc_t> {
 };
 
 // KL(pbar‖q). Its row_stats are those of kd.h, RowStats, with ∂KL/∂w_k in place of D_k and a scale of 1, so that
-// kd_rescale and kd_backward finish the gradients. The value takes a second sweep over the columns anyway; the
-// student's gradient for an upstream of 1 is written in it, one write instead of K + 2 passes.
+// kd_rescale and kd_backward finish the gradients. The value takes a second sweep over the columns anyway; the gradient
+// of a float32 or float64 student for an upstream of 1 is written in it, one write instead of K + 2 passes.
 template <typename acc_t>
 struct MixtureDivergence : MixtureArgs<acc_t> {
   Logits student;

@@ -16,8 +16,6 @@ namespace mtkd_fast {
 
 namespace {
 
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kSafeMixture = 0x1p-80f;  // below it a mixture may have lost terms to underflow
 constexpr int kLaneThreads = 128;
 constexpr int kLaneColumns = kWarp * kChunk;
 constexpr int kBlockThreads = 256;
@@ -59,7 +57,7 @@ MTKD_DEVICE void absorb_chunk(Softmax& state, const float (&x)[kChunk], float in
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) max = larger(max, x[i]);
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i) sum += device::exp2(shifted(x[i], max) * (kLog2E * inv_t));
+  for (int i = 0; i < kChunk; ++i) sum += device::exp2(shifted(x[i], max) * (device::kLog2E * inv_t));
   state.sum = state.sum * Raise<float>(state.max, max, inv_t).factor + sum;
   state.max = max;
 }
@@ -73,7 +71,7 @@ struct Member {
 };
 
 MTKD_DEVICE float softmax_numerator(float x, float max, float inv_t) {
-  return device::exp2(shifted(x, max) * (kLog2E * inv_t));
+  return device::exp2(shifted(x, max) * (device::kLog2E * inv_t));
 }
 
 // One row and the threads that share it. Groups of lanes walk together: merges are taken whatever a row reads.
@@ -414,7 +412,8 @@ struct DivergenceRow : MixtureRow<Group> {
     const float log_sum = log_of(student.sum), of_student = total_weight / student.sum;
     bool safe = true;
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) safe = safe && (mixture[i] >= kSafeMixture || chunk * kChunk + i >= args.classes);
+    for (int i = 0; i < kChunk; ++i)
+      safe = safe && (mixture[i] >= kSafeMixture<float> || chunk * kChunk + i >= args.classes);
     if (safe) {
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) ratio[i] = log_of(mixture[i]);
@@ -428,7 +427,7 @@ struct DivergenceRow : MixtureRow<Group> {
       const bool possible = ratio[i] != -infinity<float>();
       ratio[i] -= ds * inv_t - log_sum;
       value += possible ? infinite_or_product(mixture[i], ratio[i]) : 0.0f;
-      gradient[i] = inv_t * (of_student * device::exp2(ds * (kLog2E * inv_t)) - mixture[i]);
+      gradient[i] = inv_t * (of_student * device::exp2(ds * (device::kLog2E * inv_t)) - mixture[i]);
     }
     return value;
   }
@@ -509,15 +508,16 @@ int lane_width(const MixtureArgs<float>& args) {
   return width;
 }
 
-// `floats` for each thread and teacher beside the members.
-LaunchShape shape_of(const MixtureArgs<float>& args, int block_threads, int floats) {
+// In shared memory beside the group's scratch: `members` for each group and teacher, `floats` for each thread and
+// teacher.
+LaunchShape shape_of(const MixtureArgs<float>& args, int block_threads, int members, int floats) {
   const bool lanes = by_lanes(args);
   const int threads = lanes ? kLaneThreads : block_threads;
   const int groups = lanes ? threads / lane_width(args) : 1;
   const int64_t blocks = (args.rows + groups - 1) / groups;
   const int scratch = lanes ? LaneGroup::scratch_bytes() : BlockGroup::scratch_bytes();
-  const int bytes = scratch + args.teachers * (groups * static_cast<int>(sizeof(Member)) + floats * threads * 4);
-  return {blocks < device::max_blocks() ? blocks : device::max_blocks(), threads, bytes};
+  const int kept = members * groups * static_cast<int>(sizeof(Member)) + floats * threads * 4;
+  return {blocks < device::max_blocks() ? blocks : device::max_blocks(), threads, scratch + args.teachers * kept};
 }
 
 template <typename Args>
@@ -531,19 +531,19 @@ const char* mixture_forward_cuda(const MixtureForward<float>& args, int, void* s
   if (const char* error = only_float(args, DType::f32)) return error;
   if (args.rows == 0) return nullptr;
   if (by_lanes(args)) {
-    return device::launch(mixture_resident<LaneGroup, 1, kLaneThreads>, shape_of(args, 0, 0), stream, grouped(args));
+    return device::launch(mixture_resident<LaneGroup, 1, kLaneThreads>, shape_of(args, 0, 1, 0), stream, grouped(args));
   }
   if (args.classes <= kResidentColumns) {
     return device::launch(mixture_resident<BlockGroup, kResidentChunks, kResidentThreads>,
-                          shape_of(args, kResidentThreads, 0), stream, grouped(args));
+                          shape_of(args, kResidentThreads, 1, 0), stream, grouped(args));
   }
-  return device::launch(mixture_streaming, shape_of(args, kBlockThreads, 0), stream, grouped(args));
+  return device::launch(mixture_streaming, shape_of(args, kBlockThreads, 1, 0), stream, grouped(args));
 }
 
 const char* mixture_backward_cuda(const MixtureBackward<float>& args, int, void* stream) {
   if (const char* error = only_float(args, DType::f32)) return error;
   if (args.rows == 0) return nullptr;
-  const LaunchShape shape = shape_of(args, kBlockThreads, 0);
+  const LaunchShape shape = shape_of(args, kBlockThreads, 0, 0);
   if (by_lanes(args)) {
     return device::launch(mixture_backward<LaneGroup, kLaneThreads>, shape, stream, grouped(args));
   }
@@ -553,7 +553,7 @@ const char* mixture_backward_cuda(const MixtureBackward<float>& args, int, void*
 const char* mixture_divergence_cuda(const MixtureDivergence<float>& args, int, void* stream) {
   if (const char* error = only_float(args, args.student.dtype)) return error;
   if (args.rows == 0) return nullptr;
-  const LaunchShape shape = shape_of(args, kBlockThreads, 1);
+  const LaunchShape shape = shape_of(args, kBlockThreads, 1, 1);
   if (by_lanes(args)) {
     return device::launch(mixture_divergence<LaneGroup, kLaneThreads>, shape, stream, grouped(args));
   }

@@ -185,14 +185,15 @@ Tensor mixture(TensorList teachers, const OptionalTensor& weights, double temper
 
 // ---------------------------------------------------------------------------------------------- mixture_divergence
 
-// The forward writes the student's gradient for an upstream of 1, except of an fp16 student: a small upstream times a
-// gradient that was rounded before it would flush to zero. That one kd_backward makes, from the same row_stats.
+// The forward writes the student's gradient for an upstream of 1, unless the student is bf16 or fp16: its gradient
+// would be rounded again after the upstream, which is another for every row. That one kd_backward makes with the
+// upstream, from the same row_stats.
 struct MixtureKL : public torch::autograd::Function<MixtureKL> {
   static Tensor forward(AutogradContext* ctx, const Tensor& student, const TensorList& teachers,
                         const OptionalTensor& weights, double temperature) {
     static const auto forward_op = op<DivergenceForward>("mtkd_fast::mixture_divergence_forward");
     at::AutoDispatchBelowADInplaceOrView below;
-    const bool in_forward = student.requires_grad() && student.scalar_type() != at::kHalf;
+    const bool in_forward = student.requires_grad() && c10::elementSize(student.scalar_type()) >= 4;
     auto [divergence, row_stats, gradient] =
         forward_op.call(student, teachers, weights, temperature, !wants_gradient(weights), in_forward);
     variable_list saved{row_stats, gradient, weights ? *weights : Tensor()};

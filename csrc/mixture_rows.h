@@ -15,10 +15,6 @@ namespace MTKD_ISA {
 //
 #include "tile.h"
 
-// Below this a mixture in T may have lost terms to underflow, and its logarithm is taken by sums of logarithms.
-template <typename T>
-constexpr T kSafeMixture = sizeof(T) == sizeof(float) ? T(0x1p-80) : T(0x1p-900);
-
 // x, 0 from lane `count` on: what lies beyond the last class.
 template <typename T>
 inline Vec<T> first_lanes(Vec<T> x, int count) {

@@ -18,7 +18,6 @@ constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 constexpr int kChunksAtOnce = 2;
 constexpr int kTileBytes = 64 * 1024;    // of d and e in a block
 constexpr int kOnChipBytes = 99 * 1024;  // of shared memory, what every GPU since Ampere has
-constexpr float kLog2E = 1.4426950408889634f;
 
 template <typename Args>
 struct MutualKernelArgs : Args {
@@ -166,7 +165,8 @@ MTKD_DEVICE void absorb_students(const MutualKernelArgs<MutualForward<float>>& a
     state.raise = Raise<float>(state.max, max, inv_t);
     state.sum_before = state.sum;
     state.max = max;
-    state.sum = state.sum * state.raise.factor + sum_lanes(exponentiate(d, e, chunks, max, kLog2E * inv_t), kWarp);
+    state.sum =
+        state.sum * state.raise.factor + sum_lanes(exponentiate(d, e, chunks, max, device::kLog2E * inv_t), kWarp);
     device::sync_warp();  // every lane has read the state
     if (lane_index() == 0) shared.states[s] = state;
   });
@@ -359,7 +359,7 @@ MTKD_KERNEL(kThreads, 2) mutual_backward(MTKD_PARAM(MutualKernelArgs<MutualBackw
       float *d = shared.d + s * shared.columns, *e = shared.e + s * shared.columns;
       const float max = device::load(args.row_stats + stats.max(i) * args.rows + row);
       load_student(input_row(args.student[i], row_position(row, args.inner)), first_chunk, chunks, args.classes, d);
-      exponentiate(d, e, chunks, max, kLog2E / args.temperature);
+      exponentiate(d, e, chunks, max, device::kLog2E / args.temperature);
       if (lane_index() == 0) shared.states[s].sum = device::load(args.row_stats + stats.sum(i) * args.rows + row);
     });
     device::sync_block();

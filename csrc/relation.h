@@ -35,7 +35,8 @@ struct RelationAngle {
 
 // Distances over their mean μ: B²·L = Σ_ij h·(e − h/2) with e = d^S/μ^S − d^T/μ^T and h = clip(e, ±1). Two passes,
 // since every distance moves the mean: loss, and weighted[i] = Σ_j h·d^S; then, given drag = Σ_i weighted[i]/(M·μ^S)
-// with M = B·(B − 1), pull[i, j] = (h − drag)/d^S, of B²·μ^S·L, and 0 where D^S is below nearest.
+// with M = B·(B − 1), pull[i, j] = (h − drag)/d^S, of B²·μ^S·L, and 0 where D^S is below nearest. Pairs whose D^S is −1
+// are left out; B and M are then those of the samples that count.
 struct RelationDistance {
   int64_t count, pitch;
   const void *student, *teacher;                                                         // planes

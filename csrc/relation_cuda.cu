@@ -228,7 +228,7 @@ MTKD_KERNEL(kThreads, 2) relation_distance(MTKD_PARAM(RelationDistance) args) {
       const double e = d / mean - d_t / mean_t, h = clipped(e);
       if (args.pull) {
         device::store(args.pull + i * args.count + j, i == j || squared < nearest ? 0.0 : (h - drag) / d);
-      } else if (i != j) {
+      } else if (i != j && !(squared < 0)) {
         loss += h * (e - 0.5 * h);
         weighted += h * d;
       }

@@ -7,27 +7,59 @@
 namespace mtkd_fast {
 namespace {
 
-using Forward = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, c10::string_view, bool);
+using Forward = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, c10::string_view, bool);
 
 constexpr double kNearest = 1e-6;  // of the distance loss
 
-// Points [B, D] in float64, of mean 0: no distance sees it, but digits do.
-Tensor centred(const Tensor& embeddings) {
+// The samples that count: all B, or n of them, a number on the device.
+struct Samples {
+  int64_t count;
+  Tensor left_out;  // [B] bool, undefined where all count
+  Tensor n;         // [], at least 1
+
+  Samples(const Tensor& embeddings, const OptionalTensor& mask) : count(embeddings.size(0)) {
+    if (!mask) return;
+    left_out = mask->logical_not();
+    n = mask->sum(at::kDouble).clamp_min_(1);
+  }
+  Tensor over_power(const Tensor& x, int power) const {
+    return n.defined() ? x / n.pow(power) : x / std::pow(static_cast<double>(count), power);
+  }
+  Tensor over_pairs(const Tensor& x) const {
+    if (n.defined()) return x / (n * (n - 1)).clamp_min_(1);
+    return x / std::max<double>(1, static_cast<double>(count) * (count - 1));
+  }
+  // [B, B], the pairs with a sample that is left out.
+  Tensor pairs_left_out() const { return left_out.unsqueeze(1).logical_or(left_out.unsqueeze(0)); }
+};
+
+// Points [B, D] in float64, of mean 0: no distance sees it, but digits do. 0 where a sample is left out.
+Tensor centred(const Tensor& embeddings, const Samples& samples) {
   const Tensor x = embeddings.to(at::kDouble, /*non_blocking=*/false, /*copy=*/true, at::MemoryFormat::Contiguous);
-  return x.sub_(x.mean(0, true));
+  if (!samples.left_out.defined()) return x.sub_(x.mean(0, true));
+  const Tensor left_out = samples.left_out.unsqueeze(1);
+  x.masked_fill_(left_out, 0);
+  return x.sub_(x.sum(0, true).div_(samples.n)).masked_fill_(left_out, 0);
 }
 
 // What is kept of one side: 16 B² bytes on the CPU, 12 B² on a GPU. The points themselves, of mean square 1 for the
 // sake of exponents, are made again when they are needed again.
 struct Side {
+  const Samples& samples;
   int64_t count;
   bool on_cpu;
   Tensor scale;   // from the embeddings to the points
   Tensor poison;  // 0, or NaN: of a single sample nothing else is read
   Tensor nearest, planes, distances;
 
-  explicit Side(const Tensor& embeddings) : count(embeddings.size(0)), on_cpu(embeddings.is_cpu()) {
-    const Tensor x = centred(embeddings), size = x.norm() / std::sqrt(static_cast<double>(count));
+  Side(const Tensor& embeddings, const Samples& samples)
+      : samples(samples), count(samples.count), on_cpu(embeddings.is_cpu()) {
+    find_planes(embeddings);
+    if (samples.left_out.defined()) leave_out();
+  }
+
+  void find_planes(const Tensor& embeddings) {
+    const Tensor x = centred(embeddings, samples), size = samples.over_power(x.norm().square_(), 1).sqrt_();
     scale = at::where(size > 0, size.reciprocal(), at::ones_like(size));
     x.mul_(scale);
     poison = x.sum().mul_(0);
@@ -47,13 +79,29 @@ struct Side {
     run(x.device(), args, pitch, pitch, relation_planes_cpu, MTKD_CUDA_LAUNCHER(relation_planes_cuda));
   }
 
-  double pairs() const { return std::max<double>(1, static_cast<double>(count) * (count - 1)); }
-  Tensor mean_distance() const { return count > 1 ? distances.sum() / pairs() : at::ones_like(scale); }
+  // D = −1 and r = 0 for the pairs that are left out: every cosine is 0, and the distances are passed over.
+  void leave_out() {
+    const Tensor out = samples.pairs_left_out(), of_pairs = planes.narrow(1, 0, count).narrow(2, 0, count);
+    of_pairs.select(0, 0).masked_fill_(out, -1);
+    of_pairs.narrow(0, 1, planes.size(0) - 1).masked_fill_(out, 0);
+    Tensor squared = of_pairs.select(0, 0).to(at::kDouble);
+    if (!on_cpu) squared.add_(of_pairs.select(0, 1));
+    Tensor distance = at::maximum(squared, nearest).sqrt_().masked_fill_(out, 0);
+    distance.diagonal().zero_();
+    distances = distance.sum(1);
+  }
+
+  Tensor mean_distance() const {
+    const Tensor mean = samples.over_pairs(distances.sum());
+    if (samples.n.defined()) return at::where(samples.n > 1, mean, at::ones_like(mean));
+    return count > 1 ? mean : at::ones_like(mean);
+  }
 
   // factor·Σ_j pull_ij·(x_i − x_j), in the embeddings.
   Tensor gradient(const Tensor& embeddings, const Tensor& pull, const Tensor& factor) const {
-    const Tensor x = centred(embeddings).mul_(scale), towards = pull.mm(x);
-    return x.mul_(pull.sum(1, true)).sub_(towards).mul_(factor * scale);
+    const Tensor x = centred(embeddings, samples).mul_(scale), towards = pull.mm(x);
+    x.mul_(pull.sum(1, true)).sub_(towards).mul_(factor * scale);
+    return samples.left_out.defined() ? x.masked_fill_(samples.left_out.unsqueeze(1), 0) : x;  // NaN of another is none
   }
 };
 
@@ -64,7 +112,6 @@ struct Found {
 
 Found angle(const Side& student, const Side& teacher, bool write_gradient) {
   const int64_t b = student.count, parts = relation_angle_parts(b, student.on_cpu);
-  const double triples = static_cast<double>(b) * b * b;
   const at::TensorOptions options = student.distances.options();
   const Tensor loss = at::empty({parts}, options), pull = write_gradient ? at::empty({b, b}, options) : Tensor();
   const RelationAngle args{b,
@@ -74,13 +121,12 @@ Found angle(const Side& student, const Side& teacher, bool write_gradient) {
                            loss.mutable_data_ptr<double>(),
                            write_gradient ? pull.mutable_data_ptr<double>() : nullptr};
   run(loss.device(), args, parts, b * b, relation_angle_cpu, MTKD_CUDA_LAUNCHER(relation_angle_cuda));
-  const Tensor total = loss.sum() * (2 / triples);
-  return {total, pull, at::full_like(total, 4 / triples)};
+  const Tensor total = loss.sum().mul_(2);
+  return {student.samples.over_power(total, 3), pull, student.samples.over_power(at::full_like(total, 4), 3)};
 }
 
 Found distance(const Side& student, const Side& teacher, bool write_gradient) {
   const int64_t b = student.count;
-  const double squared = static_cast<double>(b) * b;
   const Tensor loss = at::empty({b}, student.distances.options()), weighted = at::empty_like(loss);
   const Tensor mean = student.mean_distance(), teacher_mean = teacher.mean_distance();
   RelationDistance args{};
@@ -94,21 +140,22 @@ Found distance(const Side& student, const Side& teacher, bool write_gradient) {
     run(loss.device(), args, b, b, relation_distance_cpu, MTKD_CUDA_LAUNCHER(relation_distance_cuda));
   };
   pass();
-  const Tensor total = loss.sum() / squared;
+  const Tensor total = student.samples.over_power(loss.sum(), 2);
   if (!write_gradient) return {total, Tensor(), Tensor()};
-  const Tensor drag = weighted.sum() / (mean * student.pairs()), pull = at::empty({b, b}, loss.options());
+  const Tensor drag = student.samples.over_pairs(weighted.sum() / mean), pull = at::empty({b, b}, loss.options());
   args.drag = drag.const_data_ptr<double>(), args.pull = pull.mutable_data_ptr<double>();
   pass();
-  return {total, pull, mean.reciprocal().mul_(2 / squared)};
+  return {total, pull, student.samples.over_power(mean.reciprocal().mul_(2), 2)};
 }
 
 // The loss and its gradient, both in the compute dtype, so that the gradient is rounded once: after the upstream.
-std::tuple<Tensor, Tensor> relation_forward(const Tensor& student, const Tensor& teacher, c10::string_view relation,
-                                            bool write_gradient) {
+std::tuple<Tensor, Tensor> relation_forward(const Tensor& student, const Tensor& teacher, const OptionalTensor& mask,
+                                            c10::string_view relation, bool write_gradient) {
   TORCH_CHECK_VALUE(student.dim() == 2 && teacher.dim() == 2 && student.size(0) == teacher.size(0),
                     "student and teacher must have shape [B, D] with one B");
   const at::ScalarType dtype = compute_dtype(student, teacher);
-  Side s(student), t(teacher);
+  const Samples samples(student, mask);
+  Side s(student, samples), t(teacher, samples);
   const Found found = relation == "angle" ? angle(s, t, write_gradient) : distance(s, t, write_gradient);
   const Tensor loss = (found.loss + s.poison + t.poison).to(dtype);
   s.planes.reset(), t.planes.reset();
@@ -117,11 +164,11 @@ std::tuple<Tensor, Tensor> relation_forward(const Tensor& student, const Tensor&
 }
 
 struct Relation : public torch::autograd::Function<Relation> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& student, const Tensor& teacher,
+  static Tensor forward(AutogradContext* ctx, const Tensor& student, const Tensor& teacher, const OptionalTensor& mask,
                         const c10::string_view& relation) {
     static const auto forward_op = op<Forward>("mtkd_fast::relation_forward");
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [loss, gradient] = forward_op.call(student, teacher, relation, true);
+    auto [loss, gradient] = forward_op.call(student, teacher, mask, relation, true);
     ctx->save_for_backward({gradient});
     ctx->saved_data["dtype"] = static_cast<int64_t>(student.scalar_type());
     ctx->set_materialize_grads(false);
@@ -129,7 +176,7 @@ struct Relation : public torch::autograd::Function<Relation> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& upstreams) {
-    variable_list gradients(3);
+    variable_list gradients(4);
     if (!upstreams[0].defined()) return gradients;
     const auto dtype = static_cast<at::ScalarType>(ctx->saved_data["dtype"].toInt());
     gradients[0] = (ctx->get_saved_variables()[0] * upstreams[0].detach()).to(dtype);
@@ -138,15 +185,118 @@ struct Relation : public torch::autograd::Function<Relation> {
   }
 };
 
-Tensor relation(const Tensor& student, const Tensor& teacher, c10::string_view relation) {
-  if (at::GradMode::is_enabled() && student.requires_grad()) return Relation::apply(student, teacher, relation);
+Tensor relation(const Tensor& student, const Tensor& teacher, const OptionalTensor& mask, c10::string_view relation) {
+  if (at::GradMode::is_enabled() && student.requires_grad()) return Relation::apply(student, teacher, mask, relation);
   static const auto forward_op = op<Forward>("mtkd_fast::relation_forward");
-  return std::get<0>(forward_op.call(student, teacher, relation, false));
+  return std::get<0>(forward_op.call(student, teacher, mask, relation, false));
+}
+
+// ---------- students that learn from one another
+
+using PeersForward = std::tuple<Tensor, std::vector<Tensor>>(TensorList, const OptionalTensor&, double,
+                                                             c10::List<bool>);
+
+// distance + angle_weight·angle of one side to another; its pull is that of the sum.
+Found both_relations(const Side& student, const Side& teacher, double angle_weight, bool write_gradient) {
+  Found found = distance(student, teacher, write_gradient);
+  if (write_gradient) found.pull.mul_(found.factor);
+  if (angle_weight == 0) return found;
+  const Found angles = angle(student, teacher, write_gradient);
+  found.loss = found.loss + angles.loss * angle_weight;
+  if (write_gradient) found.pull.add_(angles.pull.mul_(angles.factor), angle_weight);
+  return found;
+}
+
+// Students that learn from one another: of every student the mean over its peers, and its gradient. A side is made once
+// for each student, where a loss a pair would make it 4·(M − 1) times; a pair's loss is the same seen from either side.
+std::tuple<Tensor, std::vector<Tensor>> relation_peers_forward(TensorList points, const OptionalTensor& mask,
+                                                               double angle_weight, c10::List<bool> needs) {
+  TORCH_CHECK_VALUE(points.size() > 1, "points must hold 2 students or more");
+  for (const Tensor& x : points)
+    TORCH_CHECK_VALUE(x.dim() == 2 && x.size(0) == points[0].size(0), "points must have shape [B, D] with one B");
+  const at::ScalarType dtype = compute_dtype(points[0], points);
+  const int64_t students = static_cast<int64_t>(points.size());
+  const Samples samples(points[0], mask);
+  std::vector<Side> sides;
+  sides.reserve(students);
+  for (const Tensor& x : points) sides.emplace_back(x, samples);
+
+  std::vector<Tensor> losses(students), pulls(students), gradients;
+  const auto add = [](Tensor& sum, const Tensor& x) { sum = sum.defined() ? sum + x : x; };
+  for (int64_t k = 0; k < students; ++k) {
+    for (int64_t j = 0; j < students; ++j) {
+      if (j == k || (j < k && !needs[k])) continue;
+      const Found found = both_relations(sides[k], sides[j], angle_weight, needs[k]);
+      if (needs[k]) add(pulls[k], found.pull);
+      if (j < k) continue;
+      const Tensor loss = found.loss + sides[k].poison + sides[j].poison;
+      add(losses[k], loss);
+      add(losses[j], loss);
+    }
+  }
+  for (Side& side : sides) side.planes.reset();
+  const double share = 1.0 / static_cast<double>(students - 1);
+  for (int64_t k = 0; k < students; ++k) {
+    const Tensor none = at::empty({0}, points[k].options().dtype(dtype));
+    gradients.push_back(needs[k] ? sides[k].gradient(points[k], pulls[k], at::full_like(losses[k], share)).to(dtype)
+                                 : none);
+    pulls[k].reset();
+  }
+  return {at::stack(losses).mul_(share).to(dtype), gradients};
+}
+
+struct RelationPeers : public torch::autograd::Function<RelationPeers> {
+  static Tensor forward(AutogradContext* ctx, const TensorList& points, const OptionalTensor& mask,
+                        double angle_weight) {
+    static const auto forward_op = op<PeersForward>("mtkd_fast::relation_peers_forward");
+    at::AutoDispatchBelowADInplaceOrView below;
+    c10::List<bool> needs;
+    c10::List<int64_t> dtypes;
+    for (const Tensor& x : points) {
+      needs.push_back(x.requires_grad());
+      dtypes.push_back(static_cast<int64_t>(x.scalar_type()));
+    }
+    auto [losses, gradients] = forward_op.call(points, mask, angle_weight, needs);
+    ctx->save_for_backward(gradients);
+    ctx->saved_data["needs"] = needs;
+    ctx->saved_data["dtypes"] = dtypes;
+    return losses;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& upstreams) {
+    const variable_list saved = ctx->get_saved_variables();
+    const auto needs = ctx->saved_data["needs"].toBoolList();
+    const auto dtypes = ctx->saved_data["dtypes"].toIntList();
+    const Tensor upstream = upstreams[0].detach();
+    variable_list gradients(saved.size() + 2);
+    for (size_t k = 0; k < saved.size(); ++k) {
+      if (!needs[k]) continue;
+      gradients[k] =
+          (saved[k] * upstream.select(0, static_cast<int64_t>(k))).to(static_cast<at::ScalarType>(dtypes[k]));
+    }
+    refuse_double_backward(gradients);
+    return gradients;
+  }
+};
+
+Tensor relation_peers(TensorList points, const OptionalTensor& mask, double angle_weight) {
+  if (at::GradMode::is_enabled() && any_requires_grad(points)) return RelationPeers::apply(points, mask, angle_weight);
+  static const auto forward_op = op<PeersForward>("mtkd_fast::relation_peers_forward");
+  c10::List<bool> needs;
+  for (size_t k = 0; k < points.size(); ++k) needs.push_back(false);
+  return std::get<0>(forward_op.call(points, mask, angle_weight, needs));
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(mtkd_fast, CompositeImplicitAutograd, m) { m.impl("relation", relation); }
-MTKD_PASSES(m) { m.impl("relation_forward", relation_forward); }
+TORCH_LIBRARY_IMPL(mtkd_fast, CompositeImplicitAutograd, m) {
+  m.impl("relation", relation);
+  m.impl("relation_peers", relation_peers);
+}
+
+MTKD_PASSES(m) {
+  m.impl("relation_forward", relation_forward);
+  m.impl("relation_peers_forward", relation_peers_forward);
+}
 
 }  // namespace mtkd_fast

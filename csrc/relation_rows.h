@@ -126,7 +126,8 @@ inline void distance(const RelationDistance& args, int64_t begin, int64_t end) {
     double loss = 0, weighted = 0;
     if (args.pull) args.pull[i * args.count + i] = 0;
     for (int64_t j = 0; j < args.count; ++j) {
-      if (j == i) continue;
+      if (student[j] < 0 && args.pull) args.pull[i * args.count + j] = 0;
+      if (j == i || student[j] < 0) continue;
       const double d = distance_of(student[j], *args.student_nearest);
       const double d_t = distance_of(teacher[j], *args.teacher_nearest);
       const double e = d / *args.student_mean - d_t / *args.teacher_mean, h = clipped(e);

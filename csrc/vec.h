@@ -36,6 +36,67 @@ inline void store(T* to, Vec<T> x) {
   __builtin_memcpy(to, &x, sizeof(x));
 }
 
+// Its first `count` lanes, the others 0; nothing is touched past them.
+template <typename T>
+inline Vec<T> load_part(const T* from, int count) {
+  if (count == kLanes<T>) return load(from);
+  Vec<T> x{};
+  for (int i = 0; i < count; ++i) x[i] = from[i];
+  return x;
+}
+
+template <typename T>
+inline void store_part(T* to, Vec<T> x, int count) {
+  if (count == kLanes<T>) return store(to, x);
+  for (int i = 0; i < count; ++i) to[i] = x[i];
+}
+
+#if MTKD_VEC_BYTES == 64
+template <>
+inline Vec<float> load_part<float>(const float* from, int count) {
+  return _mm512_maskz_loadu_ps((1u << count) - 1, from);
+}
+template <>
+inline void store_part<float>(float* to, Vec<float> x, int count) {
+  _mm512_mask_storeu_ps(to, (1u << count) - 1, x);
+}
+#elif MTKD_VEC_BYTES == 32
+inline __m256i first_lanes(int count) {
+  const Integers<float> lane = {0, 1, 2, 3, 4, 5, 6, 7};
+  return (__m256i)(lane < count);
+}
+template <>
+inline Vec<float> load_part<float>(const float* from, int count) {
+  return _mm256_maskload_ps(from, first_lanes(count));
+}
+template <>
+inline void store_part<float>(float* to, Vec<float> x, int count) {
+  _mm256_maskstore_ps(to, first_lanes(count), x);
+}
+#endif
+
+// The transpose of a square of numbers, a register a row: each pass interleaves the two halves of the registers.
+template <typename T>
+inline void transpose(Vec<T> (&x)[kLanes<T>]) {
+  constexpr int kHalf = kLanes<T> / 2;
+  Integers<T> low{}, high{};
+  for (int i = 0; i < kLanes<T>; ++i) {
+    low[i] = i / 2 + i % 2 * kLanes<T>;
+    high[i] = low[i] + kHalf;
+  }
+#pragma GCC unroll 4
+  for (int pass = 1; pass < kLanes<T>; pass *= 2) {
+    Vec<T> y[kLanes<T>];
+#pragma GCC unroll 8
+    for (int i = 0; i < kHalf; ++i) {
+      y[2 * i] = __builtin_shuffle(x[i], x[i + kHalf], low);
+      y[2 * i + 1] = __builtin_shuffle(x[i], x[i + kHalf], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<T>; ++i) x[i] = y[i];
+  }
+}
+
 // Past the caches, to an address aligned to a whole vector. Needs a stream_fence() before others read.
 template <typename T>
 inline void stream(T* to, Vec<T> x) {
@@ -116,3 +177,11 @@ template <typename T>
 struct SumOfLanes {
   T operator()(Vec<T> x) const { return sum_of<T>(x); }
 };
+
+inline bool any_of(bool x) { return x; }
+template <typename Mask>
+inline bool any_of(Mask x) {  // of the lanes of a comparison
+  bool any = false;
+  for (size_t i = 0; i < sizeof(x) / sizeof(x[0]); ++i) any |= x[i] != 0;
+  return any;
+}

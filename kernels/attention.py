@@ -171,6 +171,9 @@ class Map(NamedTuple):
 def laid_out(features: Sequence[Tensor]) -> list[Map]:
     """The maps of one side, copied only where they lie neither way. One position is one row of channels."""
     check_dtypes(features)
+    for f in features:
+        if f.shape[2:].numel() == 0 or f.dim() < 3:
+            raise ValueError(f"features must be maps [N, C, ...] of one or more positions, got {tuple(f.shape)}")
     lasts = [f.movedim(1, -1).is_contiguous() for f in features]
     return [
         Map(f if last else f.contiguous(), k, f.shape[1], f.shape[2:].numel(), last)

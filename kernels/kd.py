@@ -4,7 +4,6 @@ A, on chip: whole rows in registers, the gradient written in the forward, K + 2 
 B, streaming: tiles, O(N·K) numbers saved, the backward recomputes, 2K + 3.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from .kd_backward import kd_backward
 from .kd_on_chip import kd_on_chip
 from .kd_rescale import kd_rescale
 from .kd_streaming import kd_streaming
-from .logits import as_arguments, check_dtypes, layout
+from .logits import along_pixels, as_arguments, check_dtypes, layout
 from .rows import per_teacher_strides, row_stats_size
 from .weights import WEIGHT_RULES
 
@@ -25,6 +24,18 @@ ON_CHIP_CLASSES = 8192  # of one row in the registers of a program of 8 warps
 WIDE, NARROW = 1024, 512  # columns of a row per warp: 32 a thread cost the fewest instructions, 16 the fewest registers
 SMALL_TILE = 256  # elements of a program of many short rows
 FEW_ROWS, VERY_FEW_ROWS = 2048, 512  # below, more warps share a row, so that the machine is full
+ON_CHIP_CLASSES_OF_PIXELS = 256  # of 16 pixels in as many: 32 bytes of bf16, the least that memory hands out
+LINE, WIDE_LINE = 32, 256  # pixels of a program: one a thread, or of few classes 8, 128 bits of bf16
+PIXEL_TILE, CLASSES_OF_PIXELS = 1024, 32  # elements, and the fewest classes, of a tile that need not hold all of them
+
+
+class Choice(NamedTuple):
+    """A kernel, and how it is spread out."""
+
+    kernel: Any
+    per_warp: int  # elements
+    most_warps: int  # of one row
+    pixels: int = 1  # PIXELS, where the threads run along them
 
 
 class Tiles(NamedTuple):
@@ -50,25 +61,32 @@ class Launch(NamedTuple):
             self.kernel[self.grid](**self.arguments, num_warps=self.num_warps)
 
 
+def most_on_chip(student: Tensor) -> int:
+    """The most classes of which the forward can write the student's gradient (strategy A)."""
+    return ON_CHIP_CLASSES_OF_PIXELS if along_pixels(student) else ON_CHIP_CLASSES
+
+
 def fits_on_chip(student: Tensor) -> bool:
-    """Whether the forward can write the student's gradient (strategy A), for any K, rule and divergence."""
-    return student.shape[-1] <= ON_CHIP_CLASSES
+    """For any K, rule and divergence."""
+    return student.shape[-1] <= most_on_chip(student)
 
 
-def strategy(
-    n_rows: int, n_classes: int, n_teachers: int, rule: str, divergence: str, write_gradient: bool
-) -> Tiles:  # fmt: skip
-    """The forward's kernel and its tiles."""
+def strategy(student: Tensor, n_teachers: int, rule: str, divergence: str, write_gradient: bool) -> Choice:
+    """The forward's kernel."""
+    n_rows, n_classes, pixels = student.shape[:-1].numel(), student.shape[-1], along_pixels(student)
     if not write_gradient:
-        num_warps = 1 if n_rows >= FEW_ROWS else 4 if n_rows >= VERY_FEW_ROWS else 8
-        return tiles(kd_streaming, n_classes, WIDE, num_warps)
-    if n_classes > ON_CHIP_CLASSES:
-        raise ValueError(f"write_gradient takes at most {ON_CHIP_CLASSES} classes in Triton, got {n_classes}")
+        if pixels:
+            return Choice(kd_streaming, NARROW, 8)
+        return Choice(kd_streaming, WIDE, 1 if n_rows >= FEW_ROWS else 4 if n_rows >= VERY_FEW_ROWS else 8)
+    if not fits_on_chip(student):
+        raise ValueError(f"write_gradient takes at most {most_on_chip(student)} classes in Triton, got {n_classes}")
     if divergence not in ("forward_kl", "reverse_kl"):  # probabilities and logarithms of both sides at once
-        return tiles(kd_on_chip, n_classes, NARROW, 16)
+        return Choice(kd_on_chip, NARROW, 16)
     two = two_accumulators(rule, n_teachers)
     crowded = n_teachers > 3 or (two and (divergence == "reverse_kl" or rule == "entropy"))
-    return tiles(kd_on_chip, n_classes, NARROW if crowded and n_classes <= 8 * NARROW else WIDE, 8)
+    if pixels:  # all that is known of a row is in one thread
+        crowded = n_teachers > 2 or two or divergence == "reverse_kl"
+    return Choice(kd_on_chip, NARROW if crowded and n_classes <= 8 * NARROW else WIDE, 8)
 
 
 def two_accumulators(rule: str, n_teachers: int) -> bool:
@@ -82,6 +100,33 @@ def tiles(kernel: Any, n_classes: int, columns_per_warp: int, most_warps: int) -
     return Tiles(kernel, max(1, SMALL_TILE // block_c), block_c, max(1, block_c // columns_per_warp))
 
 
+def tiles_of_pixels(choice: Choice, n_classes: int, n_pixels: int) -> Tiles:
+    """A part of ``n_pixels`` side by side, with all classes on chip, or in tiles."""
+    on_chip = choice.kernel is kd_on_chip
+    tile = 8 * choice.per_warp if on_chip else PIXEL_TILE
+    line = min(triton.next_power_of_2(n_pixels), LINE if choice.pixels == 1 else WIDE_LINE)
+    block_c = triton.next_power_of_2(n_classes)
+    if not on_chip:
+        block_c = min(block_c, max(CLASSES_OF_PIXELS, tile // line))
+    block_n = min(line, tile // block_c)
+    return Tiles(choice.kernel, block_n, block_c, max(1, block_n * block_c // choice.per_warp))
+
+
+def launch(choice: Choice, arguments: dict[str, Any], pixels: bool) -> Launch:
+    """On tiles that suit the arguments."""
+    n_rows, n_classes, inner = (arguments[name] for name in ("n_rows", "n_classes", "inner"))
+    if pixels:
+        plan = tiles_of_pixels(choice, n_classes, inner)
+        blocks = n_rows // inner * triton.cdiv(inner, plan.block_n)
+    else:
+        plan = tiles(choice.kernel, n_classes, choice.per_warp, choice.most_warps)
+        blocks = triton.cdiv(n_rows, plan.block_n)
+    if plan.kernel is kd_backward:
+        blocks *= triton.cdiv(n_classes, plan.block_c)
+    arguments |= dict(PIXELS=choice.pixels if pixels else 0, BLOCK_N=plan.block_n, BLOCK_C=plan.block_c)
+    return Launch(plan.kernel, (blocks,), arguments, plan.num_warps)
+
+
 def forward(
     student: Tensor, teachers: Sequence[Tensor], target: Tensor | None, weights: Tensor | None,
     row_weights: Tensor | None, items: Tensor | None, *,
@@ -92,7 +137,7 @@ def forward(
     n_rows, n_teachers = student.shape[:-1].numel(), len(teachers)
     row_loss = student.new_empty(n_rows, dtype=torch.float32)
     row_stats = student.new_empty((row_stats_size(n_teachers, divergence), n_rows), dtype=torch.float32)
-    gradient = student.new_empty(student.shape if write_gradient else 0)
+    gradient = torch.empty_like(student) if write_gradient else student.new_empty(0)
     if n_rows > 0:
         forward_launch(
             student, teachers, target, weights, row_weights, items, row_loss, row_stats, gradient,
@@ -109,12 +154,11 @@ def forward_launch(
     rule: str, divergence: str, beta: float, temperature: float, kd_scale: float, ce_weight: float,
     label_smoothing: float, ignore_index: int, skip_zero_weights: bool, write_gradient: bool,
 ) -> Launch:  # fmt: skip
-    n_classes = student.shape[-1]
-    plan = strategy(row_loss.numel(), n_classes, len(teachers), rule, divergence, write_gradient)
     given, given_strides = per_teacher_strides(weights) if rule == "given" and kd_scale != 0 else (None, None)
     arguments = common_arguments(
-        student, teachers, divergence, beta, temperature, kd_scale, ce_weight, label_smoothing, plan
-    )
+        student, teachers, divergence, beta, temperature, kd_scale, ce_weight, label_smoothing,
+        gradient if write_gradient else None,
+    )  # fmt: skip
     arguments |= dict(
         target=None if target is None else target.reshape(-1).to(torch.int64).contiguous(),
         row_weights=None if row_weights is None else row_weights.reshape(-1).to(torch.float32).contiguous(),
@@ -124,28 +168,36 @@ def forward_launch(
         RULE=WEIGHT_RULES[rule], SKIP_ZERO=rule == "given" and skip_zero_weights,
     )  # fmt: skip
     if write_gradient:
-        arguments |= dict(gradient=gradient, PAIR=two_accumulators(rule, len(teachers)))
-    grid = (triton.cdiv(row_loss.numel(), plan.block_n),)
-    return Launch(plan.kernel, grid, arguments, plan.num_warps)
+        arguments |= dict(PAIR=two_accumulators(rule, len(teachers)))
+    else:
+        del arguments["gradient"], arguments["gradient_strides"]
+    choice = strategy(student, len(teachers), rule, divergence, write_gradient)
+    return launch(choice, arguments, along_pixels(student))
 
 
 def common_arguments(
     student: Tensor, teachers: Sequence[Tensor], divergence: str, beta: float, temperature: float, kd_scale: float,
-    ce_weight: float, label_smoothing: float, plan: Tiles, teacher_gradients: Sequence[Tensor | None] | None = None,
+    ce_weight: float, label_smoothing: float, gradient: Tensor | None,
+    teacher_gradients: Sequence[Tensor | None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """What every kernel of the op is told. Teachers that a kd_scale of 0 leaves unread are not even looked at."""
     read = list(teachers) if kd_scale != 0 else []
     check_dtypes([student, *read])
-    where = layout([student, *read])
-    table = as_arguments(read, where.strides[1:], teacher_gradients)
-    return dict(
-        student=student, student_strides=where.strides[0], teachers=table.pointers, teacher_strides=table.strides,
+    where = layout([student, gradient, *read, *(teacher_gradients or ())], along_pixels(student))
+    of_student, of_gradient, *strides = where.strides
+    table = as_arguments(read, strides[: len(read)], teacher_gradients or (), strides[len(read) :])
+    arguments = dict(
+        student=student, student_strides=of_student, teachers=table.pointers, teacher_strides=table.strides,
+        gradient=gradient, gradient_strides=of_gradient,
         n_rows=student.shape[:-1].numel(), inner=where.inner, n_classes=student.shape[-1], n_teachers=len(teachers),
         beta=beta, inv_t=1.0 / temperature, kd_scale=kd_scale, ce_weight=ce_weight, label_smoothing=label_smoothing,
         DIVERGENCE=DIVERGENCES[divergence], HAS_KD=kd_scale != 0, HAS_CE=ce_weight != 0,
         TAU=int(temperature) if temperature in (1, 2, 4) else 0, K_PAD=triton.next_power_of_2(len(teachers)),
-        DTYPE=table.dtype, UNIT=where.unit, BLOCK_N=plan.block_n, BLOCK_C=plan.block_c,
-    ) | ({} if teacher_gradients is None else dict(teacher_gradients=table.gradients))  # fmt: skip
+        DTYPE=table.dtype, UNIT=where.unit,
+    )  # fmt: skip
+    if teacher_gradients is not None:
+        arguments |= dict(teacher_gradients=table.gradients, teacher_gradient_strides=table.gradient_strides)
+    return arguments
 
 
 def backward(
@@ -154,8 +206,11 @@ def backward(
     label_smoothing: float,
     needs: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
-    """``KDBackward``: the gradients of the student and of each teacher; an empty tensor where none is needed."""
-    gradients = [x.new_empty(x.shape if need else 0) for x, need in zip((student, *teachers), needs, strict=True)]
+    """``KDBackward``: the gradients of the student and of each teacher, in the student's layout; an empty tensor where
+    none is needed.
+    """
+    logits = zip((student, *teachers), needs, strict=True)
+    gradients = [torch.empty_like(student, dtype=x.dtype) if need else x.new_empty(0) for x, need in logits]
     if kd_scale == 0:
         gradients[1:] = [torch.zeros_like(g) for g in gradients[1:]]
     if student.shape[:-1].numel() > 0 and any(needs if kd_scale != 0 else needs[:1]):
@@ -172,24 +227,24 @@ def backward_launch(
     label_smoothing: float,
     gradients: Sequence[Tensor | None],
 ) -> Launch:  # fmt: skip
-    n_rows, n_classes = student.shape[:-1].numel(), student.shape[-1]
     if gradients[0] is None:
         ce_weight = 0.0
-    plan = tiles(kd_backward, n_classes, NARROW, 4)
     arguments = common_arguments(
-        student, teachers, divergence, beta, temperature, kd_scale, ce_weight, label_smoothing, plan,
-        gradients[1:] if kd_scale != 0 else [],
+        student, teachers, divergence, beta, temperature, kd_scale, ce_weight, label_smoothing,
+        gradients[0], gradients[1:] if kd_scale != 0 else [],
     )  # fmt: skip
     given, given_strides = per_teacher_strides(weights) if kd_scale != 0 else (None, None)
     per_row, per_row_stride = upstream_rows(upstream)
     arguments |= dict(
         target=None if ce_weight == 0 and divergence != "dkd" else target.reshape(-1).to(torch.int64).contiguous(),
         weights=given, weights_strides=given_strides, upstream=per_row, upstream_stride=per_row_stride,
-        row_stats=row_stats, gradient=gradients[0],
+        row_stats=row_stats,
         TO_TEACHERS=kd_scale != 0 and any(g is not None for g in gradients[1:]),
     )  # fmt: skip
-    grid = (triton.cdiv(n_rows, plan.block_n) * triton.cdiv(n_classes, plan.block_c),)
-    return Launch(plan.kernel, grid, arguments, plan.num_warps)
+    pixels = along_pixels(student)
+    light = pixels and divergence == "forward_kl" and not arguments["TO_TEACHERS"]
+    choice = Choice(kd_backward, WIDE, 1, pixels=8) if light else Choice(kd_backward, NARROW, 4)
+    return launch(choice, arguments, pixels)
 
 
 def rescale(gradient: Tensor, upstream: Tensor, scale: Tensor) -> Tensor:
@@ -207,16 +262,16 @@ def rescale_(gradient: Tensor, upstream: Tensor, scale: Tensor) -> None:
 
 
 def rescale_launch(gradient: Tensor, out: Tensor, upstream: Tensor, scale: Tensor) -> Launch:
-    n_rows, n_classes = gradient.shape[:-1].numel(), gradient.shape[-1]
-    plan = tiles(kd_rescale, n_classes, WIDE, 4)
+    pixels = along_pixels(gradient)
+    where = layout([gradient, out], pixels)
     factor, factor_stride = upstream_rows(upstream)
-    aligned = gradient.data_ptr() % 16 == 0 and out.data_ptr() % 16 == 0
     arguments = dict(
-        gradient=gradient, out=out, upstream=factor, upstream_stride=factor_stride, scale=scale,
-        n_rows=n_rows, n_classes=n_classes, IN_PLACE=out is gradient, UNIT=math.gcd(16, n_classes) if aligned else 1,
-        BLOCK_N=plan.block_n, BLOCK_C=plan.block_c,
+        gradient=gradient, gradient_strides=where.strides[0], out=out, out_strides=where.strides[1],
+        upstream=factor, upstream_stride=factor_stride, scale=scale,
+        n_rows=gradient.shape[:-1].numel(), inner=where.inner, n_classes=gradient.shape[-1],
+        IN_PLACE=out is gradient, UNIT=where.unit,
     )  # fmt: skip
-    return Launch(plan.kernel, (triton.cdiv(n_rows, plan.block_n),), arguments, plan.num_warps)
+    return launch(Choice(kd_rescale, WIDE, 4, pixels=8), arguments, pixels)
 
 
 def upstream_rows(upstream: Tensor | None) -> tuple[Tensor | None, int]:

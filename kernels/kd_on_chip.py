@@ -25,7 +25,7 @@ from .dkd import (
 )
 from .elementwise import element, probabilities
 from .hard_label import hard_gradient, smoothed_cross_entropy
-from .logits import in_units, load_label, load_logits, load_used, store_gradient
+from .logits import in_units, load_label, load_logits, load_used, read_mask, rows_of_program, store_gradient
 from .row_stats import INF, at_temperature_1, cross_term, entropy_term, nan_if_infinite, softmax_state
 from .rows import SPECIALIZED, at, counted_rows, store_row_loss, store_row_stats, store_slopes
 from .weights import (
@@ -139,30 +139,33 @@ def kd_gradient(
 @triton.jit(**SPECIALIZED)
 def kd_on_chip(
     student, student_strides, teachers, teacher_strides, target, row_weights, weights, weights_strides, items,
-    row_loss, row_stats, gradient,
+    row_loss, row_stats, gradient, gradient_strides,
     n_rows, inner, n_classes, n_teachers, ignore_index, beta, inv_t, kd_scale, ce_weight, label_smoothing,
     DIVERGENCE: tl.constexpr, RULE: tl.constexpr, PAIR: tl.constexpr, SKIP_ZERO: tl.constexpr,
     HAS_KD: tl.constexpr, HAS_CE: tl.constexpr, TAU: tl.constexpr, K_PAD: tl.constexpr,
-    DTYPE: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    DTYPE: tl.constexpr, UNIT: tl.constexpr, PIXELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    n_classes = in_units(n_classes, UNIT)
+    rows, place = rows_of_program(tl.program_id(0), inner, n_rows, UNIT, PIXELS, BLOCK_N)
+    in_rows = place[2]
+    n_classes = in_units(n_classes, 1 if PIXELS else UNIT)
     cols = tl.arange(0, BLOCK_C)[None, :]
     in_cols = cols < n_classes
     counted, legal, label, row_weight, scale = counted_rows(
-        target, row_weights, items, rows, rows < n_rows, ignore_index, n_classes
+        target, row_weights, items, rows, in_rows, ignore_index, n_classes
     )
     w, lanes, read = teachers_to_read(weights, weights_strides, rows, counted, n_teachers, HAS_KD, SKIP_ZERO, K_PAD)
     active = counted if HAS_CE else tl.max(read.to(tl.int32), 1) != 0
 
-    s = load_logits(student, student_strides, rows, inner, cols, active[:, None] & in_cols, UNIT)
+    s_mask = read_mask(active, place, in_cols, PIXELS)
+    s = load_logits(student, student_strides, place, cols, s_mask, UNIT, PIXELS)
     tiles = ()
     if HAS_KD and teacher_strides is not None:
         for k in tl.static_range(len(teachers)):  # every load is in flight before the first is waited for
             tiles += (
                 load_used(
-                    k, teachers, teacher_strides, weights, weights_strides, rows, inner, cols, counted, in_cols,
+                    k, teachers, teacher_strides, weights, weights_strides, rows, place, cols, counted, in_cols,
                     legal, label, n_teachers, SKIP_ZERO, (RULE == CONFIDENCE) | (DIVERGENCE == DKD), DTYPE, UNIT,
+                    PIXELS,
                 ),
             )  # fmt: skip
 
@@ -170,7 +173,7 @@ def kd_on_chip(
     max_s, ds, es, sum_s = softmax_state(s, inv_t)
     y_s = tl.zeros((BLOCK_N,), tl.float32)
     if ((DIVERGENCE == DKD) & HAS_KD) | HAS_CE:
-        y_s = load_label(student, student_strides, rows, inner, label, legal & active, UNIT)
+        y_s = load_label(student, student_strides, place, label, legal & active, UNIT, PIXELS)
     sum1_s = tl.zeros((BLOCK_N,), tl.float32)
     hard = tl.zeros((BLOCK_N,), tl.float32)
     if HAS_CE:
@@ -191,8 +194,9 @@ def kd_on_chip(
         if teacher_strides is None:
             for k in range(n_teachers):
                 t, y, weight = load_used(
-                    k, teachers, teacher_strides, weights, weights_strides, rows, inner, cols, counted, in_cols,
+                    k, teachers, teacher_strides, weights, weights_strides, rows, place, cols, counted, in_cols,
                     legal, label, n_teachers, SKIP_ZERO, (RULE == CONFIDENCE) | (DIVERGENCE == DKD), DTYPE, UNIT,
+                    PIXELS,
                 )  # fmt: skip
                 d, slopes, max_t, sum_t, values, plain, valued, largest = absorb_teacher(
                     k, t, y, weight, s, y_s, cols, label, max_s, ds, es, sum_s, beta, inv_t,
@@ -211,13 +215,13 @@ def kd_on_chip(
     used = read & (w != 0)
     kd = tl.sum(tl.where(used, w * d, 0.0), 1)
 
-    store_row_loss(row_loss, kd, hard, kd_scale, ce_weight, row_weight, counted, legal, rows, n_rows, HAS_CE)
+    store_row_loss(row_loss, kd, hard, kd_scale, ce_weight, row_weight, counted, legal, rows, in_rows, HAS_CE)
     store_row_stats(
         row_stats, d, w, max_t, sum_t, values, max_s, sum_s, sum1_s, hard, scale, counted, active, read,
-        rows, n_teachers, n_rows, RULE,
+        rows, in_rows, n_teachers, n_rows, RULE,
     )  # fmt: skip
     if DIVERGENCE >= FIRST_ELEMENTWISE:
-        store_slopes(row_stats, slopes, read, rows, n_teachers, n_rows)
+        store_slopes(row_stats, slopes, read, rows, in_rows, n_teachers, n_rows)
 
     g = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     if HAS_KD:
@@ -232,4 +236,4 @@ def kd_on_chip(
             e1, one = softmax_at_one(e1, sum1_s, max_s, y_s, cols, label), tl.full((BLOCK_N,), 1.0, tl.float32)
         g += hard_gradient(scale * ce_weight, e1, one, cols, label, n_classes, label_smoothing)
     g = tl.where(active[:, None], g, tl.where(counted, 0.0 * scale, 0.0)[:, None])
-    store_gradient(gradient, rows, n_classes, cols, g, (rows < n_rows)[:, None] & in_cols)
+    store_gradient(gradient, gradient_strides, place, cols, g, in_rows[:, None] & in_cols, UNIT, PIXELS)

@@ -20,7 +20,7 @@ from .dkd import (
 )
 from .elementwise import element, probabilities
 from .hard_label import smoothed_cross_entropy
-from .logits import in_units, load_label, load_logits, load_teacher, load_used
+from .logits import in_units, load_label, load_logits, load_teacher, load_used, read_mask, rows_of_program
 from .row_stats import (
     INF,
     at_temperature_1,
@@ -77,11 +77,12 @@ def add_elements(k, t, q, log_q, beta, inv_t, max_t, sum_t, d, slopes, DIVERGENC
 
 @triton.jit
 def label_logit(
-    k, teachers, teacher_strides, rows, inner, label, legal, read, logits, DTYPE: tl.constexpr, UNIT: tl.constexpr
-):
+    k, teachers, teacher_strides, place, label, legal, read, logits,
+    DTYPE: tl.constexpr, UNIT: tl.constexpr, PIXELS: tl.constexpr,
+):  # fmt: skip
     """Puts teacher k's logit of each row's label into column k of [R, K_PAD]."""
     legal &= of_teacher_k(read.to(tl.int32), k) != 0
-    y = load_teacher(teachers, teacher_strides, k, rows, inner, label[:, None], legal[:, None], DTYPE, UNIT)
+    y = load_teacher(teachers, teacher_strides, k, place, label[:, None], legal[:, None], DTYPE, UNIT, PIXELS)
     return at(logits, k, tl.sum(y.to(tl.float32), 1))
 
 
@@ -92,12 +93,13 @@ def kd_streaming(
     n_rows, inner, n_classes, n_teachers, ignore_index, beta, inv_t, kd_scale, ce_weight, label_smoothing,
     DIVERGENCE: tl.constexpr, RULE: tl.constexpr, SKIP_ZERO: tl.constexpr,
     HAS_KD: tl.constexpr, HAS_CE: tl.constexpr, TAU: tl.constexpr, K_PAD: tl.constexpr,
-    DTYPE: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    DTYPE: tl.constexpr, UNIT: tl.constexpr, PIXELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    n_classes = in_units(n_classes, UNIT)
+    rows, place = rows_of_program(tl.program_id(0), inner, n_rows, UNIT, PIXELS, BLOCK_N)
+    in_rows = place[2]
+    n_classes = in_units(n_classes, 1 if PIXELS else UNIT)
     counted, legal, label, row_weight, scale = counted_rows(
-        target, row_weights, items, rows, rows < n_rows, ignore_index, n_classes
+        target, row_weights, items, rows, in_rows, ignore_index, n_classes
     )
     w, lanes, read = teachers_to_read(weights, weights_strides, rows, counted, n_teachers, HAS_KD, SKIP_ZERO, K_PAD)
     active = counted if HAS_CE else tl.max(read.to(tl.int32), 1) != 0
@@ -112,14 +114,15 @@ def kd_streaming(
     for start in range(0, n_classes, BLOCK_C):
         cols = start + tl.arange(0, BLOCK_C)[None, :]
         in_cols = cols < n_classes
-        s = load_logits(student, student_strides, rows, inner, cols, active[:, None] & in_cols, UNIT)
+        s_mask = read_mask(active, place, in_cols, PIXELS)
+        s = load_logits(student, student_strides, place, cols, s_mask, UNIT, PIXELS)
         tiles = ()
         if HAS_KD and teacher_strides is not None:
             for k in tl.static_range(len(teachers)):  # every load is in flight before the first is waited for
                 tiles += (
                     load_used(
-                        k, teachers, teacher_strides, weights, weights_strides, rows, inner, cols, counted, in_cols,
-                        legal, label, n_teachers, SKIP_ZERO, False, DTYPE, UNIT,
+                        k, teachers, teacher_strides, weights, weights_strides, rows, place, cols, counted, in_cols,
+                        legal, label, n_teachers, SKIP_ZERO, False, DTYPE, UNIT, PIXELS,
                     ),
                 )  # fmt: skip
         s = without_target(s.to(tl.float32), cols, label, DIVERGENCE)
@@ -135,8 +138,8 @@ def kd_streaming(
             if teacher_strides is None:
                 for k in range(n_teachers):
                     t, _, _ = load_used(
-                        k, teachers, teacher_strides, weights, weights_strides, rows, inner, cols, counted, in_cols,
-                        legal, label, n_teachers, SKIP_ZERO, False, DTYPE, UNIT,
+                        k, teachers, teacher_strides, weights, weights_strides, rows, place, cols, counted, in_cols,
+                        legal, label, n_teachers, SKIP_ZERO, False, DTYPE, UNIT, PIXELS,
                     )  # fmt: skip
                     tile_max_t, tile_sum_t, tile_cross, tile_sum1_t, tile_dot1_t = absorb_tile(
                         k, t, s, cols, label, ds, es, inv_t,
@@ -179,7 +182,7 @@ def kd_streaming(
 
     y_s = sum_s
     if ((DIVERGENCE == DKD) & HAS_KD) | HAS_CE:
-        y_s = load_label(student, student_strides, rows, inner, label, legal & active, UNIT)
+        y_s = load_label(student, student_strides, place, label, legal & active, UNIT, PIXELS)
     if HAS_CE:
         if DIVERGENCE == DKD:
             hard = smoothed_cross_entropy_apart(sum1_s, max_s, y_s, total_s, n_classes, label_smoothing)
@@ -192,35 +195,36 @@ def kd_streaming(
             if teacher_strides is None:
                 for k in range(n_teachers):
                     values = label_logit(
-                        k, teachers, teacher_strides, rows, inner, label, legal, read, values, DTYPE, UNIT
+                        k, teachers, teacher_strides, place, label, legal, read, values, DTYPE, UNIT, PIXELS
                     )
             else:
                 for k in tl.static_range(len(teachers)):
                     values = label_logit(
-                        k, teachers, teacher_strides, rows, inner, label, legal, read, values, DTYPE, UNIT
+                        k, teachers, teacher_strides, place, label, legal, read, values, DTYPE, UNIT, PIXELS
                     )
         if DIVERGENCE >= FIRST_ELEMENTWISE:
             for start in range(0, n_classes, BLOCK_C):
                 cols = start + tl.arange(0, BLOCK_C)[None, :]
                 in_cols = cols < n_classes
-                s = load_logits(student, student_strides, rows, inner, cols, active[:, None] & in_cols, UNIT)
+                s_mask = read_mask(active, place, in_cols, PIXELS)
+                s = load_logits(student, student_strides, place, cols, s_mask, UNIT, PIXELS)
                 ds = shifted(s.to(tl.float32), max_s[:, None])
                 q, log_q = probabilities(ds, exp_at(ds, inv_t), sum_s, inv_t)
                 if teacher_strides is None:
                     for k in range(n_teachers):
                         t, _, _ = load_used(
-                            k, teachers, teacher_strides, weights, weights_strides, rows, inner, cols, counted,
-                            in_cols, legal, label, n_teachers, SKIP_ZERO, False, DTYPE, UNIT,
+                            k, teachers, teacher_strides, weights, weights_strides, rows, place, cols, counted,
+                            in_cols, legal, label, n_teachers, SKIP_ZERO, False, DTYPE, UNIT, PIXELS,
                         )  # fmt: skip
                         d, slopes = add_elements(k, t, q, log_q, beta, inv_t, max_t, sum_t, d, slopes, DIVERGENCE)
                 else:
                     for k in tl.static_range(len(teachers)):
                         t, _, _ = load_used(
-                            k, teachers, teacher_strides, weights, weights_strides, rows, inner, cols, counted,
-                            in_cols, legal, label, n_teachers, SKIP_ZERO, False, DTYPE, UNIT,
+                            k, teachers, teacher_strides, weights, weights_strides, rows, place, cols, counted,
+                            in_cols, legal, label, n_teachers, SKIP_ZERO, False, DTYPE, UNIT, PIXELS,
                         )  # fmt: skip
                         d, slopes = add_elements(k, t, q, log_q, beta, inv_t, max_t, sum_t, d, slopes, DIVERGENCE)
-            store_slopes(row_stats, slopes, read, rows, n_teachers, n_rows)
+            store_slopes(row_stats, slopes, read, rows, in_rows, n_teachers, n_rows)
         else:
             d = divergence_from_sums(cross, sum_s[:, None], sum_t, inv_t, DIVERGENCE)
         labels = values
@@ -239,8 +243,8 @@ def kd_streaming(
         w = tl.where(lanes, rule_weights(w, values, lanes, n_teachers, RULE), 0.0)
     kd = tl.sum(tl.where(read & (w != 0), w * d, 0.0), 1)
 
-    store_row_loss(row_loss, kd, hard, kd_scale, ce_weight, row_weight, counted, legal, rows, n_rows, HAS_CE)
+    store_row_loss(row_loss, kd, hard, kd_scale, ce_weight, row_weight, counted, legal, rows, in_rows, HAS_CE)
     store_row_stats(
         row_stats, d, w, max_t, sum_t, values, max_s, sum_s, sum1_s, hard, scale, counted, active, read,
-        rows, n_teachers, n_rows, RULE,
+        rows, in_rows, n_teachers, n_rows, RULE,
     )  # fmt: skip

@@ -4,8 +4,9 @@ A program holds whole rows up to ON_CHIP_CLASSES classes, longer ones in tiles. 
 
     probabilities   K + 1 on chip; else 2K + 1: the states of a row come from a first sweep
     backward        K + 1 reads; a teacher's gradient reads it and the upstream again, from cache, and writes
-    divergence      K + 1 reads for the states, K + 1 for the value and one write, the student's gradient; the second
-                    reads of rows on chip come from L1 or L2. A third, of the teachers, where weights want a gradient
+    divergence      K + 1 reads for the states, K + 1 for the value and one write, the gradient of a float32 student
+                    (kd_backward makes that of another with its upstream); the second reads of rows on chip come from
+                    L1 or L2. A third, of the teachers, where weights want a gradient
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,8 @@ from .logits import (
     layout,
     load_logits,
     load_teacher,
-    store_gradient,
+    place_of,
+    store_contiguous,
     store_teacher_gradient,
 )  # fmt: skip
 from .row_stats import INF, exp_at, exp_of, larger, raising, shifted, softmax_state
@@ -55,13 +57,13 @@ SMALLEST = tl.constexpr(2.0**-100)  # a sum below it is scaled before its logari
 
 @triton.jit
 def load_read(
-    k, teachers, strides, weights, weights_strides, rows, inner, cols, in_rows, in_cols, n_teachers,
+    k, teachers, strides, weights, weights_strides, rows, place, cols, in_rows, in_cols, n_teachers,
     SKIP_ZERO: tl.constexpr, DTYPE: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Teacher k [R, C] in float32 and its weight [R]; rows of weight 0 need not be read."""
     weight = known_weights(weights, weights_strides, k, rows, in_rows, n_teachers)
     read = in_rows & (weight != 0) if SKIP_ZERO else in_rows
-    t = load_teacher(teachers, strides, k, rows, inner, cols, read[:, None] & in_cols, DTYPE, UNIT)
+    t = load_teacher(teachers, strides, k, place, cols, read[:, None] & in_cols, DTYPE, UNIT)
     return t.to(tl.float32), weight
 
 
@@ -90,7 +92,7 @@ def absorb_state(k, t, max, sum, inv_t):
 
 @triton.jit
 def teacher_states(
-    teachers, strides, weights, weights_strides, rows, inner, in_rows, n_classes, n_teachers, inv_t,
+    teachers, strides, weights, weights_strides, rows, place, in_rows, n_classes, n_teachers, inv_t,
     SKIP_ZERO: tl.constexpr, K_PAD: tl.constexpr, DTYPE: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -102,14 +104,14 @@ def teacher_states(
         if strides is None:
             for k in range(n_teachers):
                 t, _ = load_read(
-                    k, teachers, strides, weights, weights_strides, rows, inner, cols, in_rows, cols < n_classes,
+                    k, teachers, strides, weights, weights_strides, rows, place, cols, in_rows, cols < n_classes,
                     n_teachers, SKIP_ZERO, DTYPE, UNIT,
                 )  # fmt: skip
                 max, sum = absorb_state(k, t, max, sum, inv_t)
         else:
             for k in tl.static_range(len(teachers)):
                 t, _ = load_read(
-                    k, teachers, strides, weights, weights_strides, rows, inner, cols, in_rows, cols < n_classes,
+                    k, teachers, strides, weights, weights_strides, rows, place, cols, in_rows, cols < n_classes,
                     n_teachers, SKIP_ZERO, DTYPE, UNIT,
                 )  # fmt: skip
                 max, sum = absorb_state(k, t, max, sum, inv_t)
@@ -127,11 +129,11 @@ def add_probabilities(mixture, e, sum, weight):
 
 @triton.jit
 def absorb_on_chip(
-    k, mixture, max, sum, teachers, strides, weights, weights_strides, rows, inner, cols, in_rows, n_classes,
+    k, mixture, max, sum, teachers, strides, weights, weights_strides, rows, place, cols, in_rows, n_classes,
     n_teachers, inv_t, SKIP_ZERO: tl.constexpr, DTYPE: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     t, weight = load_read(
-        k, teachers, strides, weights, weights_strides, rows, inner, cols, in_rows, cols < n_classes, n_teachers,
+        k, teachers, strides, weights, weights_strides, rows, place, cols, in_rows, cols < n_classes, n_teachers,
         SKIP_ZERO, DTYPE, UNIT,
     )  # fmt: skip
     max_t, _, e, sum_t = softmax_state(t, inv_t)
@@ -140,11 +142,11 @@ def absorb_on_chip(
 
 @triton.jit
 def absorb_again(
-    k, mixture, max, sum, teachers, strides, weights, weights_strides, rows, inner, cols, in_rows, n_classes,
+    k, mixture, max, sum, teachers, strides, weights, weights_strides, rows, place, cols, in_rows, n_classes,
     n_teachers, inv_t, SKIP_ZERO: tl.constexpr, DTYPE: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     t, weight = load_read(
-        k, teachers, strides, weights, weights_strides, rows, inner, cols, in_rows, cols < n_classes, n_teachers,
+        k, teachers, strides, weights, weights_strides, rows, place, cols, in_rows, cols < n_classes, n_teachers,
         SKIP_ZERO, DTYPE, UNIT,
     )  # fmt: skip
     e = exp_at(shifted(t, max_of(max, k)[:, None]), inv_t)
@@ -160,6 +162,7 @@ def mixture_forward(
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_rows = rows < n_rows
+    place = place_of(rows, inner, in_rows)
     n_classes = in_units(n_classes, UNIT)
     if ON_CHIP:
         cols = tl.arange(0, BLOCK_C)[None, :]
@@ -169,19 +172,19 @@ def mixture_forward(
         if teacher_strides is None:
             for k in range(n_teachers):
                 mixture, max, sum = absorb_on_chip(
-                    k, mixture, max, sum, teachers, teacher_strides, weights, weights_strides, rows, inner, cols,
+                    k, mixture, max, sum, teachers, teacher_strides, weights, weights_strides, rows, place, cols,
                     in_rows, n_classes, n_teachers, inv_t, SKIP_ZERO, DTYPE, UNIT,
                 )  # fmt: skip
         else:
             for k in tl.static_range(len(teachers)):
                 mixture, max, sum = absorb_on_chip(
-                    k, mixture, max, sum, teachers, teacher_strides, weights, weights_strides, rows, inner, cols,
+                    k, mixture, max, sum, teachers, teacher_strides, weights, weights_strides, rows, place, cols,
                     in_rows, n_classes, n_teachers, inv_t, SKIP_ZERO, DTYPE, UNIT,
                 )  # fmt: skip
-        store_gradient(probabilities, rows, n_classes, cols, mixture, in_rows[:, None] & (cols < n_classes))
+        store_contiguous(probabilities, rows, n_classes, cols, mixture, in_rows[:, None] & (cols < n_classes))
     else:
         max, sum = teacher_states(
-            teachers, teacher_strides, weights, weights_strides, rows, inner, in_rows, n_classes, n_teachers, inv_t,
+            teachers, teacher_strides, weights, weights_strides, rows, place, in_rows, n_classes, n_teachers, inv_t,
             SKIP_ZERO, K_PAD, DTYPE, UNIT, BLOCK_N, BLOCK_C,
         )  # fmt: skip
         for start in range(0, n_classes, BLOCK_C):
@@ -190,25 +193,25 @@ def mixture_forward(
             if teacher_strides is None:
                 for k in range(n_teachers):
                     mixture = absorb_again(
-                        k, mixture, max, sum, teachers, teacher_strides, weights, weights_strides, rows, inner, cols,
+                        k, mixture, max, sum, teachers, teacher_strides, weights, weights_strides, rows, place, cols,
                         in_rows, n_classes, n_teachers, inv_t, SKIP_ZERO, DTYPE, UNIT,
                     )  # fmt: skip
             else:
                 for k in tl.static_range(len(teachers)):
                     mixture = absorb_again(
-                        k, mixture, max, sum, teachers, teacher_strides, weights, weights_strides, rows, inner, cols,
+                        k, mixture, max, sum, teachers, teacher_strides, weights, weights_strides, rows, place, cols,
                         in_rows, n_classes, n_teachers, inv_t, SKIP_ZERO, DTYPE, UNIT,
                     )  # fmt: skip
-            store_gradient(probabilities, rows, n_classes, cols, mixture, in_rows[:, None] & (cols < n_classes))
+            store_contiguous(probabilities, rows, n_classes, cols, mixture, in_rows[:, None] & (cols < n_classes))
     _, _, read = teachers_to_read(weights, weights_strides, rows, in_rows, n_teachers, True, SKIP_ZERO, K_PAD)
-    store_pair(row_stats, max, sum, read, rows, n_teachers, n_rows)
+    store_pair(row_stats, max, sum, read, rows, in_rows, n_teachers, n_rows)
 
 
 @triton.jit
-def store_pair(row_stats, max, sum, read, rows, n_teachers, n_rows):
+def store_pair(row_stats, max, sum, read, rows, in_rows, n_teachers, n_rows):
     """[2K, N]: the maxima, then the sums; 0 for what was not read."""
-    store_of_teachers(row_stats, tl.full((), 0, tl.int32), max, read, rows, n_teachers, n_rows)
-    store_of_teachers(row_stats, tl.full((), 1, tl.int32), sum, read, rows, n_teachers, n_rows)
+    store_of_teachers(row_stats, tl.full((), 0, tl.int32), max, read, rows, in_rows, n_teachers, n_rows)
+    store_of_teachers(row_stats, tl.full((), 1, tl.int32), sum, read, rows, in_rows, n_teachers, n_rows)
 
 
 @triton.jit
@@ -226,8 +229,8 @@ def load_upstream(upstream, strides, rows, cols, mask, UNIT: tl.constexpr):
 
 @triton.jit
 def mixture_backward_of(
-    k, teachers, teacher_strides, weights, weights_strides, upstream, upstream_strides, row_stats, dots, gradients,
-    rows, in_rows, n_rows, inner, n_classes, n_teachers, inv_t,
+    k, teachers, teacher_strides, weights, weights_strides, upstream, upstream_strides, row_stats, dots,
+    gradients, gradient_strides, rows, place, in_rows, n_rows, n_classes, n_teachers, inv_t,
     SKIP_ZERO: tl.constexpr, TO_TEACHERS: tl.constexpr, DTYPE: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -239,7 +242,7 @@ def mixture_backward_of(
     for start in range(0, n_classes, BLOCK_C):
         cols = start + tl.arange(0, BLOCK_C)[None, :]
         mask = read[:, None] & (cols < n_classes)
-        t = load_teacher(teachers, teacher_strides, k, rows, inner, cols, mask, DTYPE, UNIT).to(tl.float32)
+        t = load_teacher(teachers, teacher_strides, k, place, cols, mask, DTYPE, UNIT).to(tl.float32)
         g = load_upstream(upstream, upstream_strides, rows, cols, mask, UNIT)
         dot += tl.sum(exp_at(shifted(t, max[:, None]), inv_t) * g, 1)
     dot = tl.where(read, dot / sum, 0.0)
@@ -249,38 +252,41 @@ def mixture_backward_of(
         for start in range(0, n_classes, BLOCK_C):
             cols = start + tl.arange(0, BLOCK_C)[None, :]
             mask = used[:, None] & (cols < n_classes)
-            t = load_teacher(teachers, teacher_strides, k, rows, inner, cols, mask, DTYPE, UNIT).to(tl.float32)
+            t = load_teacher(teachers, teacher_strides, k, place, cols, mask, DTYPE, UNIT).to(tl.float32)
             g = load_upstream(upstream, upstream_strides, rows, cols, mask, UNIT)
             p = exp_at(shifted(t, max[:, None]), inv_t) * (1.0 / sum)[:, None]
             to_teacher = p * (g - dot[:, None]) * (weight * inv_t)[:, None]
             to_teacher = tl.where(used[:, None], to_teacher, 0.0)
             inside = in_rows[:, None] & (cols < n_classes)
-            store_teacher_gradient(teachers, gradients, k, rows, n_classes, cols, to_teacher, inside, DTYPE)
+            store_teacher_gradient(
+                teachers, gradients, gradient_strides, k, place, cols, to_teacher, inside, DTYPE, UNIT
+            )
 
 
 @triton.jit(**SPECIALIZED)
 def mixture_backward(
     teachers, teacher_strides, weights, weights_strides, upstream, upstream_strides, row_stats, dots,
-    teacher_gradients, n_rows, inner, n_classes, n_teachers, inv_t,
+    teacher_gradients, teacher_gradient_strides, n_rows, inner, n_classes, n_teachers, inv_t,
     SKIP_ZERO: tl.constexpr, TO_TEACHERS: tl.constexpr,
     DTYPE: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_rows = rows < n_rows
+    place = place_of(rows, inner, in_rows)
     n_classes = in_units(n_classes, UNIT)
     if teacher_strides is None:
         for k in range(n_teachers):
             mixture_backward_of(
                 k, teachers, teacher_strides, weights, weights_strides, upstream, upstream_strides, row_stats, dots,
-                teacher_gradients, rows, in_rows, n_rows, inner, n_classes, n_teachers, inv_t,
-                SKIP_ZERO, TO_TEACHERS, DTYPE, UNIT, BLOCK_N, BLOCK_C,
+                teacher_gradients, teacher_gradient_strides, rows, place, in_rows, n_rows, n_classes, n_teachers,
+                inv_t, SKIP_ZERO, TO_TEACHERS, DTYPE, UNIT, BLOCK_N, BLOCK_C,
             )  # fmt: skip
     else:
         for k in tl.static_range(len(teachers)):
             mixture_backward_of(
                 k, teachers, teacher_strides, weights, weights_strides, upstream, upstream_strides, row_stats, dots,
-                teacher_gradients, rows, in_rows, n_rows, inner, n_classes, n_teachers, inv_t,
-                SKIP_ZERO, TO_TEACHERS, DTYPE, UNIT, BLOCK_N, BLOCK_C,
+                teacher_gradients, teacher_gradient_strides, rows, place, in_rows, n_rows, n_classes, n_teachers,
+                inv_t, SKIP_ZERO, TO_TEACHERS, DTYPE, UNIT, BLOCK_N, BLOCK_C,
             )  # fmt: skip
 
 
@@ -289,12 +295,12 @@ def mixture_backward(
 
 @triton.jit
 def absorb_logarithm(
-    k, largest, relative, max, sum, teachers, strides, weights, weights_strides, rows, inner, cols, in_rows, n_classes,
+    k, largest, relative, max, sum, teachers, strides, weights, weights_strides, rows, place, cols, in_rows, n_classes,
     n_teachers, inv_t, SKIP_ZERO: tl.constexpr, DTYPE: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Adds w·p of teacher k to the mixture e^largest · relative [R, C], which cannot underflow."""
     t, weight = load_read(
-        k, teachers, strides, weights, weights_strides, rows, inner, cols, in_rows, cols < n_classes, n_teachers,
+        k, teachers, strides, weights, weights_strides, rows, place, cols, in_rows, cols < n_classes, n_teachers,
         SKIP_ZERO, DTYPE, UNIT,
     )  # fmt: skip
     log_p = shifted(t, max_of(max, k)[:, None]) * inv_t - tl.log(number_of(sum, k))[:, None]
@@ -306,12 +312,12 @@ def absorb_logarithm(
 
 @triton.jit
 def absorb_dot(
-    k, dots, ratio, max, sum, teachers, strides, weights, weights_strides, rows, inner, cols, in_rows, n_classes,
+    k, dots, ratio, max, sum, teachers, strides, weights, weights_strides, rows, place, cols, in_rows, n_classes,
     n_teachers, inv_t, SKIP_ZERO: tl.constexpr, DTYPE: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Adds Σ_c p_k·(log pbar − log q) of the tile to column k of [R, K_PAD]."""
     t, _ = load_read(
-        k, teachers, strides, weights, weights_strides, rows, inner, cols, in_rows, cols < n_classes, n_teachers,
+        k, teachers, strides, weights, weights_strides, rows, place, cols, in_rows, cols < n_classes, n_teachers,
         SKIP_ZERO, DTYPE, UNIT,
     )  # fmt: skip
     e = exp_at(shifted(t, max_of(max, k)[:, None]), inv_t)
@@ -335,6 +341,7 @@ def mixture_divergence(
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_rows = rows < n_rows
+    place = place_of(rows, inner, in_rows)
     n_classes = in_units(n_classes, UNIT)
     w, _lanes, read = teachers_to_read(weights, weights_strides, rows, in_rows, n_teachers, True, SKIP_ZERO, K_PAD)
     active = tl.max(read.to(tl.int32), 1) != 0
@@ -343,7 +350,7 @@ def mixture_divergence(
     total_w = tl.sum(tl.where(used, w, 0.0), 1)
 
     max, sum = teacher_states(
-        teachers, teacher_strides, weights, weights_strides, rows, inner, in_rows, n_classes, n_teachers, inv_t,
+        teachers, teacher_strides, weights, weights_strides, rows, place, in_rows, n_classes, n_teachers, inv_t,
         SKIP_ZERO, K_PAD, DTYPE, UNIT, BLOCK_N, BLOCK_C,
     )  # fmt: skip
     max_s = tl.full((BLOCK_N,), -INF, tl.float32)
@@ -351,7 +358,7 @@ def mixture_divergence(
     for start in range(0, n_classes, BLOCK_C):
         cols = start + tl.arange(0, BLOCK_C)[None, :]
         mask = active[:, None] & (cols < n_classes)
-        s = load_logits(student, student_strides, rows, inner, cols, mask, UNIT).to(tl.float32)
+        s = load_logits(student, student_strides, place, cols, mask, UNIT).to(tl.float32)
         tile_max, _, _, tile_sum = softmax_state(s, inv_t)
         new_max = larger(max_s, tile_max)
         _, factor, _ = raising(max_s, new_max, inv_t, 1)
@@ -363,19 +370,19 @@ def mixture_divergence(
     for start in range(0, n_classes, BLOCK_C):
         cols = start + tl.arange(0, BLOCK_C)[None, :]
         in_cols = cols < n_classes
-        s = load_logits(student, student_strides, rows, inner, cols, active[:, None] & in_cols, UNIT).to(tl.float32)
+        s = load_logits(student, student_strides, place, cols, active[:, None] & in_cols, UNIT).to(tl.float32)
         largest = tl.full((BLOCK_N, BLOCK_C), -INF, tl.float32)
         relative = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
         if teacher_strides is None:
             for k in range(n_teachers):
                 largest, relative = absorb_logarithm(
-                    k, largest, relative, max, sum, teachers, teacher_strides, weights, weights_strides, rows, inner,
+                    k, largest, relative, max, sum, teachers, teacher_strides, weights, weights_strides, rows, place,
                     cols, in_rows, n_classes, n_teachers, inv_t, SKIP_ZERO, DTYPE, UNIT,
                 )  # fmt: skip
         else:
             for k in tl.static_range(len(teachers)):
                 largest, relative = absorb_logarithm(
-                    k, largest, relative, max, sum, teachers, teacher_strides, weights, weights_strides, rows, inner,
+                    k, largest, relative, max, sum, teachers, teacher_strides, weights, weights_strides, rows, place,
                     cols, in_rows, n_classes, n_teachers, inv_t, SKIP_ZERO, DTYPE, UNIT,
                 )  # fmt: skip
         ds = shifted(s, max_s[:, None])
@@ -389,19 +396,19 @@ def mixture_divergence(
             if teacher_strides is None:
                 for k in range(n_teachers):
                     dots = absorb_dot(
-                        k, dots, ratio, max, sum, teachers, teacher_strides, weights, weights_strides, rows, inner,
+                        k, dots, ratio, max, sum, teachers, teacher_strides, weights, weights_strides, rows, place,
                         cols, in_rows, n_classes, n_teachers, inv_t, SKIP_ZERO, DTYPE, UNIT,
                     )  # fmt: skip
             else:
                 for k in tl.static_range(len(teachers)):
                     dots = absorb_dot(
-                        k, dots, ratio, max, sum, teachers, teacher_strides, weights, weights_strides, rows, inner,
+                        k, dots, ratio, max, sum, teachers, teacher_strides, weights, weights_strides, rows, place,
                         cols, in_rows, n_classes, n_teachers, inv_t, SKIP_ZERO, DTYPE, UNIT,
                     )  # fmt: skip
         if gradient is not None:
             g = (exp_at(ds, inv_t) * (total_w / sum_s)[:, None] - mixture) * inv_t
             g = tl.where(some[:, None], g, 0.0)
-            store_gradient(gradient, rows, n_classes, cols, g, in_rows[:, None] & in_cols)
+            store_contiguous(gradient, rows, n_classes, cols, g, in_rows[:, None] & in_cols)
 
     empty = tl.max((used & (sum == 0)).to(tl.int32), 1) != 0
     value = tl.where(empty | (sum_s == 0), float("nan"), value)
@@ -413,17 +420,17 @@ def mixture_divergence(
 @triton.jit
 def store_stats(row_stats, dots, w, max, sum, max_s, sum_s, read, active, in_rows, rows, n_teachers, n_rows):
     """``RowStats``, with ∂KL/∂w_k in place of D_k and a scale of 1."""
-    store_of_teachers(row_stats, DIVERGENCE_AT, dots, read, rows, n_teachers, n_rows)
-    store_of_teachers(row_stats, WEIGHT_AT, w, read, rows, n_teachers, n_rows)
-    store_of_teachers(row_stats, TEACHER_MAX_AT, max, read, rows, n_teachers, n_rows)
-    store_of_teachers(row_stats, TEACHER_SUM_AT, sum, read, rows, n_teachers, n_rows)
-    store_of_teachers(row_stats, TEACHER_CE_AT, sum, read & False, rows, n_teachers, n_rows)
-    store_of_teachers(row_stats, TEACHER_ENTROPY_AT, sum, read & False, rows, n_teachers, n_rows)
-    store_of_row(row_stats, STUDENT_MAX_AT, max_s, active, rows, n_teachers, n_rows)
-    store_of_row(row_stats, STUDENT_SUM_AT, sum_s, active, rows, n_teachers, n_rows)
-    store_of_row(row_stats, STUDENT_SUM1_AT, sum_s, active & False, rows, n_teachers, n_rows)
-    store_of_row(row_stats, STUDENT_CE_AT, sum_s, active & False, rows, n_teachers, n_rows)
-    store_of_row(row_stats, SCALE_AT, tl.full(sum_s.shape, 1.0, tl.float32), in_rows, rows, n_teachers, n_rows)
+    store_of_teachers(row_stats, DIVERGENCE_AT, dots, read, rows, in_rows, n_teachers, n_rows)
+    store_of_teachers(row_stats, WEIGHT_AT, w, read, rows, in_rows, n_teachers, n_rows)
+    store_of_teachers(row_stats, TEACHER_MAX_AT, max, read, rows, in_rows, n_teachers, n_rows)
+    store_of_teachers(row_stats, TEACHER_SUM_AT, sum, read, rows, in_rows, n_teachers, n_rows)
+    store_of_teachers(row_stats, TEACHER_CE_AT, sum, read & False, rows, in_rows, n_teachers, n_rows)
+    store_of_teachers(row_stats, TEACHER_ENTROPY_AT, sum, read & False, rows, in_rows, n_teachers, n_rows)
+    store_of_row(row_stats, STUDENT_MAX_AT, max_s, active, rows, in_rows, n_teachers, n_rows)
+    store_of_row(row_stats, STUDENT_SUM_AT, sum_s, active, rows, in_rows, n_teachers, n_rows)
+    store_of_row(row_stats, STUDENT_SUM1_AT, sum_s, active & False, rows, in_rows, n_teachers, n_rows)
+    store_of_row(row_stats, STUDENT_CE_AT, sum_s, active & False, rows, in_rows, n_teachers, n_rows)
+    store_of_row(row_stats, SCALE_AT, tl.full(sum_s.shape, 1.0, tl.float32), in_rows, rows, in_rows, n_teachers, n_rows)
 
 
 # ----------------------------------------------------------------------------------------------------------- launchers
@@ -436,8 +443,9 @@ def common_arguments(
     """What every kernel of the op is told."""
     tensors = [*teachers] if student is None else [student, *teachers]
     check_dtypes(tensors)
-    where = layout(tensors)
-    table = as_arguments(teachers, where.strides[len(tensors) - len(teachers) :], gradients)
+    where = layout([*tensors, *(gradients or ())])
+    strides = where.strides[len(tensors) - len(teachers) :]
+    table = as_arguments(teachers, strides[: len(teachers)], gradients or (), strides[len(teachers) :])
     given, given_strides = (None, None) if weights is None else per_teacher_strides(weights)
     arguments = dict(
         teachers=table.pointers, teacher_strides=table.strides, weights=given, weights_strides=given_strides,
@@ -448,7 +456,7 @@ def common_arguments(
     if student is not None:
         arguments |= dict(student=student, student_strides=where.strides[0])
     if gradients is not None:
-        arguments |= dict(teacher_gradients=table.gradients)
+        arguments |= dict(teacher_gradients=table.gradients, teacher_gradient_strides=table.gradient_strides)
     return arguments
 
 

@@ -27,6 +27,7 @@ from .logits import (
     in_units,
     layout,
     load_logits,
+    place_of,
     store_teacher_gradient,
 )
 from .row_stats import INF, cross_term, exp_at, larger, raise_cross, raising, shifted, softmax_state
@@ -84,17 +85,18 @@ def load_rows_as(address, offsets, cols, mask, DTYPE: tl.constexpr, UNIT: tl.con
 
 @triton.jit
 def load_students(
-    students, strides, row, inner, cols, in_cols, read, n_students,
+    students, strides, place, cols, in_cols, read, n_students,
     DTYPE: tl.constexpr, UNIT: tl.constexpr, M_PAD: tl.constexpr,
 ):  # fmt: skip
-    """Columns [1, C] of a row [1] (int64) of every student that `read` [M_PAD] names, [M_PAD, C]; −inf elsewhere."""
+    """Columns [1, C] of a row (place_of) of every student that `read` [M_PAD] names, [M_PAD, C]; −inf elsewhere."""
     ms = tl.arange(0, M_PAD)[:, None]
     if strides is None:
         entry, exists = students + ms * ENTRY, ms < n_students
         address = tl.load(entry, mask=exists, other=0)
         outer = in_units(tl.load(entry + 1, mask=exists, other=0), UNIT)
         inner_stride = in_units(tl.load(entry + 2, mask=exists, other=0), UNIT)
-        offsets = row[:, None] // inner * outer + row[:, None] % inner * inner_stride
+        outer_index, inner_index, _in_rows = place
+        offsets = outer_index[:, None] * outer + inner_index[:, None] * inner_stride
         mask = read[:, None] & in_cols
         if UNIT == 0:
             cols = cols.to(tl.int64) * tl.load(entry + 3, mask=exists, other=0)
@@ -114,7 +116,7 @@ def load_students(
         z = tl.full((M_PAD, cols.shape[1]), -INF, tl.float32)
         for k in tl.static_range(len(students)):
             wanted = tl.sum(((tl.arange(0, M_PAD) == k) & read).to(tl.int32), 0) != 0
-            x = load_logits(students[k], strides[k], row, inner, cols, in_cols & wanted, UNIT)
+            x = load_logits(students[k], strides[k], place, cols, in_cols & wanted, UNIT)
             z = tl.where(ms == k, x.to(tl.float32), z)
         return z
 
@@ -139,7 +141,7 @@ def finish_row(
     d = kl_from_sums(cross, sum[None, :], sum[:, None], inv_t)
     d = tl.where((a != 0) & counted, d, 0.0)
     loss = tl.sum(tl.sum(tl.where(a != 0, a * d, 0.0), 1), 0)
-    store_row_loss(row_loss, loss, 0.0, scale, 0.0, row_weight, counted, legal, row, n_rows, False)
+    store_row_loss(row_loss, loss, 0.0, scale, 0.0, row_weight, counted, legal, row, row < n_rows, False)
 
     i, j = tl.arange(0, M_PAD)[:, None], tl.arange(0, M_PAD)[None, :]
     inside = (i < n_students) & (j < n_students)
@@ -182,19 +184,23 @@ def gradient_of(i, d, e, sum, divergence, a, a_t, inv_t, DETACH: tl.constexpr):
 
 @triton.jit
 def write_gradients(
-    students, student_strides, gradients, row, cols, in_cols, counted, factor, d, e, sum, divergence, a, a_t,
-    n_classes, n_students, inv_t, DETACH: tl.constexpr, DTYPE: tl.constexpr,
+    students, student_strides, gradients, gradient_strides, place, cols, in_cols, counted, factor, d, e, sum,
+    divergence, a, a_t, n_students, inv_t, DETACH: tl.constexpr, DTYPE: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """factor·gradient_of every student that wants it, 0 in a row that does not count."""
     if student_strides is None:
         for i in range(n_students):
             g = tl.where(counted, factor * gradient_of(i, d, e, sum, divergence, a, a_t, inv_t, DETACH), 0.0)
-            store_teacher_gradient(students, gradients, i, row, n_classes, cols, g[None, :], in_cols, DTYPE)
+            store_teacher_gradient(
+                students, gradients, gradient_strides, i, place, cols, g[None, :], in_cols, DTYPE, UNIT
+            )
     else:
         for i in tl.static_range(len(students)):
             if gradients[i] is not None:
                 g = tl.where(counted, factor * gradient_of(i, d, e, sum, divergence, a, a_t, inv_t, DETACH), 0.0)
-                store_teacher_gradient(students, gradients, i, row, n_classes, cols, g[None, :], in_cols, DTYPE)
+                store_teacher_gradient(
+                    students, gradients, gradient_strides, i, place, cols, g[None, :], in_cols, DTYPE, UNIT
+                )
 
 
 @triton.jit
@@ -209,12 +215,13 @@ def readers(a, a_t, counted):
 
 @triton.jit(**SPECIALIZED)
 def mutual_on_chip(
-    students, student_strides, gradients, pair_weights, row_weights, items, row_loss, row_stats,
+    students, student_strides, gradients, gradient_strides, pair_weights, row_weights, items, row_loss, row_stats,
     n_rows, inner, n_classes, n_students, inv_t, scale,
     DETACH: tl.constexpr, M_PAD: tl.constexpr, DTYPE: tl.constexpr, UNIT: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A: loss, row_stats and gradients of one row of all students."""
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    place = place_of(row, inner, row < n_rows)
     n_classes = in_units(n_classes, UNIT)
     counted, legal, _label, row_weight, row_scale = counted_rows(
         None, row_weights, items, row, row < n_rows, 0, n_classes
@@ -225,15 +232,15 @@ def mutual_on_chip(
 
     cols = tl.arange(0, BLOCK_C)[None, :]
     in_cols = cols < n_classes
-    z = load_students(students, student_strides, row, inner, cols, in_cols, read, n_students, DTYPE, UNIT, M_PAD)
+    z = load_students(students, student_strides, place, cols, in_cols, read, n_students, DTYPE, UNIT, M_PAD)
     max, d, e, sum = softmax_state(z, inv_t)
     divergence = finish_row(
         max, sum, cross_sums(d, e, n_students), a, read, row, counted, legal, row_weight, row_scale, row_loss,
         row_stats, n_rows, n_students, inv_t, scale, M_PAD,
     )  # fmt: skip
     write_gradients(
-        students, student_strides, gradients, row, cols, in_cols, counted, row_scale * scale * inv_t,
-        d, e, sum, divergence, a, a_t, n_classes, n_students, inv_t, DETACH, DTYPE,
+        students, student_strides, gradients, gradient_strides, place, cols, in_cols, counted,
+        row_scale * scale * inv_t, d, e, sum, divergence, a, a_t, n_students, inv_t, DETACH, DTYPE, UNIT,
     )  # fmt: skip
 
 
@@ -245,6 +252,7 @@ def mutual_streaming(
 ):  # fmt: skip
     """B, and the forward under no_grad: loss and row_stats, tile by tile."""
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    place = place_of(row, inner, row < n_rows)
     n_classes = in_units(n_classes, UNIT)
     counted, legal, _label, row_weight, row_scale = counted_rows(
         None, row_weights, items, row, row < n_rows, 0, n_classes
@@ -258,7 +266,7 @@ def mutual_streaming(
     for start in range(0, n_classes, BLOCK_C):
         cols = start + tl.arange(0, BLOCK_C)[None, :]
         z = load_students(
-            students, student_strides, row, inner, cols, cols < n_classes, read, n_students, DTYPE, UNIT, M_PAD
+            students, student_strides, place, cols, cols < n_classes, read, n_students, DTYPE, UNIT, M_PAD
         )
         tile_max, d, e, tile_sum = softmax_state(z, inv_t)
         new_max = larger(max, tile_max)
@@ -279,7 +287,7 @@ def mutual_streaming(
 
 @triton.jit(**SPECIALIZED)
 def mutual_backward(
-    students, student_strides, gradients, pair_weights, upstream, row_stats,
+    students, student_strides, gradients, gradient_strides, pair_weights, upstream, row_stats,
     n_rows, inner, n_classes, n_students, upstream_stride, inv_t, scale,
     DETACH: tl.constexpr, M_PAD: tl.constexpr, DTYPE: tl.constexpr, UNIT: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -287,6 +295,7 @@ def mutual_backward(
     n_classes = in_units(n_classes, UNIT)
     n_tiles = tl.cdiv(n_classes, BLOCK_C)
     row = (tl.program_id(0) // n_tiles).to(tl.int64) + tl.arange(0, 1)
+    place = place_of(row, inner, row < n_rows)
     cols = (tl.program_id(0) % n_tiles) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     in_cols = cols < n_classes
 
@@ -297,7 +306,7 @@ def mutual_backward(
     a = load_pairs(pair_weights, n_students, M_PAD, False)
     a_t = load_pairs(pair_weights, n_students, M_PAD, True)
     read = readers(a, a_t, counted)
-    z = load_students(students, student_strides, row, inner, cols, in_cols, read, n_students, DTYPE, UNIT, M_PAD)
+    z = load_students(students, student_strides, place, cols, in_cols, read, n_students, DTYPE, UNIT, M_PAD)
     i, j = tl.arange(0, M_PAD)[:, None], tl.arange(0, M_PAD)[None, :]
     inside = (i < n_students) & (j < n_students)
     divergence = tl.load(row_stats + (i * n_students + j).to(tl.int64) * n_rows + row[:, None], mask=inside, other=0.0)
@@ -307,8 +316,8 @@ def mutual_backward(
     sum = tl.load(at + n_students.to(tl.int64) * n_rows, mask=read, other=0.0)
     d = shifted(z, max[:, None])
     write_gradients(
-        students, student_strides, gradients, row, cols, in_cols, counted, factor * scale * inv_t,
-        d, exp_at(d, inv_t), sum, divergence, a, a_t, n_classes, n_students, inv_t, DETACH, DTYPE,
+        students, student_strides, gradients, gradient_strides, place, cols, in_cols, counted,
+        factor * scale * inv_t, d, exp_at(d, inv_t), sum, divergence, a, a_t, n_students, inv_t, DETACH, DTYPE, UNIT,
     )  # fmt: skip
 
 
@@ -350,14 +359,15 @@ def forward_launch(
             f"gradients in the forward take at most {ON_CHIP_ELEMENTS} logits a row, all students together"
         )
     most = ON_CHIP_ELEMENTS if on_chip else ON_CHIP_ELEMENTS // 2
-    arguments, warps = common_arguments(students, gradients, pair_weights, temperature, scale, detach_peers, most)
+    wanted = gradients if on_chip else ()
+    arguments, warps = common_arguments(students, wanted, pair_weights, temperature, scale, detach_peers, most)
     arguments |= dict(
         row_weights=None if row_weights is None else row_weights.reshape(-1).to(torch.float32).contiguous(),
         items=None if items is None else items.reshape(()).to(torch.float32),
         row_loss=row_loss, row_stats=row_stats,
     )  # fmt: skip
     if not on_chip:
-        del arguments["gradients"], arguments["DETACH"]
+        del arguments["gradients"], arguments["gradient_strides"], arguments["DETACH"]
     return Launch(mutual_on_chip if on_chip else mutual_streaming, (row_loss.numel(),), arguments, warps)
 
 
@@ -367,12 +377,13 @@ def common_arguments(
 ) -> tuple[dict[str, Any], int]:  # fmt: skip
     """What every kernel of the op is told, and its warps: a program holds at most so many elements of all students."""
     check_dtypes(students)
-    where = layout(students)
-    table = as_arguments(students, where.strides, gradients)
+    where = layout([*students, *gradients])
+    table = as_arguments(students, where.strides[: len(students)], gradients, where.strides[len(students) :])
     n_classes, m_pad = students[0].shape[-1], triton.next_power_of_2(len(students))
     block_c = min(triton.next_power_of_2(n_classes), max(1, most_elements // m_pad))
     arguments = dict(
-        students=table.pointers, student_strides=table.strides, gradients=table.gradients,
+        students=table.pointers, student_strides=table.strides,
+        gradients=table.gradients, gradient_strides=table.gradient_strides,
         pair_weights=None if pair_weights is None else pair_weights.to(torch.float32).contiguous(),
         n_rows=students[0].shape[:-1].numel(), inner=where.inner, n_classes=n_classes, n_students=len(students),
         inv_t=1.0 / temperature, scale=scale, DETACH=detach_peers, M_PAD=m_pad, DTYPE=table.dtype, UNIT=where.unit,

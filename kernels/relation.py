@@ -181,7 +181,7 @@ def relation_distance(
         d = root(squared, least)
         e = d / per_mean - root(load_squared(teacher, i * pitch + j, plane, inside), least_t) / per_mean_t
         h = clipped(e)
-        pair = inside & (i != j)
+        pair = inside & (i != j) & ~(squared < 0)  # a D of −1 marks a pair that is left out
         if pulls is None:
             loss += tl.where(pair, h * (e - 0.5 * h), 0.0)
             moved += tl.where(pair, h * d, 0.0)

@@ -17,7 +17,10 @@ SPECIALIZED = dict(
         "n_rows", "n_classes", "n_teachers", "n_students", "ignore_index", "weights_strides", "upstream_stride",
         "kept_stride", "weights_pair_stride", "weights_sample_stride",
     ],
-    do_not_specialize_on_alignment=["inner", "student_strides", "teacher_strides", "elements"],
+    do_not_specialize_on_alignment=[
+        "inner", "student_strides", "teacher_strides", "gradient_strides", "teacher_gradient_strides", "out_strides",
+        "elements",
+    ],
 )  # fmt: skip
 
 DIVERGENCE_AT = tl.constexpr(0)  # blocks of K rows each
@@ -79,11 +82,11 @@ def at(values, k, value):
 
 
 @triton.jit
-def store_of_teachers(row_stats, block, values, kept, rows, n_teachers, n_rows):
+def store_of_teachers(row_stats, block, values, kept, rows, in_rows, n_teachers, n_rows):
     """values [R, K_PAD] of a block; 0 where `kept` says that they were not computed."""
     ks = tl.arange(0, values.shape[1])[None, :]
     pointers = row_stats + (n_teachers * block + ks).to(tl.int64) * n_rows + rows[:, None]
-    tl.store(pointers, tl.where(kept, values, 0.0), mask=(ks < n_teachers) & (rows < n_rows)[:, None])
+    tl.store(pointers, tl.where(kept, values, 0.0), mask=(ks < n_teachers) & in_rows[:, None])
 
 
 @triton.jit
@@ -94,9 +97,9 @@ def load_of_teacher(row_stats, block, k, rows, inside, n_teachers, n_rows):
 
 
 @triton.jit
-def store_of_row(row_stats, i, values, kept, rows, n_teachers, n_rows):
+def store_of_row(row_stats, i, values, kept, rows, in_rows, n_teachers, n_rows):
     pointers = row_stats + (n_teachers * 6 + i).to(tl.int64) * n_rows + rows
-    tl.store(pointers, tl.where(kept, values, 0.0), mask=rows < n_rows)
+    tl.store(pointers, tl.where(kept, values, 0.0), mask=in_rows)
 
 
 @triton.jit
@@ -105,39 +108,41 @@ def load_of_row(row_stats, i, rows, inside, n_teachers, n_rows):
 
 
 @triton.jit
-def store_slopes(row_stats, slopes, read, rows, n_teachers, n_rows):
+def store_slopes(row_stats, slopes, read, rows, in_rows, n_teachers, n_rows):
     """G_k of elementwise.py, [R, K_PAD]."""
     ks = tl.arange(0, slopes.shape[1])[None, :]
     pointers = row_stats + (n_teachers * 6 + SLOPE_AT + ks).to(tl.int64) * n_rows + rows[:, None]
-    tl.store(pointers, tl.where(read, slopes, 0.0), mask=(ks < n_teachers) & (rows < n_rows)[:, None])
+    tl.store(pointers, tl.where(read, slopes, 0.0), mask=(ks < n_teachers) & in_rows[:, None])
 
 
 @triton.jit
 def store_row_stats(
     row_stats, d, w, max_t, sum_t, values, max_s, sum_s, sum1_s, hard, scale, counted, active, read,
-    rows, n_teachers, n_rows, RULE: tl.constexpr,
+    rows, in_rows, n_teachers, n_rows, RULE: tl.constexpr,
 ):  # fmt: skip
     """Everything the forward knows of its rows; `values` are the CE_k or H_k of the rule."""
-    store_of_teachers(row_stats, DIVERGENCE_AT, d, read, rows, n_teachers, n_rows)
-    store_of_teachers(row_stats, WEIGHT_AT, w, counted[:, None], rows, n_teachers, n_rows)
-    store_of_teachers(row_stats, TEACHER_MAX_AT, max_t, read, rows, n_teachers, n_rows)
-    store_of_teachers(row_stats, TEACHER_SUM_AT, sum_t, read, rows, n_teachers, n_rows)
-    store_of_teachers(row_stats, TEACHER_CE_AT, values, read & (RULE == CONFIDENCE), rows, n_teachers, n_rows)
-    store_of_teachers(row_stats, TEACHER_ENTROPY_AT, values, read & (RULE == ENTROPY), rows, n_teachers, n_rows)
-    store_of_row(row_stats, STUDENT_MAX_AT, max_s, active, rows, n_teachers, n_rows)
-    store_of_row(row_stats, STUDENT_SUM_AT, sum_s, active, rows, n_teachers, n_rows)
-    store_of_row(row_stats, STUDENT_SUM1_AT, sum1_s, active, rows, n_teachers, n_rows)
-    store_of_row(row_stats, STUDENT_CE_AT, hard, active, rows, n_teachers, n_rows)
-    store_of_row(row_stats, SCALE_AT, scale, counted, rows, n_teachers, n_rows)
+    store_of_teachers(row_stats, DIVERGENCE_AT, d, read, rows, in_rows, n_teachers, n_rows)
+    store_of_teachers(row_stats, WEIGHT_AT, w, counted[:, None], rows, in_rows, n_teachers, n_rows)
+    store_of_teachers(row_stats, TEACHER_MAX_AT, max_t, read, rows, in_rows, n_teachers, n_rows)
+    store_of_teachers(row_stats, TEACHER_SUM_AT, sum_t, read, rows, in_rows, n_teachers, n_rows)
+    store_of_teachers(row_stats, TEACHER_CE_AT, values, read & (RULE == CONFIDENCE), rows, in_rows, n_teachers, n_rows)
+    store_of_teachers(
+        row_stats, TEACHER_ENTROPY_AT, values, read & (RULE == ENTROPY), rows, in_rows, n_teachers, n_rows
+    )
+    store_of_row(row_stats, STUDENT_MAX_AT, max_s, active, rows, in_rows, n_teachers, n_rows)
+    store_of_row(row_stats, STUDENT_SUM_AT, sum_s, active, rows, in_rows, n_teachers, n_rows)
+    store_of_row(row_stats, STUDENT_SUM1_AT, sum1_s, active, rows, in_rows, n_teachers, n_rows)
+    store_of_row(row_stats, STUDENT_CE_AT, hard, active, rows, in_rows, n_teachers, n_rows)
+    store_of_row(row_stats, SCALE_AT, scale, counted, rows, in_rows, n_teachers, n_rows)
 
 
 @triton.jit
 def store_row_loss(
-    row_loss, kd, hard, kd_scale, ce_weight, row_weight, counted, legal, rows, n_rows, HAS_CE: tl.constexpr
+    row_loss, kd, hard, kd_scale, ce_weight, row_weight, counted, legal, rows, in_rows, HAS_CE: tl.constexpr
 ):
     """row_weight·(kd_scale·Σ w_k D_k + ce_weight·CE); 0 in a row that does not count, NaN if the label is illegal."""
     loss = kd_scale * kd
     if HAS_CE:
         loss += ce_weight * hard
     loss = tl.where(legal, row_weight * loss, float("nan"))
-    tl.store(row_loss + rows, tl.where(counted, loss, 0.0), mask=rows < n_rows)
+    tl.store(row_loss + rows, tl.where(counted, loss, 0.0), mask=in_rows)

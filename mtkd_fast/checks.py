@@ -21,6 +21,12 @@ def tensor(name: str, value: object) -> Tensor:
     return value
 
 
+def sequence(name: str, value: object, of: str) -> Sequence:
+    if isinstance(value, Tensor | str) or not isinstance(value, Sequence):
+        raise TypeError(f"{name} must be a sequence of {of}, got {type(value).__name__}")
+    return value
+
+
 def one_of(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
@@ -91,9 +97,6 @@ def student_logits(value: object, class_dim: int = -1) -> Tensor:
     """As a view with the classes last."""
     student = tensor("student_logits", value)
     logits_dtype("student_logits", student)
-    integer("class_dim", class_dim)
-    if student.dim() and not -student.dim() <= class_dim < student.dim():
-        raise ValueError(f"class_dim must be a dimension of student_logits {tuple(student.shape)}, got {class_dim}")
     rows_of_logits("student_logits", student, class_dim)
     return classes_last(student, class_dim)
 
@@ -103,6 +106,9 @@ def classes_last(logits: Tensor, class_dim: int) -> Tensor:
 
 
 def rows_of_logits(name: str, value: Tensor, class_dim: int = -1) -> None:
+    integer("class_dim", class_dim)
+    if value.dim() and not -value.dim() <= class_dim < value.dim():
+        raise ValueError(f"class_dim must be a dimension of {name} {tuple(value.shape)}, got {class_dim}")
     if value.dim() == 0 or value.shape[class_dim] == 0:
         expected = "[..., C]" if class_dim == -1 else f"[..., C, ...], C in dimension {class_dim},"
         raise ValueError(f"{name} must have shape {expected} with C >= 1, got {tuple(value.shape)}")
@@ -139,13 +145,13 @@ def teacher_logits(value: object, student: Tensor, class_dim: int = -1) -> list[
     return [classes_last(teacher, class_dim) for teacher in teachers]
 
 
-def mutual_students(value: object) -> list[Tensor]:
-    """M tensors [..., C], or one [M, ..., C]: students that teach each other."""
+def mutual_students(value: object, class_dim: int = -1) -> list[Tensor]:
+    """M tensors [..., C], or one [M, ..., C]: students that teach each other, as views with the classes last."""
     students = teacher_sequence(value, "student_logits", "students", fewest=2)
-    rows_of_logits("student_logits[0]", students[0])
+    rows_of_logits("student_logits[0]", students[0], class_dim)
     for i, student in enumerate(students):
         logits_like(f"student_logits[{i}]", student, students[0], "student_logits[0]")
-    return students
+    return [classes_last(student, class_dim) for student in students]
 
 
 def pair_weights(value: object, students: list[Tensor]) -> Tensor | None:
@@ -246,6 +252,19 @@ def row_weights(value: object, student: Tensor) -> Tensor | None:
     return weight
 
 
+def row_mask(value: object, samples: Tensor) -> Tensor | None:
+    """[B] bool beside ``samples`` [B, ...]."""
+    if value is None:
+        return None
+    mask = tensor("row_mask", value)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"row_mask must be bool, got {mask.dtype}")
+    if tuple(mask.shape) != (len(samples),):
+        raise ValueError(f"row_mask must have shape ({len(samples)},), one a sample, got {tuple(mask.shape)}")
+    same_device("row_mask", mask, samples, "student")
+    return mask
+
+
 def num_items(value: object, student: Tensor, reduction: str) -> float | Tensor | None:
     if value is None:
         return None
@@ -275,10 +294,8 @@ def feature_pairs(
 
     ``own_channels``: of maps [N, C, ...], whose C may differ.
     """
-    for name, value in ((argument, student), ("teacher_features", teacher)):
-        if isinstance(value, Tensor) or not isinstance(value, Sequence):
-            raise TypeError(f"{name} must be a sequence of K tensors, got {type(value).__name__}")
-    students, teachers = list(student), list(teacher)
+    students = list(sequence(argument, student, "K tensors"))
+    teachers = list(sequence("teacher_features", teacher, "K tensors"))
     if not 1 <= len(students) <= MAX_TEACHERS:
         raise ValueError(f"{argument} must hold 1 to {MAX_TEACHERS} tensors, got {len(students)}")
     if len(students) != len(teachers):
@@ -322,13 +339,18 @@ def hint_weights(value: object, students: list[Tensor]) -> Tensor | None:
     return weight
 
 
+def embedding(name: str, value: object) -> Tensor:
+    """[B, ...]"""
+    x = tensor(name, value)
+    logits_dtype(name, x)
+    if x.dim() < 2:
+        raise ValueError(f"{name} must have shape [B, ...], embeddings of B samples, got {tuple(x.shape)}")
+    return x
+
+
 def embeddings(student: object, teacher: object) -> tuple[Tensor, Tensor]:
     """[B, ...] each, one B -> [B, D]."""
-    pair = tensor("student", student), tensor("teacher", teacher)
-    for name, x in zip(("student", "teacher"), pair, strict=True):
-        logits_dtype(name, x)
-        if x.dim() < 2:
-            raise ValueError(f"{name} must have shape [B, ...], embeddings of B samples, got {tuple(x.shape)}")
+    pair = embedding("student", student), embedding("teacher", teacher)
     if len(pair[0]) != len(pair[1]) or len(pair[0]) == 0:
         raise ValueError(
             f"teacher must hold as many samples as student, one or more, got {len(pair[1])} and {len(pair[0])}"

@@ -14,6 +14,7 @@ def ensemble_probabilities(
     *,
     weights: str | Tensor = "uniform",
     temperature: float = 1.0,
+    class_dim: int = -1,
     implementation: str | None = None,
 ) -> Tensor:
     """Σ_k w_k softmax(t_k/τ) [..., C], float32 (float64 when any logits are): one read of every teacher, one write.
@@ -24,6 +25,8 @@ def ensemble_probabilities(
         weights: "uniform" (1/K), or a tensor [K] or [K, ...], used as it is, any sign and sum: only weights that sum to
             one give probabilities. A teacher of weight 0 is not read, unless the weights require grad.
         temperature: τ > 0.
+        class_dim: where the classes are, of the teachers and of the result: 1 for [B, C, H, W], whose rows are the
+            pixels and whose weights may be [K, B, H, W].
         implementation: as in :func:`mtkd_fast.multi_teacher_kd_loss`. On a GPU rows of more than 8192 classes are read
             twice, once for their sums.
 
@@ -41,18 +44,21 @@ def ensemble_probabilities(
     """
     teachers = checks.teacher_sequence(teacher_logits)
     for k, teacher in enumerate(teachers):
-        checks.rows_of_logits(f"teacher_logits[{k}]", teacher)
+        checks.rows_of_logits(f"teacher_logits[{k}]", teacher, class_dim)
         checks.logits_like(f"teacher_logits[{k}]", teacher, teachers[0], "teacher_logits[0]")
+    teachers = [checks.classes_last(teacher, class_dim) for teacher in teachers]
     given = checks.mixture_weights(weights, teachers[0], len(teachers))
     checks.temperature(temperature)
     chosen = dispatch.choose(implementation, *teachers)
     if chosen == "reference":
-        return reference.ensemble_probabilities(teachers, given, temperature=temperature)
-    if chosen == "triton":
+        found = reference.ensemble_probabilities(teachers, given, temperature=temperature)
+    elif chosen == "triton":
         from mtkd_fast.triton_ops import mixture as triton_mixture
 
-        return triton_mixture.mixture(teachers, given, temperature)
-    return torch.ops.mtkd_fast.mixture(teachers, given, temperature)
+        found = triton_mixture.mixture(teachers, given, temperature)
+    else:
+        found = torch.ops.mtkd_fast.mixture(teachers, given, temperature)
+    return found if class_dim == -1 else found.movedim(-1, class_dim)
 
 
 def mixture_divergence(
@@ -61,13 +67,14 @@ def mixture_divergence(
     *,
     weights: str | Tensor = "uniform",
     temperature: float = 1.0,
+    class_dim: int = -1,
     implementation: str | None = None,
 ) -> Tensor:
     """KL(Σ_k w_k p_k‖q) of every row [...], p_k = softmax(t_k/τ), q = softmax(s/τ): without τ², no mixture in memory.
 
     Args:
         student_logits: [..., C], as in :func:`mtkd_fast.multi_teacher_kd_loss`.
-        teacher_logits, temperature, implementation: as in :func:`ensemble_probabilities`.
+        teacher_logits, temperature, class_dim, implementation: as in :func:`ensemble_probabilities`.
         weights: "uniform" (1/K), or a tensor [K] or [K, ...], used as it is. With W = Σ w_k ≠ 1 the value is
             Σ_c pbar (log pbar − log q) of the pbar that sums to W: W times the divergence of pbar/W, plus W log W. A
             class whose mixture is negative, as weights below 0 can make it, gives NaN. A teacher of weight 0 is not
@@ -90,8 +97,8 @@ def mixture_divergence(
     >>> student, w = torch.randn(8, 10, requires_grad=True), torch.rand(3, 8).softmax(0).requires_grad_()
     >>> mixture_divergence(student, torch.randn(3, 8, 10), weights=w, temperature=5.0).mean().backward()
     """
-    student = checks.student_logits(student_logits)
-    teachers = checks.teacher_logits(teacher_logits, student)
+    student = checks.student_logits(student_logits, class_dim)
+    teachers = checks.teacher_logits(teacher_logits, student, class_dim)
     given = checks.mixture_weights(weights, student, len(teachers))
     checks.temperature(temperature)
     chosen = dispatch.choose(implementation, student, *teachers)

@@ -19,6 +19,7 @@ def mutual_kd_loss(
     row_weights: Tensor | None = None,
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
+    class_dim: int = -1,
     return_divergences: bool = False,
     implementation: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -40,6 +41,8 @@ def mutual_kd_loss(
             what ``multi_teacher_kd_loss`` ignores.
         reduction: "none" ([...]), "sum", or "mean" over the rows that count (not over C, M, nor a sum of weights).
         num_items: replaces the denominator of "mean"; a number or a one-element tensor on the same device.
+        class_dim: where the classes are, as in :func:`mtkd_fast.multi_teacher_kd_loss`; every [...] here is the shape
+            without them.
         return_divergences: also return every KL(p_j‖p_i), [M, M, ...] at [i, j], detached and without τ²; 0 for rows
             that do not count and pairs of weight 0.
         implementation: None (the best available), "cpp", "triton" or "reference".
@@ -60,7 +63,7 @@ def mutual_kd_loss(
     >>> [z.grad.shape for z in students]
     [torch.Size([8, 10]), torch.Size([8, 10]), torch.Size([8, 10])]
     """
-    students = checks.mutual_students(student_logits)
+    students = checks.mutual_students(student_logits, class_dim)
     first = students[0]
     pair_weights = checks.pair_weights(pair_weights, students)
     checks.temperature(temperature)

@@ -136,11 +136,16 @@ def softmax_regression_loss(
     feature = checks.tensor("adapted_feature", adapted_feature)
     checks.logits_dtype("adapted_feature", feature)
     logits = checks.tensor("teacher_logits", teacher_logits)
-    if feature.dim() < 3:
+    if feature.dim() < 3 or feature.shape[1:].numel() == 0:
         raise ValueError(f"adapted_feature must be a map [B, C, ...] with positions, got {tuple(feature.shape)}")
+    checks.logits_dtype("teacher_logits", logits)
+    if logits.dim() != 2 or len(logits) != len(feature) or logits.shape[1] == 0:
+        raise ValueError(f"teacher_logits must have shape [{len(feature)}, classes], got {tuple(logits.shape)}")
+    checks.same_device("teacher_logits", logits, feature, "adapted_feature")
     if not callable(teacher_head):
         raise TypeError(f"teacher_head must be callable, got {type(teacher_head).__name__}")
     found = checks.tensor("teacher_head's result", teacher_head(_pooled(feature, feature.dtype)))
+    checks.logits_dtype("teacher_head's result", found)
     checks.logits_like("teacher_head's result", found, logits, "teacher_logits")
     return hint_loss([found], [logits], implementation=implementation)
 
@@ -175,7 +180,7 @@ def _mean_squared_gram_difference(f: Tensor, g: Tensor) -> Tensor:
 
 def _in_full_precision(f: Tensor, g: Tensor) -> Tensor:
     dtype = compute_dtype(f, g)
-    x, y = _unit_rows(f.to(dtype).flatten(2)), _unit_rows(g.to(dtype).flatten(2))
+    x, y = unit(f.to(dtype).flatten(2), dim=2), unit(g.to(dtype).flatten(2), dim=2)
     d, p = x - y, x + y
     b, c, s = d.shape
     entries = max(b, 1) * c * c
@@ -186,6 +191,7 @@ def _in_full_precision(f: Tensor, g: Tensor) -> Tensor:
     return (half + half.mT).square().sum() / (4 * entries)
 
 
-def _unit_rows(x: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(x, dim=2, keepdim=True)
+def unit(x: Tensor, dim: int) -> Tensor:
+    """x over its norm along ``dim``; what has a norm of at most 1e-12 is 0 and gets no gradient."""
+    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
     return x / norm.masked_fill(norm <= ZERO_NORM, torch.inf)

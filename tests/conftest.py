@@ -103,6 +103,7 @@ class EmulatedCuda(Backend):
             kd_triton_rescale = staticmethod(emulator.rescale)
             kd_triton_rescale_ = staticmethod(emulator.rescale_)
             relation_triton_forward = staticmethod(triton_relation.relation_forward)
+            relation_triton_peers_forward = staticmethod(triton_relation.relation_peers_forward)
             mixture_triton_forward = staticmethod(mixture.forward)
             mixture_triton_backward = staticmethod(mixture.backward)
             mixture_triton_divergence_forward = staticmethod(mixture.divergence)

@@ -27,6 +27,17 @@ PATHS = {"layers": 3, "logits": 1}
 WEIGHTS = {"layers": 2.0, "logits": 0.25}
 
 
+def flat(loss):
+    """[P]"""
+    return torch.cat([alpha.reshape(-1) for alpha in loss.alpha.values()])
+
+
+@torch.no_grad()
+def set_alpha(loss, values):
+    for alpha, value in zip(loss.alpha.values(), values.split([a.numel() for a in loss.alpha.values()]), strict=True):
+        alpha.copy_(value.view(alpha.shape))
+
+
 def assert_same(loss, right, leaves):
     torch.testing.assert_close(loss, right, rtol=1e-13, atol=1e-13)
     for got, wanted in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(right, leaves), strict=True):
@@ -44,33 +55,33 @@ def test_it_is_the_formula(inputs, aggregation, implementation):
     leaves = [student, *losses.values()]
     alphas = [torch.zeros((), dtype=F64)] * 4
     if aggregation == "adaptive":
-        with torch.no_grad():
-            loss.alpha.copy_(torch.randn(4))
-        leaves.append(loss.alpha)
-        alphas = loss.alpha
+        set_alpha(loss, torch.randn(4))
+        leaves += loss.alpha.values()
+        alphas = flat(loss)
     right = 0.7 * F.cross_entropy(student, target)
-    flat = [(losses["layers"][i], 2.0) for i in range(3)] + [(losses["logits"], 0.25)]
-    for (path_loss, c), alpha in zip(flat, alphas, strict=True):
+    terms = [(losses["layers"][i], 2.0) for i in range(3)] + [(losses["logits"], 0.25)]
+    for (path_loss, c), alpha in zip(terms, alphas, strict=True):
         c = 1.0 if aggregation == "equal" else c
         right = right + 1.3 * ((-alpha).exp() * c * path_loss + alpha)
     assert_same(loss(student, target, losses), right, leaves)
 
 
-def test_alpha_starts_at_zero_and_is_an_ordinary_parameter(inputs):
+def test_alpha_starts_at_zero_and_is_an_ordinary_parameter_by_path(inputs):
     loss = AdaptiveDistillationLoss(PATHS)
-    assert [name for name, _ in loss.named_parameters()] == ["alpha"]
-    assert torch.equal(loss.alpha, torch.zeros(4))
+    assert {name: tuple(a.shape) for name, a in loss.named_parameters()} == {"alpha.layers": (3,), "alpha.logits": ()}
+    assert torch.equal(flat(loss), torch.zeros(4))
     student, target, losses = inputs
     equal = AdaptiveDistillationLoss(PATHS, "equal")
     assert list(equal.parameters()) == []
     torch.testing.assert_close(loss(student, target, losses), equal(student, target, losses))
-    with torch.no_grad():
-        loss.alpha.copy_(torch.arange(4.0))
-    other = AdaptiveDistillationLoss(PATHS)
+    set_alpha(loss, torch.arange(4.0))
+    assert torch.equal(flat(copy.deepcopy(loss)), flat(loss))
+    other = AdaptiveDistillationLoss(dict(reversed(PATHS.items())))  # a checkpoint knows its paths by name
     other.load_state_dict(loss.state_dict())
-    assert torch.equal(other.alpha, loss.alpha)
-    assert list(loss.state_dict()) == ["alpha"]
-    assert torch.equal(copy.deepcopy(loss).alpha, loss.alpha)
+    assert other.alpha["layers"].tolist() == [0.0, 1.0, 2.0]
+    assert other.alpha["logits"].item() == 3.0
+    with pytest.raises(RuntimeError, match=r"Missing key.*alpha\.other"):
+        AdaptiveDistillationLoss({"layers": 3, "other": 1}).load_state_dict(loss.state_dict())
 
 
 def test_alpha_settles_at_the_logarithm_of_its_loss(inputs):
@@ -78,18 +89,16 @@ def test_alpha_settles_at_the_logarithm_of_its_loss(inputs):
     loss = AdaptiveDistillationLoss(PATHS, path_weights=WEIGHTS).double()
     constant = {name: x.detach() for name, x in losses.items()}
     settled = torch.cat([(2.0 * constant["layers"]).log(), (0.25 * constant["logits"]).log()[None]])
-    with torch.no_grad():
-        loss.alpha.copy_(settled)
-    (gradient,) = torch.autograd.grad(loss(student, target, constant), loss.alpha)
-    torch.testing.assert_close(gradient, torch.zeros(4, dtype=F64), rtol=0, atol=1e-14)
-    with torch.no_grad():
-        loss.alpha.zero_()
+    set_alpha(loss, settled)
+    for gradient in torch.autograd.grad(loss(student, target, constant), list(loss.parameters())):
+        torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-14)
+    set_alpha(loss, torch.zeros(4, dtype=F64))
     optimizer = torch.optim.SGD(loss.parameters(), lr=0.3)
     for _ in range(300):
         optimizer.zero_grad()
         loss(student, target, constant).backward()
         optimizer.step()
-    torch.testing.assert_close(loss.alpha.detach(), settled, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(flat(loss).detach(), settled, rtol=1e-9, atol=1e-9)
     weights = loss.weights()
     torch.testing.assert_close(weights["layers"] * constant["layers"], torch.ones(3, dtype=F64))
     torch.testing.assert_close(weights["logits"] * constant["logits"], torch.ones((), dtype=F64))
@@ -99,17 +108,16 @@ def test_alpha_is_bounded_only_where_asked_and_its_gradient_never(inputs):
     student, target, losses = inputs
     free, bound = AdaptiveDistillationLoss(PATHS), AdaptiveDistillationLoss(PATHS, min_alpha=-2.0)
     for loss in (free, bound):
-        with torch.no_grad():
-            loss.alpha.copy_(torch.tensor([-5.0, -1.0, 0.0, 3.0]))
+        set_alpha(loss, torch.tensor([-5.0, -1.0, 0.0, 3.0]))
     free(student, target, losses)
-    assert free.alpha.tolist() == [-5.0, -1.0, 0.0, 3.0]
+    assert flat(free).tolist() == [-5.0, -1.0, 0.0, 3.0]
     bound.eval()(student, target, losses)
-    assert bound.alpha.tolist() == [-5.0, -1.0, 0.0, 3.0]
+    assert flat(bound).tolist() == [-5.0, -1.0, 0.0, 3.0]
     total = bound.train()(student, target, losses)
-    assert bound.alpha.tolist() == [-2.0, -1.0, 0.0, 3.0]
-    (gradient,) = torch.autograd.grad(total, bound.alpha)
-    flat = torch.cat([losses["layers"], losses["logits"][None]]).detach().float()
-    torch.testing.assert_close(gradient, 1 - (-bound.alpha.detach()).exp() * flat)
+    assert flat(bound).tolist() == [-2.0, -1.0, 0.0, 3.0]
+    for name, gradient in zip(bound.alpha, torch.autograd.grad(total, list(bound.parameters())), strict=True):
+        right = 1 - (-bound.alpha[name].detach()).exp() * losses[name].detach().float()
+        torch.testing.assert_close(gradient, right)
 
 
 def test_a_path_of_weight_zero_is_left_out(inputs):
@@ -134,8 +142,7 @@ def test_the_gradient_reaches_every_learned_tensor():
     adapters = nn.ModuleList(HintAdapter(3, 6, bias=False, relu=False) for _ in range(2)).double()
     logits, target = torch.randn(N, C, dtype=F64, requires_grad=True), torch.randint(C, (N,))
     loss = AdaptiveDistillationLoss({"nst": 2, "fm": 2, "at": 1}).double()
-    with torch.no_grad():
-        loss.alpha.copy_(torch.randn(5))
+    set_alpha(loss, torch.randn(5))
     adapted = [adapt(f, g) for adapt, f, g in zip(adapters, student, teacher, strict=True)]
     found = loss(
         logits,
@@ -167,7 +174,7 @@ def test_the_gradient_reaches_every_learned_tensor():
         (energy(student[1]) - energy(teacher[1])).pow(2).mean(),
     ]
     right = F.cross_entropy(logits, target)
-    for term, alpha in zip(terms, loss.alpha, strict=True):
+    for term, alpha in zip(terms, flat(loss), strict=True):
         right = right + (-alpha).exp() * term + alpha
     torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-12)
     leaves = [logits, *student, *adapters.parameters(), *loss.parameters()]
@@ -182,7 +189,7 @@ def test_one_graph(inputs):
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     found, right = compiled(student, target, losses), loss(student, target, losses)
     torch.testing.assert_close(found, right)
-    leaves = [student, loss.alpha, *losses.values()]
+    leaves = [student, *loss.parameters(), *losses.values()]
     for got, wanted in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(right, leaves), strict=True):
         torch.testing.assert_close(got, wanted)
 
@@ -211,6 +218,8 @@ def test_ignored_rows_and_printing(inputs):
         (["a"], dict(path_weights={"b": 2}), ValueError, r"path_weights must hold names of paths \(a\), got 'b'"),
         (["a"], dict(path_weights=[2]), TypeError, "path_weights must be a mapping .* got list"),
         (["a"], dict(path_weights={"a": 0}), ValueError, r"path_weights\['a'\] must be a finite number > 0, got 0"),
+        (["a.b"], {}, ValueError, "paths must hold names that a parameter can have, without '.', got 'a.b'"),
+        (["values"], {}, ValueError, "paths must hold names that a parameter can have, .* got 'values'"),
         (["a"], dict(min_alpha="0"), TypeError, "min_alpha must be a number, got str"),
         (["a"], dict(aggregation="equal", min_alpha=0.0), ValueError, "min_alpha bounds the α of"),
         (["a"], dict(ce_weight=None), TypeError, "ce_weight must be a number"),

@@ -68,7 +68,8 @@ def hint_term(loss, taps, maps, lambdas):
 
 def by_hand(
     loss, student, teachers, target, feature, taps=None, maps=None, *,
-    tau=5.0, a=0.7, mean=False, ce_tau=1.0, log_probabilities=False, weigh=False, regularised=True,
+    tau=5.0, a=0.7, mean=False, ce_tau=1.0, log_probabilities=False, probabilities=False, weigh=False,
+    regularised=True,
 ):  # fmt: skip
     theta, w = loss.weights.theta, loss.weights.W
     kd, ce, mixtures, mus = 0, 0, [], []
@@ -82,6 +83,7 @@ def by_hand(
     total = 2 * a * tau**2 * kd + (1 - a) * ce
     pbar = torch.stack(mixtures)
     s = (student / tau).log_softmax(-1) if log_probabilities else student
+    s = (student / tau).softmax(-1) if probabilities else s
     for relation in (distances, angles):
         total = total + mean_huber([x - y for x, y in zip(relation(s), relation(pbar), strict=True)])
     if taps is not None:
@@ -109,6 +111,7 @@ def assert_same(loss, got, right, leaves):
         (dict(reduction="mean"), dict(mean=True)),
         (dict(ce_temperature=3.0), dict(ce_tau=3.0)),
         (dict(relation_on="log_probabilities"), dict(log_probabilities=True)),
+        (dict(relation_on="probabilities"), dict(probabilities=True)),
         (dict(weigh_hints=True), dict(weigh=True)),
         (dict(official_code=True, reduction="batchmean"), dict(ce_tau=5.0, log_probabilities=True)),
     ],
@@ -188,11 +191,13 @@ def test_instance_weights_take_maps_by_their_maximum_and_are_seeded():
     assert a(maps.bfloat16()).dtype == torch.float32
 
 
-def test_ignored_rows_count_in_the_relations_alone(batch):
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("relation_on", ["logits", "log_probabilities", "probabilities"])
+def test_ignored_rows_count_in_no_term(batch, relation_on, implementation):
     student, teachers, target, feature, taps, maps = batch
     target[2] = -100
     kept = [n for n in range(N) if n != 2]
-    loss = make(distance_weight=0.0, angle_weight=0.0)
+    loss = make(implementation, relation_on=relation_on)
     fewer = loss(
         student[kept], [t[kept] for t in teachers], target[kept], feature[kept], [f[kept] for f in taps],
         [g[kept] for g in maps],
@@ -200,17 +205,47 @@ def test_ignored_rows_count_in_the_relations_alone(batch):
     torch.testing.assert_close(loss(*batch), fewer, rtol=1e-12, atol=0)
 
 
-def test_what_an_ignored_row_holds_reaches_nobody(batch):
-    student, _, target, feature, taps, _ = batch
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("relation_on", ["logits", "log_probabilities", "probabilities"])
+def test_what_an_ignored_row_holds_reaches_nobody(batch, relation_on, implementation):
+    student, teachers, target, feature, taps, _ = batch
     target[2] = -100
     with torch.no_grad():
-        for x in (student, feature, *taps):
+        for x in (student, *teachers, feature, *taps):
             x[2] = math.nan
-    loss = make(distance_weight=0.0, angle_weight=0.0)
+    loss = make(implementation, relation_on=relation_on)
     value = loss(*batch)
     assert value.isfinite()
     leaves = [student, feature, *taps, *loss.parameters()]
     assert all(g.isfinite().all() for g in torch.autograd.grad(value, leaves))
+
+
+@pytest.mark.parametrize("relation_on", ["logits", "log_probabilities"])
+def test_a_class_that_every_row_excludes_adds_nothing_to_the_relations(batch, relation_on):
+    student, teachers, target, feature, *_ = batch
+    without = [n for n in range(C) if n != 3]
+    target[:] = target.clamp(max=2)
+    for logits in (student, *teachers):
+        logits.data[:, 3] = -math.inf
+    loss = make(with_hints=False, relation_on=relation_on)
+    fewer = student.detach()[:, without].requires_grad_()
+    got = loss(student, teachers, target, feature)
+    right = loss(fewer, [t[:, without] for t in teachers], target, feature)
+    torch.testing.assert_close(got, right, rtol=1e-12, atol=0)
+    (found,), (wanted,) = torch.autograd.grad(got, student), torch.autograd.grad(right, fewer)
+    torch.testing.assert_close(found[:, without], wanted, rtol=1e-9, atol=1e-12)
+    assert (found[:, 3] == 0).all()
+
+
+def test_classes_that_some_rows_exclude_have_relations_of_probabilities(batch):
+    student, teachers, target, feature, *_ = batch
+    target[0] = 0
+    for logits in (student, *teachers):
+        logits.data[0, 3] = -math.inf
+    assert make(with_hints=False)(student, teachers, target, feature).isnan()
+    loss = make(with_hints=False, relation_on="probabilities")(student, teachers, target, feature)
+    assert loss.isfinite()
+    assert torch.autograd.grad(loss, student)[0].isfinite().all()
 
 
 def test_a_pooled_vector_is_a_map_of_one_pixel():
@@ -299,7 +334,11 @@ REFUSED = [
     ("feature width", lambda b: (*b[:3], b[3][:, :2], *b[4:]), ValueError, r"feature must have shape \[N, 5\]"),
     ("feature batch", lambda b: (*b[:3], b[3][:2], *b[4:]), ValueError, "feature must hold 6 samples"),
     ("no feature", lambda b: (*b[:3], None, *b[4:]), TypeError, "feature must be a tensor, got NoneType"),
-    ("no target", lambda b: (*b[:2], None, *b[3:]), ValueError, r"target \[N\]"),
+    ("no target", lambda b: (*b[:2], None, *b[3:]), TypeError, "target must be a tensor, got NoneType"),
+    ("sequences", lambda b: (b[0][None], [t[None] for t in b[1]], *b[2:]), ValueError,
+     r"student_logits must have shape \[N, C\], got \(1, 6, 7\)"),
+    ("taps of no sequence", lambda b: (*b[:4], 3, b[5]), TypeError,
+     "student_features must be a sequence of taps, got int"),
     ("no taps", lambda b: b[:4], ValueError, "student_features and teacher_features must be there"),
     ("too few maps", lambda b: (*b[:5], b[5][:1]), ValueError, "teacher_features 3 maps, got 3 and 1"),
     ("maps of another size", lambda b: (*b[:5], [b[5][0][..., :2], *b[5][1:]]), ValueError,
@@ -337,7 +376,63 @@ def test_bad_modules_are_named():
         InstanceWeights(65, D)
     with pytest.raises(TypeError, match="feature_dim must be an integer"):
         InstanceWeights(K, 2.0)
+    with pytest.raises(TypeError, match=r"teacher_channels\[0\] must be an integer, got float"):
+        GroupHints([3, 4], [5.0])
+    with pytest.raises(TypeError, match="student_channels must be a sequence of numbers of channels, got int"):
+        GroupHints(3, [5])
+    with pytest.raises(ValueError, match=r"teacher_channels\[0\] must be a finite number > 0, got 0"):
+        GroupHints([3], [0])
+    with pytest.raises(TypeError, match=r"groups\[0\] must be an integer, got str"):
+        GroupHints([3, 4], [5], groups=["last"])
     with pytest.raises(ValueError, match="groups must hold one index below 2"):
         GroupHints([3, 4], [5], groups=[2])
     with pytest.raises(ValueError, match="stage must be 1 or 2, got 3"):
         AMTMLKDLoss(K, D).set_stage(3)
+
+
+@pytest.mark.parametrize(
+    ("taps", "maps", "error", "message"),
+    [
+        ([torch.zeros(N, 4, 3, 3)], torch.zeros(1, N, 6, 3, 3), TypeError,
+         "teacher_features must be a sequence of maps, got Tensor"),
+        ([None], [torch.zeros(N, 6)], TypeError, r"student_features\[0\] must be a tensor, got NoneType"),
+        ([torch.zeros(N, 4)], [torch.zeros(N, 6)], ValueError,
+         r"student_features\[0\] must have shape \[N, 4, H, W\], got \(6, 4\)"),
+        ([torch.zeros(N, 5, 3, 3)], [torch.zeros(N, 6)], ValueError,
+         r"student_features\[0\] must have shape \[N, 4, H, W\], got \(6, 5, 3, 3\)"),
+        ([torch.zeros(N, 4, 3, 3).long()], [torch.zeros(N, 6)], TypeError, r"student_features\[0\] must be float32, "),
+        ([torch.zeros(N, 4, 3, 3).double()], [torch.zeros(N, 6)], TypeError,
+         r"student_features\[0\] must be torch.float32 like the adapter, or narrower, got torch.float64"),
+        ([torch.zeros(N, 4, 3, 3)], [torch.zeros(N, 6, 3)], ValueError,
+         r"teacher_features\[0\] must have shape \[N, 6\] or \[N, 6, H, W\], got \(6, 6, 3\)"),
+        ([torch.zeros(N, 4, 3, 3)], [torch.zeros(N, 6).int()], TypeError, r"teacher_features\[0\] must be float32, "),
+    ],
+)  # fmt: skip
+def test_bad_taps_and_maps_are_named(taps, maps, error, message):
+    with pytest.raises(error, match=message):
+        GroupHints([4], [6])(taps, maps)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_features_meet_adapters_in_float32(dtype, autocast):
+    """As an autocast student hands them over, a pixel of zeros among them; the loss may be taken outside autocast."""
+    hints = GroupHints([4], [6])
+    nn.init.normal_(hints.adapters[0].weight)
+    tap, teacher = torch.randn(N, 4, 3, 3).to(dtype), torch.randn(N, 6, 3, 3).to(dtype)
+    tap[0, :, 0, 0] = 0
+    tap.requires_grad_()
+    wide = tap.detach().float().requires_grad_()
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        loss = hints([tap], [teacher])
+    right = hints([wide], [teacher.float()])
+    assert loss.dtype == torch.float32
+    exact = {} if not autocast else dict(rtol=3 * torch.finfo(dtype).eps, atol=0)
+    torch.testing.assert_close(loss, right, **exact)
+    found, wanted = (torch.autograd.grad(x, (y, hints.adapters[0].weight)) for x, y in ((loss, tap), (right, wide)))
+    assert found[0].dtype == dtype
+    assert (found[0][0, :, 0, 0] == 0).all()
+    assert found[0].isfinite().all()
+    if not autocast:
+        torch.testing.assert_close(found[0], wanted[0].to(dtype))
+        torch.testing.assert_close(found[1], wanted[1])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mtkd_fast import multi_teacher_kd_loss
+from mtkd_fast import ensemble_probabilities, mixture_divergence, multi_teacher_kd_loss, mutual_kd_loss
 
 B, C, H, W, K = 2, 5, 3, 4, 3
 
@@ -68,6 +68,21 @@ def test_divergences_and_weights_take_it_too(backend, maps):
     torch.testing.assert_close(weights, backend.weights(last, target, rule="confidence", ignore_index=255))
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("upstream", [1.0, 3.0])
+@pytest.mark.parametrize("wants", ["student", "everybody"])
+def test_gradients_lie_as_their_logits(backend, memory_format, upstream, wants):
+    if backend.name == "reference":
+        pytest.skip("plain PyTorch's gradients lie as its operations leave them")
+    logits = [
+        torch.randn(B, C, H, W, device=backend.device).contiguous(memory_format=memory_format) for _ in range(K + 1)
+    ]
+    leaves = [x.requires_grad_() for x in (logits if wants == "everybody" else logits[:1])]
+    loss = upstream * backend.loss(logits[0], logits[1:], class_dim=1, temperature=2.0)
+    for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
+        assert gradient.stride() == leaf.stride()
+
+
 def test_one_tensor_of_all_teachers():
     student, teachers = torch.randn(B, C, H, W), torch.randn(K, B, C, H, W)
     loss = multi_teacher_kd_loss(student, teachers, class_dim=1)
@@ -93,3 +108,55 @@ def test_shapes_are_named_as_they_were_given():
         multi_teacher_kd_loss(torch.zeros(B, C, H, W), [torch.zeros(B, C, H, 3)], class_dim=1)
     with pytest.raises(ValueError, match=r"\[..., C, ...\], C in dimension 1, with C >= 1, got \(2, 0, 3\)"):
         multi_teacher_kd_loss(torch.zeros(2, 0, 3), [torch.zeros(2, 0, 3)], class_dim=1)
+
+
+def test_mixtures_have_their_classes_where_the_teachers_have_them(backend, maps):
+    _, teachers, target, class_dim = maps
+    weights = torch.rand(K, *target.shape, device=backend.device, requires_grad=True)
+    leaves = [t.requires_grad_() for t in teachers]
+    found = backend.ensemble_probabilities(leaves, weights=weights, temperature=2.0, class_dim=class_dim)
+    last = [t.movedim(class_dim, -1) for t in leaves]
+    right = backend.ensemble_probabilities(last, weights=weights, temperature=2.0).movedim(-1, class_dim)
+    assert found.shape == teachers[0].shape
+    torch.testing.assert_close(found, right)
+    upstream = torch.randn(found.shape, device=backend.device)
+    pairs = zip(*(torch.autograd.grad(x, [weights, *leaves], upstream) for x in (found, right)), strict=True)
+    for gradient, wanted in pairs:
+        torch.testing.assert_close(gradient, wanted)
+
+
+def test_divergences_of_mixtures_and_mutual_learning_take_it_too(backend, maps):
+    student, teachers, target, class_dim = maps
+    weights = torch.rand(K, *target.shape, device=backend.device, requires_grad=True)
+    last = [x.movedim(class_dim, -1) for x in (student, *teachers)]
+    mixed = backend.mixture_divergence(student, teachers, weights=weights, class_dim=class_dim)
+    right = backend.mixture_divergence(last[0], last[1:], weights=weights)
+    assert mixed.shape == target.shape
+    students = [student, *teachers[:2]]
+    options = dict(row_weights=target != 255, reduction="none", return_divergences=True)
+    options |= dict(implementation=backend.implementation)
+    loss, divergences = mutual_kd_loss(students, class_dim=class_dim, **options)
+    same, wanted = mutual_kd_loss(last[:3], **options)
+    assert divergences.shape == (3, 3, *target.shape)
+    for got, exact in ((mixed, right), (loss, same), (divergences, wanted)):
+        torch.testing.assert_close(got, exact)
+    for got, exact in ((mixed, right), (loss, same)):
+        torch.testing.assert_close(*(torch.autograd.grad(x.sum(), student)[0] for x in (got, exact)))
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (lambda z, **o: mixture_divergence(z[0], z, **o), "student_logits"),
+        (ensemble_probabilities, r"teacher_logits\[0\]"),
+        (mutual_kd_loss, r"student_logits\[0\]"),
+    ],
+)
+def test_a_wrong_dimension_is_named_there_too(function, name):
+    logits = [torch.zeros(B, C, H, W)] * K
+    with pytest.raises(ValueError, match=rf"class_dim must be a dimension of {name} \(2, 5, 3, 4\), got 4"):
+        function(logits, class_dim=4)
+    with pytest.raises(TypeError, match="class_dim must be an integer, got float"):
+        function(logits, class_dim=1.0)
+    with pytest.raises(ValueError, match="C in dimension 1, with C >= 1"):
+        function([torch.zeros(2, 0, 3)] * K, class_dim=1)

@@ -116,6 +116,21 @@ def test_given_weights_and_teachers_that_learn(implementation):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("dtype", [F32, F16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_pixels_in_one_graph(implementation, dtype, memory_format):
+    """With the gradient written in the forward, and (fp16) computed in the backward."""
+    eager = objective(implementation, class_dim=1)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(eager, fullgraph=True, dynamic=True, backend=counter)
+    frames = []
+    for b in (2, 3, 5):
+        student, *teachers = (torch.randn(b, C, 4, 7).to(dtype, memory_format=memory_format) for _ in range(K + 1))
+        assert_same_as_eager(compiled, eager, student.requires_grad_(), teachers, torch.randint(C, (b, 4, 7)))
+        frames.append(counter.frame_count)
+    assert frames == frames[:1] * 3
+
+
 @pytest.mark.parametrize("divergence", ["jsd", "tvd", "skew_reverse_kl", "dkd"])
 def test_divergences_beyond_the_kls_in_one_graph(implementation, divergence):
     beta = None if divergence == "tvd" else 0.25
@@ -231,7 +246,10 @@ def values(requires_grad: bool, divergence: str) -> dict:
     )  # fmt: skip
     student_logits = student
     student, teacher = torch.randn(N, 4, requires_grad=requires_grad), torch.randn(N, 3)
-    relations = dict(student=student, teacher=teacher, relation="angle", write_gradient=True)
+    relations = dict(
+        student=student, teacher=teacher, row_mask=torch.arange(N) % 3 != 1, relation="angle", write_gradient=True,
+        points=[student, torch.randn(N, 2)], angle_weight=0.5, needs=[True, False],
+    )  # fmt: skip
     students = [z.detach().requires_grad_(requires_grad) for z in (student_logits, *teachers)]
     mutuals = dict(
         students=students, pair_weights=torch.rand(4, 4), row_weights=torch.rand(N), num_items=torch.tensor(5.0),
@@ -258,13 +276,31 @@ def values(requires_grad: bool, divergence: str) -> dict:
 )
 def test_trap_32_opcheck(name, divergence):
     """Schema, fake, autograd registration and AOT dispatch, by PyTorch's own check."""
+    check_op(name, values(name in FUSED, divergence))
+
+
+@pytest.mark.parametrize("name", [name for name in PASSES if name.startswith("kd_")])
+def test_opcheck_of_pixels(name):
+    """Fakes have the strides of the gradients."""
+    given = values(False, "forward_kl")
+    pixels = {key: torch.randn(2, C, 3).movedim(1, -1) for key in ("student", "gradient")}
+    teachers = [
+        torch.randn(2, C, 3).movedim(1, -1),
+        torch.randn(2, C + 1, 3)[:, :C].movedim(1, -1),
+        torch.randn(2, 3, C),
+    ]
+    given["kd"] |= pixels | dict(teachers=teachers, target=torch.randint(C, (2, 3)))
+    check_op(name, given)
+
+
+def check_op(name, given):
     family = name.split("_")[0]
     if "triton" in name:
         if "cpu" not in dispatch.implementations()["triton"].devices:
             pytest.skip("Triton does not run on this CPU")
         importlib.import_module(f"mtkd_fast.triton_ops.{family}")
     op = getattr(torch.ops.mtkd_fast, name).default
-    given = values(name in FUSED, divergence)[family]
+    given = given[family]
     if name == "kd":
         given["reduction"] = "none"
     arguments = tuple(given[argument.name] for argument in op._schema.arguments)

@@ -117,6 +117,42 @@ def test_rows_that_do_not_count(implementation):
         assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_relations_of_logits_are_those_of_the_rows_that_count(implementation):
+    students, target, alone = draw(3)
+    target[1] = -100
+    kept = [0, 2, 3, 4]
+    loss = CTSLMKTLoss(3.0, **WEIGHTS, implementation=implementation)
+    right = loss([z[kept] for z in students], target[kept], [z[kept] for z in alone])
+    wanted = torch.autograd.grad(right, students)
+    with torch.no_grad():
+        for z in (*students, *alone):
+            z[1] = float("nan")
+    got = loss(students, target, alone)
+    torch.testing.assert_close(got, right, rtol=1e-12, atol=0)
+    for gradient, exact in zip(torch.autograd.grad(got, students), wanted, strict=True):
+        torch.testing.assert_close(gradient, exact, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_class_that_every_row_excludes_adds_nothing_to_the_relations(implementation):
+    students, target, alone = draw(2)
+    target[:] = target.clamp(max=2)
+    loss = CTSLMKTLoss(3.0, **WEIGHTS, implementation=implementation)
+    fewer = [z.detach()[:, :3].requires_grad_() for z in students]
+    right = loss(fewer, target, [z[:, :3] for z in alone])
+    for z in (*students, *alone):
+        z.data[:, 3] = float("-inf")
+    got = loss(students, target, alone)
+    torch.testing.assert_close(got, right, rtol=1e-12, atol=0)
+    pairs = zip(torch.autograd.grad(got, students), torch.autograd.grad(right, fewer), strict=True)
+    for gradient, exact in pairs:
+        torch.testing.assert_close(gradient[:, :3], exact, rtol=1e-9, atol=1e-12)
+        assert (gradient[:, 3] == 0).all()
+    students[0].data[0, 1] = float("-inf")  # in one row alone: infinitely far from the others
+    assert loss(students, target.fill_(0), alone).isnan()
+
+
 def test_without_self_distillation_nobody_needs_to_have_been_alone():
     students, target, _ = draw(2)
     w = WEIGHTS | dict(self_weight=0.0)
@@ -201,9 +237,21 @@ def test_one_graph():
         (dict(representations=torch.zeros(2, N, C)), TypeError, "representations must be a sequence of M tensors"),
         (dict(representations=[torch.zeros(N, C)]), ValueError, "representations must hold 2 tensors"),
         (dict(representations=[None, None]), TypeError, r"representations\[0\] must be a tensor, got NoneType"),
+        (dict(student_logits=[torch.zeros(N, 2, C)] * 2, target=torch.zeros(N, 2).long(),
+              self_logits=[torch.zeros(N, 2, C)] * 2), ValueError,
+         r"student_logits must have shape \[N, C\] where no representations are given, got \(5, 2, 4\)"),
+        (dict(representations="ab"), TypeError, "representations must be a sequence of M tensors, got str"),
+        (dict(representations=[torch.zeros(N, 2), torch.zeros(N)]), ValueError,
+         r"representations\[1\] must have shape \[B, ...\], embeddings of B samples, got \(5,\)"),
+        (dict(representations=[torch.zeros(N, 2), torch.zeros(N, 2).long()]), TypeError,
+         r"representations\[1\] must be float32, .* got torch.int64"),
+        (dict(representations=[torch.zeros(N, 2), torch.zeros(3, 2)]), ValueError,
+         r"representations\[1\] must hold 5 samples like representations\[0\], got \(3, 2\)"),
+        (dict(representations=[torch.zeros(N, 2), torch.zeros(N, 2, device="meta")]), ValueError,
+         r"representations\[1\] must be on cpu like representations\[0\], got meta"),
         (dict(return_losses=1), TypeError, "return_losses must be True or False, got int"),
     ],
-)
+)  # fmt: skip
 def test_bad_arguments_are_named(change, error, message):
     call = dict(student_logits=[torch.zeros(N, C)] * 2, target=torch.zeros(N).long())
     call |= dict(self_logits=[torch.zeros(N, C)] * 2) | change

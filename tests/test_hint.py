@@ -183,3 +183,12 @@ def test_bad_arguments_are_refused_by_name(change, error, message):
     call = dict(student=[torch.zeros(N, 4)], teacher=[torch.zeros(N, 4)]) | change
     with pytest.raises(error, match=message):
         hint_loss(call.pop("student"), call.pop("teacher"), **call)
+
+
+@pytest.mark.parametrize("implementation", ["cpp", "triton"], indirect=True)
+def test_maps_without_positions_are_refused_by_the_op_too(implementation):
+    hint_loss([torch.zeros(N, 4, 2)], [torch.zeros(N, 4, 2)], distance="attention", implementation=implementation)
+    op = getattr(torch.ops.mtkd_fast, "attention_forward" if implementation == "cpp" else "attention_triton_forward")
+    empty = [torch.zeros(N, 4, 0)]
+    with pytest.raises(ValueError, match=r"features must be maps \[N, C, ...\] of one or more positions, got "):
+        op(empty, empty, None)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases.kd import BF16, F16, F32, F64, INF, NAN
 from cases.mixture import CASES, FLOAT64_CASES, assert_matches, build, evaluate
+from tolerance import ulp
 
 from mtkd_fast import ensemble_probabilities, mixture_divergence
 
@@ -203,6 +204,21 @@ def test_small_upstreams_of_a_float16_student_do_not_vanish(backend):
     divergence = backend.mixture_divergence(student, teachers, weights=w)
     (gradient,) = torch.autograd.grad(divergence.sum(), student, torch.tensor(64.0, device=backend.device))
     assert (gradient == 0).double().mean() < 0.01
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_the_gradient_of_a_half_precision_student_is_rounded_once(backend, dtype):
+    student, teachers, w = draw(backend.device, rows=(40,), c=64)
+    leaf = student.to(dtype).requires_grad_()
+    wide = leaf.detach().double().requires_grad_()
+    upstream = torch.linspace(0.3, 1.7, 40, device=backend.device)
+    divergence = backend.mixture_divergence(leaf, teachers, weights=w)
+    (found,) = torch.autograd.grad(divergence, leaf, upstream)
+    divergence = mixture_divergence(wide, teachers, weights=w, implementation="reference")
+    (exact,) = torch.autograd.grad(divergence, wide, upstream.double())
+    roundings = 1.0 if backend.interpreted and dtype == BF16 else 0.5  # Triton's interpreter truncates bfloat16
+    allowed = roundings * ulp(exact, dtype) + 1e-6 * exact.abs().amax(-1, keepdim=True)
+    assert ((found.double() - exact).abs() <= allowed).all()
 
 
 def test_inputs_are_never_written(backend):

@@ -194,6 +194,18 @@ def test_bad_input_is_named(path, student, teacher, options, error, message):
         (torch.zeros(2, 3, 4), torch.zeros(2, 4), None, TypeError, "teacher_head must be callable, got NoneType"),
         (torch.zeros(2, 3, 4), torch.zeros(2, 4), torch.nn.Identity(), ValueError,
          r"teacher_head's result must have shape \(2, 4\) like teacher_logits, got \(2, 3\)"),
+        (torch.zeros(2, 3, 0), torch.zeros(2, 4), torch.nn.Identity(), ValueError,
+         r"adapted_feature must be a map \[B, C, ...\] with positions, got \(2, 3, 0\)"),
+        (torch.zeros(2, 3, 4), torch.zeros(4), torch.nn.Identity(), ValueError,
+         r"teacher_logits must have shape \[2, classes\], got \(4,\)"),
+        (torch.zeros(2, 3, 4), torch.zeros(2, 0), torch.nn.Identity(), ValueError,
+         r"teacher_logits must have shape \[2, classes\], got \(2, 0\)"),
+        (torch.zeros(2, 3, 4), torch.zeros(2, 3).long(), torch.nn.Identity(), TypeError,
+         "teacher_logits must be float32, .* got torch.int64"),
+        (torch.zeros(2, 3, 4), torch.zeros(2, 3, device="meta"), torch.nn.Identity(), ValueError,
+         "teacher_logits must be on cpu like adapted_feature, got meta"),
+        (torch.zeros(2, 3, 4), torch.zeros(2, 3), torch.Tensor.long, TypeError,
+         "teacher_head's result must be float32, .* got torch.int64"),
     ],
 )  # fmt: skip
 def test_bad_input_of_softmax_regression_is_named(feature, logits, head, error, message):

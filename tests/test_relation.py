@@ -5,6 +5,7 @@ import torch
 from cases.relation import CASES, FLOAT64_CASES, LOSSES, assert_matches, build, evaluate, oracle
 
 from mtkd_fast.reference import relation as reference
+from mtkd_fast.relation import relations_to_peers
 
 each = pytest.mark.parametrize("name", LOSSES)
 
@@ -137,7 +138,9 @@ def test_one_graph(name, implementation):
     student, teacher = torch.randn(9, 4, requires_grad=True), torch.randn(9, 4)
 
     def eager(student, teacher):
-        return LOSSES[name](student, teacher, implementation=implementation)
+        row_mask = student[:, 0] > -1
+        loss = LOSSES[name](student, teacher, row_mask=row_mask, implementation=implementation)
+        return loss + LOSSES[name](student, teacher, implementation=implementation)
 
     loss = torch.compile(eager, fullgraph=True, backend="aot_eager")(student, teacher)
     torch.testing.assert_close(loss, eager(student, teacher))
@@ -164,6 +167,83 @@ def test_the_reference_hides_no_nan():
     x[1, 1] = float("nan")
     assert reference.angles(x)[1].isnan().all()
     assert reference.distances(x)[1].isnan().sum() == 3
+
+
+@each
+def test_a_mask_of_nobody_is_zero_and_attached(name, backend):
+    student = torch.full((5, 3), float("nan"), device=backend.device, requires_grad=True)
+    mask = torch.zeros(5, dtype=torch.bool, device=backend.device)
+    loss = LOSSES[name](student, student.detach(), row_mask=mask, implementation=backend.implementation)
+    assert loss.item() == 0
+    assert (torch.autograd.grad(loss, student)[0] == 0).all()
+
+
+@each
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        ([True] * 3, TypeError, "row_mask must be a tensor, got list"),
+        (torch.ones(3), TypeError, "row_mask must be bool, got torch.float32"),
+        (torch.ones(2, dtype=torch.bool), ValueError, r"row_mask must have shape \(3,\), one a sample, got \(2,\)"),
+        (torch.ones(3, dtype=torch.bool, device="meta"), ValueError, "row_mask must be on cpu like student, got meta"),
+    ],
+)
+def test_a_bad_mask_is_named(name, mask, error, message):
+    with pytest.raises(error, match=message):
+        LOSSES[name](torch.zeros(3, 2), torch.zeros(3, 2), row_mask=mask)
+
+
+# Students that learn from one another.
+
+
+def peer_by_peer(points, row_mask, angle_weight, implementation):
+    losses = []
+    for k, student in enumerate(points):
+        loss = 0.0
+        for peer in (x.detach() for j, x in enumerate(points) if j != k):
+            options = dict(row_mask=row_mask, implementation=implementation)
+            loss = loss + LOSSES["distance"](student, peer, **options)
+            loss = loss + angle_weight * LOSSES["angle"](student, peer, **options)
+        losses.append(loss / (len(points) - 1))
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("angle_weight", [0.0, 1.7])
+@pytest.mark.parametrize("m", [2, 3])
+def test_relations_to_peers_are_those_pair_by_pair(m, angle_weight, masked, backend):
+    points = [torch.randn(9, 4 + k, device=backend.device) for k in range(m)]
+    leaves = [x.requires_grad_(k != 2) for k, x in enumerate(points)]  # the third one only teaches
+    row_mask = torch.arange(9, device=backend.device) % 4 != 1 if masked else None
+    options = dict(row_mask=row_mask, angle_weight=angle_weight, implementation=backend.implementation)
+    losses, right = relations_to_peers(leaves, **options), peer_by_peer(leaves, *options.values())
+    torch.testing.assert_close(losses, right, rtol=1e-6, atol=0)
+    upstream = torch.tensor([0.7, -2.0, 5.0][:m], device=backend.device)
+    found, wanted = (torch.autograd.grad(x, leaves[:2], upstream) for x in (losses, right))
+    for gradient, exact in zip(found, wanted, strict=True):
+        torch.testing.assert_close(gradient, exact, rtol=1e-5, atol=1e-7)
+    with torch.no_grad():
+        torch.testing.assert_close(relations_to_peers(leaves, **options), losses.detach(), rtol=1e-6, atol=0)
+
+
+def test_gradcheck_of_relations_to_peers(fused64):
+    points = [torch.randn(6, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    for k in range(3):  # each with the others held
+
+        def loss(x, k=k):
+            others = [x if j == k else y.detach() for j, y in enumerate(points)]
+            return relations_to_peers(others, row_mask=None, angle_weight=0.5, implementation="cpp")[k]
+
+        assert torch.autograd.gradcheck(loss, points[k])
+
+
+def test_one_side_a_student(fused):
+    """Three students: three Gram matrices, where pair by pair there are twenty-four."""
+    points = [torch.randn(5, 3, device=fused.device, requires_grad=True) for _ in range(3)]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        losses = relations_to_peers(points, row_mask=None, angle_weight=1.0, implementation=fused.implementation)
+        losses.sum().backward()
+    assert sum(event.name == "aten::mm" for event in seen.events()) == 3 + 3, "a Gram matrix and a gradient a student"
 
 
 @each

@@ -38,6 +38,8 @@ class Kernel(NamedTuple):
     ce_weight: float = 1.0
     most_registers: int = 255
     most_spills: int = 0  # loads and stores of spilled registers
+    image: tuple[int, int, int] | None = None  # B, H, W: logits [B, C, H, W]
+    learn: bool = False  # the teachers too
 
 
 KERNELS = {
@@ -71,18 +73,49 @@ ARCHITECTURES = {"A, C=1000": (80, 90, 100), "B forward, C=32000": (80, 90, 100)
 COMPILED = [(name, arch) for name in KERNELS for arch in ARCHITECTURES.get(name, (90,))]
 
 
+def of_pixels(launch: str, **options) -> Kernel:
+    return Kernel(launch, image=(8, 128, 128), **({"n_classes": 21, "rule": "confidence"} | options))
+
+
+PIXELS = {
+    "pixels A": of_pixels("on chip", most_registers=208),
+    "pixels A, uniform": of_pixels("on chip", rule="uniform", most_registers=208),
+    "pixels B forward": of_pixels("streaming", most_registers=180),
+    "pixels B forward, uniform": of_pixels("streaming", rule="uniform", most_registers=180),
+    "pixels B backward": of_pixels("backward", most_registers=208),
+    "pixels rescale": of_pixels("rescale", most_registers=80),
+}
+PIXELS |= {f"{name}, fp32": kernel._replace(dtype=F32) for name, kernel in PIXELS.items()}
+PIXELS_COMPILED = [(name, arch) for name in PIXELS for arch in (80, 90, 100)]
+PIXELS |= {
+    "pixels A, K=1, reverse, C=2": of_pixels("on chip", n_classes=2, n_teachers=1, divergence="reverse_kl"),
+    "pixels A, C=150, jsd": of_pixels("on chip", n_classes=150, divergence="jsd"),
+    "pixels A, C=256, table": of_pixels("on chip", n_classes=256, n_teachers=6, rule="entropy", dtype=F32),
+    "pixels B forward, C=600, table": of_pixels("streaming", n_classes=600, n_teachers=9, rule="entropy"),
+    "pixels B backward, table": of_pixels("backward", n_teachers=6, dtype=F32),
+    "pixels B backward, teachers": of_pixels("backward", learn=True),
+    "pixels B backward, table, teachers": of_pixels("backward", n_teachers=6, learn=True),
+    "pixels B backward, teachers, dkd": of_pixels("backward", divergence="dkd", dtype=F32, learn=True),
+}
+PIXELS_COMPILED += [(name, 90) for name in PIXELS if (name, 90) not in PIXELS_COMPILED]
+
+
 def launch_of(kernel: Kernel):
     """The launch, on CPU tensors that nobody reads."""
     from mtkd_fast.kernels import kd
 
     n, c, k = kernel.n_rows, kernel.n_classes, kernel.n_teachers
     student, *teachers = [torch.empty(n, c, dtype=kernel.dtype) for _ in range(k + 1)]
+    if kernel.image is not None:
+        b, h, w = kernel.image
+        n = b * h * w
+        student, *teachers = [torch.empty(b, c, h, w, dtype=kernel.dtype).movedim(1, -1) for _ in range(k + 1)]
     target, weights, row_stats = torch.zeros(n, dtype=torch.int64), torch.ones(k, n), torch.empty(7 * k + 5, n)
     scales = (0.5, kernel.temperature, 1.0, kernel.ce_weight, 0.1)
     if kernel.launch == "rescale":
         return kd.rescale_launch(student, student, torch.ones(()), row_stats[0])
     if kernel.launch == "backward":
-        gradients = [torch.empty_like(student), *[None] * k]
+        gradients = [torch.empty_like(student), *(torch.empty_like(t) if kernel.learn else None for t in teachers)]
         return kd.backward_launch(
             student, teachers, target, weights, torch.ones(()), row_stats, kernel.divergence, *scales, gradients
         )
@@ -280,8 +313,8 @@ def disassembled(cubin: bytes) -> dict[str, int]:
 
 def main() -> None:
     found = {}
-    for name, arch in COMPILED:
-        launch = launch_of(KERNELS[name])
+    for name, arch in COMPILED + PIXELS_COMPILED:
+        launch = launch_of((KERNELS | PIXELS)[name])
         a = launch.arguments
         elements = a["BLOCK_N"] * a["BLOCK_C"] // (32 * launch.num_warps)
         found[f"{name} sm_{arch}"] = disassembled(compiled(launch, arch)) | {"elements": elements}
@@ -360,6 +393,24 @@ def test_one_exponential_an_element_read(built, name, arch):
     rows = max(1, 256 // kernel.n_classes)
     of_targets = 12 * kernel.n_teachers if kernel.divergence == "dkd" else 0
     assert 0 <= found["MUFU.EX2"] - per_element * found["elements"] <= (24 + of_targets) * rows
+
+
+@pytest.mark.parametrize(("name", "arch"), PIXELS_COMPILED, ids=lambda x: f"sm_{x}" if isinstance(x, int) else x)
+def test_pixels(built, name, arch):
+    """No spills. Elementwise, 128 bits a load and a store; where rows are summed a pixel a thread, whose neighbours'
+    addresses follow its own, and an exponential an element: none is computed again in another layout."""
+    found, kernel = built[f"{name} sm_{arch}"], PIXELS[name]
+    assert found["LDL"] + found["STL"] + found["stack"] == 0
+    assert found["registers"] <= kernel.most_registers
+    read = 1 + (kernel.n_teachers if kernel.n_teachers <= 4 else 1)
+    if kernel.launch == "rescale" or (kernel.launch == "backward" and not kernel.learn):
+        read = 1 if kernel.launch == "rescale" else read
+        assert found["LDG.E.128"] == read * found["elements"] * kernel.dtype.itemsize // 16
+        assert found["STG.E.128"] == found["elements"] * kernel.dtype.itemsize // 16
+    else:
+        assert 0 <= found["LDG"] - read * found["elements"] <= 16 * kernel.n_teachers
+    if kernel.launch != "rescale" and kernel.divergence != "dkd":
+        assert 0 <= found["MUFU.EX2"] - read * found["elements"] <= 36
 
 
 @pytest.mark.parametrize("name", MUTUAL)

@@ -15,5 +15,5 @@ from mtkd_fast import dispatch
 def test_every_number_of_the_table_is_written(n_teachers):
     from mtkd_fast.kernels.logits import write_table
 
-    entries = tuple((2**47 + k, 2**33 + k, -k, 1, k % 3, 0) for k in range(n_teachers))
+    entries = tuple((2**47 + k, 2**33 + k, -k, 1, k % 3, 2**46 + k, -(2**34), k, 1) for k in range(n_teachers))
     assert write_table(torch.device(DEVICE), entries).tolist() == [list(entry) for entry in entries]

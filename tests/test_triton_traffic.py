@@ -152,6 +152,75 @@ def test_backward_reads_every_logit_once(monkeypatch, dtypes, divergence, of):
     assert large(found.stores) == model.stores
 
 
+def pixels(n_rows: tuple[int, int, int], n_classes: int, *dtypes: torch.dtype) -> list[torch.Tensor]:
+    """[B, C, H, W] seen as [B, H, W, C]."""
+    b, h, w = n_rows
+    return [torch.randn(b, n_classes, h, w).to(dtype).movedim(1, -1) for dtype in dtypes]
+
+
+@TEACHERS
+@pytest.mark.parametrize(("rule", "divergence"), [("confidence", "forward_kl"), ("entropy", "jsd")])
+@pytest.mark.parametrize(("write_gradient", "n_classes"), [(True, 7), (True, 150), (False, 70)])
+def test_forward_reads_every_logit_of_a_pixel_once(
+    monkeypatch, dtypes, rule, divergence, write_gradient, n_classes
+):  # fmt: skip
+    """Of pixels that do not count, none."""
+    student, *teachers = pixels((2, 5, 7), n_classes, BF16, *dtypes)
+    target = torch.arange(70).view(2, 5, 7) % n_classes
+    target[0, 0, 3], target[1, 2] = -100, -100
+    found, _ = run_forward(
+        monkeypatch, student, teachers, target, None, None, None,
+        rule=rule, divergence=divergence, ce_weight=1.0, write_gradient=write_gradient,
+    )  # fmt: skip
+    model = kd_bytes(
+        student, teachers, counted=62, label_of_student=True, label_of_teachers=rule == "confidence",
+        sweeps=2 if divergence == "jsd" and not write_gradient else 1, gradients=("student",) if write_gradient else (),
+    )  # fmt: skip
+    assert large(found.loads) == model.loads
+    assert large(found.stores) == model.stores
+
+
+@TEACHERS
+@pytest.mark.parametrize("learn", [False, True])
+def test_backward_reads_every_logit_of_a_pixel_once(dtypes, learn):
+    """And where a load is wide, those of the pixels beside it: of a block in which none counts, none."""
+    student, *teachers = pixels((2, 8, 16), 40, BF16, *dtypes)
+    target = torch.zeros(2, 8, 16, dtype=torch.int64)
+    target[0, :3], target[1] = -100, -100  # 48 and 128 pixels
+    options = dict(divergence="forward_kl", beta=0.0, temperature=2.0, kd_scale=4.0, ce_weight=1.0, label_smoothing=0.0)
+    _, row_stats, _ = kd.forward(student, teachers, target, None, None, None, **(OPTIONS | options))
+    watched = named(student, teachers)
+    gradients = [torch.empty_like(x) if learn or name == "student" else None for name, x in watched.items()]
+    weights = row_stats[len(teachers) : 2 * len(teachers)]
+    launch = kd.backward_launch(student, teachers, target, weights, None, row_stats, *options.values(), gradients)
+    counted = 80 if learn else 80 + 48 % launch.arguments["BLOCK_N"]
+    names = tuple(name for name, g in zip(watched, gradients, strict=True) if g is not None)
+    watched |= {f"gradient of {name}": g for name, g in zip(list(watched), gradients, strict=True) if g is not None}
+    with counted_in_interpreter(watched) as found:
+        launch.run()
+    model = kd_bytes(student, teachers, counted=counted, gradients=names)
+    assert large(found.loads) == model.loads
+    assert large(found.stores) == model.stores
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_rescale_of_pixels_touches_the_blocks_that_change(in_place):
+    (gradient,) = pixels((2, 8, 16), 40, BF16)
+    scale, upstream = torch.full((256,), 0.5), torch.ones(256)
+    upstream[130], upstream[140] = 2.0, 3.0
+    scale[5], gradient[0, 0, 5] = 0.0, 0.0
+    out = gradient if in_place else torch.empty_like(gradient)
+    expected = (gradient.float() * upstream.view(2, 8, 16, 1)).bfloat16()
+    launch = kd.rescale_launch(gradient, out, upstream, scale)
+    with counted_in_interpreter({"gradient": gradient} if in_place else {"gradient": gradient, "out": out}) as found:
+        launch.run()
+    block = launch.arguments["BLOCK_N"]
+    model = rescale_bytes(gradient, counted=256, changed=block, in_place=in_place)
+    assert large(found.loads) == model.loads
+    assert large(found.stores) == model.stores
+    torch.testing.assert_close(out, expected, rtol=2**-7, atol=0)  # the interpreter truncates bfloat16
+
+
 @pytest.mark.parametrize("n_classes", [10, 5000])
 @pytest.mark.parametrize(
     ("upstream", "changed"),

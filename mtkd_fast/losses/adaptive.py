@@ -20,7 +20,8 @@ class AdaptiveDistillationLoss(nn.Module):
 
     Args:
         paths: the names of the path losses; or a mapping from each name to its number of losses, L for a path that
-            comes as a vector [L], a loss a layer, each with its own α.
+            comes as a vector [L], a loss a layer, each with its own α. Where α is learned, no name may hold a "." or be
+            that of an attribute of a module, since PyTorch's parameters have no such names.
         aggregation: "adaptive", the objective above. "equal", Σ_i L_i. "fixed", Σ_i c_i L_i. The last two have no α.
         path_weights: c_i by name, for all losses of that path; 1 where none is given. Above 0 where α is learned. In
             "fixed", which needs them, a path of weight 0 is left out. The code's adaptive runs: 1; its hand-tuned runs:
@@ -36,12 +37,12 @@ class AdaptiveDistillationLoss(nn.Module):
         student_logits [N, C], target [N] (-100 is ignored; None if ce_weight is 0),
         path_losses: a mapping from every name of ``paths`` to a scalar, or to [L].
 
-    Gradient: to the student's logits, to every path loss (scaled on the device, no host waits) and to ``alpha`` [P].
+    Gradient: to the student's logits, to every path loss (scaled on the device, no host waits) and to α.
 
-    ``alpha`` is an ordinary parameter, 0 at first: give ``loss.parameters()`` to the student's optimizer, as the code
-    does (SGD, learning rate 0.1, momentum 0.9, weight decay 1e-4, the decay on α included), and ``loss.state_dict()``
-    to the checkpoint. Under DistributedDataParallel wrap student, adapters and this loss as one module, or each
-    process learns an α of its own.
+    ``alpha[name]``, [] or [L], are ordinary parameters ``alpha.<name>``, 0 at first: give ``loss.parameters()`` to the
+    student's optimizer, as the code does (SGD, learning rate 0.1, momentum 0.9, weight decay 1e-4, the decay on α
+    included), and ``loss.state_dict()`` to the checkpoint, which holds each α by the name of its path. Under
+    DistributedDataParallel wrap student, adapters and this loss as one module, or each process learns an α of its own.
 
     Raises: TypeError, ValueError, naming the argument, what was expected and what came.
 
@@ -110,8 +111,7 @@ class AdaptiveDistillationLoss(nn.Module):
                 raise ValueError(f'min_alpha bounds the α of aggregation="adaptive", got aggregation={aggregation!r}')
         self.min_alpha, self.implementation = min_alpha, implementation
         self._read = {name: size for name, size in self.paths.items() if self.path_weights[name] != 0}
-        learned = nn.Parameter(torch.zeros(sum(self._read.values()))) if aggregation == "adaptive" else None
-        self.register_parameter("alpha", learned)
+        self.alpha = _alphas(self._read) if aggregation == "adaptive" else None
 
     def forward(self, student_logits: Tensor, target: Tensor | None, path_losses: Mapping[str, Tensor]) -> Tensor:
         checks.student_logits(student_logits)
@@ -132,16 +132,17 @@ class AdaptiveDistillationLoss(nn.Module):
             return hard + self.distill_weight * losses.sum()
         if self.min_alpha is not None and self.training:
             with torch.no_grad():
-                self.alpha.clamp_(min=self.min_alpha)
-        return hard + self.distill_weight * ((-self.alpha).exp() * losses + self.alpha).sum()
+                for alpha in self.alpha.values():
+                    alpha.clamp_(min=self.min_alpha)
+        alpha = torch.cat([alpha.reshape(-1) for alpha in self.alpha.values()])
+        return hard + self.distill_weight * ((-alpha).exp() * losses + alpha).sum()
 
     @torch.no_grad()
     def weights(self) -> dict[str, Tensor | float]:
         """By path, what its losses are multiplied by: e^{−α_i} c_i, [] or [L] on the device; without α just c_i."""
         if self.alpha is None:
             return dict(self.path_weights)
-        found = zip(self._read.items(), (-self.alpha).exp().split(list(self._read.values())), strict=True)
-        return {name: self.path_weights[name] * (w[0] if size == 1 else w) for (name, size), w in found}
+        return {name: self.path_weights[name] * (-alpha).exp() for name, alpha in self.alpha.items()}
 
     def _losses(self, given: Mapping[str, Tensor]) -> Tensor | None:
         """c_i L_i, [P], of the paths whose weight is not 0, in the order of ``paths``."""
@@ -159,13 +160,23 @@ class AdaptiveDistillationLoss(nn.Module):
                 wanted = "a scalar" if size == 1 else f"of shape ({size},)"
                 raise ValueError(f"path_losses[{name!r}] must be {wanted}, got shape {tuple(loss.shape)}")
             if self.alpha is not None:
-                checks.same_device(f"path_losses[{name!r}]", loss, self.alpha, "alpha")
+                checks.same_device(f"path_losses[{name!r}]", loss, self.alpha[name], f"alpha[{name!r}]")
             flat.append(self.path_weights[name] * loss.reshape(size).to(compute_dtype(loss)))
         return torch.cat(flat) if flat else None
 
     def extra_repr(self) -> str:
         shown = ("paths", "aggregation", "path_weights", "ce_weight", "distill_weight", "min_alpha")
         return ", ".join(f"{name}={getattr(self, name)}" for name in shown)
+
+
+def _alphas(sizes: dict[str, int]) -> nn.ParameterDict:
+    """0 for every loss: [] for a path of one, else [L]."""
+    alphas = nn.ParameterDict()
+    for name, size in sizes.items():
+        if "." in name or name == "" or hasattr(alphas, name):
+            raise ValueError(f"paths must hold names that a parameter can have, without '.', got {name!r}")
+        alphas[name] = nn.Parameter(torch.zeros(() if size == 1 else size))
+    return alphas
 
 
 def _sizes(paths: object) -> dict[str, int]:

@@ -3,19 +3,19 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtkd_fast import checks
 from mtkd_fast.hint import hint_loss
 from mtkd_fast.kd import multi_teacher_kd_loss
-from mtkd_fast.losses.module import DistillationLoss, share_of_rows
+from mtkd_fast.losses.module import DistillationLoss, relation_points, share_of_rows
 from mtkd_fast.mixture import ensemble_probabilities, mixture_divergence
+from mtkd_fast.paths import unit
 from mtkd_fast.reference.kd import compute_dtype
 from mtkd_fast.relation import rkd_angle_loss, rkd_distance_loss
 
 REDUCTIONS = ("batchmean", "mean")
-RELATION_INPUTS = ("logits", "log_probabilities")
+RELATION_INPUTS = ("logits", "log_probabilities", "probabilities")
 
 
 class InstanceWeights(nn.Module):
@@ -78,7 +78,8 @@ class InstanceWeights(nn.Module):
 class GroupHints(nn.Module):
     """Σ_j λ_j · mse(U_j(f_g(j) / ‖f_g(j)‖), g_j / ‖g_j‖): taps of the student against one feature map of each teacher.
 
-    The norms are Euclidean, over the channels of every pixel; U_j is a trainable 1×1 convolution without bias. A
+    The norms are Euclidean, over the channels of every pixel; a pixel whose norm is at most 1e-12 counts as zero and
+    gets no gradient, where the published form multiplies it by 1e12. U_j is a trainable 1×1 convolution without bias. A
     teacher's map of one pixel (pooled; [N, C] is one) is compared with every pixel of the student's.
 
     Args:
@@ -88,7 +89,8 @@ class GroupHints(nn.Module):
             several teachers; the notebook LR_adaptive_learning takes the same middle one for all.
 
     Called with the taps [N, C, H, W], the J maps, and weights λ [J] or [J, N] (None: 1). Returns a scalar, the mean
-    over samples.
+    over samples. Features may be narrower than the adapters, as bfloat16 ones of an autocast student are: norms are
+    taken in float32, and the convolution in the adapters' dtype (autocast's where that is on).
 
     Gradient: to the taps, the teachers' maps where they require one, and U. The initial U is uniform in ±0.005 and
     never reaches an optimizer in the official code, so that its student matches a fixed random projection; leave U out
@@ -103,10 +105,16 @@ class GroupHints(nn.Module):
         self, student_channels: Sequence[int], teacher_channels: Sequence[int], groups: Sequence[int] | None = None
     ) -> None:
         super().__init__()
+        for name, channels in (("student_channels", student_channels), ("teacher_channels", teacher_channels)):
+            for k, count in enumerate(checks.sequence(name, channels, "numbers of channels")):
+                checks.integer(f"{name}[{k}]", count)
+                checks.number(f"{name}[{k}]", count, above=0)
         taps, wanted = len(student_channels), len(teacher_channels)
         if groups is None:
             groups = range(taps - wanted, taps)
-        self.groups = tuple(groups)
+        self.groups = tuple(checks.sequence("groups", groups, "indices"))
+        for j, group in enumerate(self.groups):
+            checks.integer(f"groups[{j}]", group)
         if wanted == 0 or len(self.groups) != wanted or not all(0 <= g < taps for g in self.groups):
             raise ValueError(
                 f"groups must hold one index below {taps}, of a student's tap, for each of the {wanted} teachers, one "
@@ -127,21 +135,41 @@ class GroupHints(nn.Module):
         *,
         implementation: str | None = None,
     ) -> Tensor:
+        checks.sequence("student_features", student_features, "taps")
+        checks.sequence("teacher_features", teacher_features, "maps")
         if len(student_features) <= max(self.groups) or len(teacher_features) != len(self.groups):
             raise ValueError(
                 f"student_features must hold {max(self.groups) + 1} taps or more and teacher_features "
                 f"{len(self.groups)} maps, got {len(student_features)} and {len(teacher_features)}"
             )
         adapted, wanted = [], []
-        for group, adapter, teacher in zip(self.groups, self.adapters, teacher_features, strict=True):
-            f = adapter(F.normalize(student_features[group], dim=1))
-            g = F.normalize(teacher[:, :, None, None] if teacher.dim() == 2 else teacher, dim=1)
+        for j, (group, adapter) in enumerate(zip(self.groups, self.adapters, strict=True)):
+            tap = _map(f"student_features[{group}]", student_features[group], adapter.in_channels)
+            teacher = _map(f"teacher_features[{j}]", teacher_features[j], adapter.out_channels, or_pooled=True)
+            own = adapter.weight.dtype
+            if torch.promote_types(tap.dtype, own) != own:
+                raise TypeError(
+                    f"student_features[{group}] must be {own} like the adapter, or narrower, got {tap.dtype}; .to() "
+                    "takes the adapters to another dtype"
+                )
+            f = adapter(unit(tap.to(compute_dtype(tap)), dim=1).to(own))
+            g = unit(teacher.to(compute_dtype(teacher)), dim=1)
             adapted.append(f)
             wanted.append(g.expand(*g.shape[:2], *f.shape[2:]) if g.shape[2:].numel() == 1 else g)
         return hint_loss(adapted, wanted, weights=weights, implementation=implementation)
 
     def extra_repr(self) -> str:
         return f"groups={self.groups}"
+
+
+def _map(name: str, value: object, channels: int, or_pooled: bool = False) -> Tensor:
+    """[N, channels, H, W], for ``or_pooled`` of [N, channels] too."""
+    x = checks.tensor(name, value)
+    checks.logits_dtype(name, x)
+    if x.dim() not in ((2, 4) if or_pooled else (4,)) or x.shape[1] != channels:
+        expected = f"[N, {channels}] or " if or_pooled else ""
+        raise ValueError(f"{name} must have shape {expected}[N, {channels}, H, W], got {tuple(x.shape)}")
+    return x[:, :, None, None] if x.dim() == 2 else x
 
 
 class AMTMLKDLoss(DistillationLoss):
@@ -161,8 +189,11 @@ class AMTMLKDLoss(DistillationLoss):
             "batchmean", with ``official_code`` "mean".
         ce_temperature: of the hard label. None: 1, with ``official_code`` τ (its logits are overwritten by
             log_softmax(s/τ) before both the cross-entropy and the relations).
-        relation_on: what of the student is compared: "logits" or "log_probabilities", log softmax(s/τ). None: "logits",
-            with ``official_code`` "log_probabilities".
+        relation_on: what of the student is compared: "logits", "log_probabilities", log softmax(s/τ), or
+            "probabilities", softmax(s/τ) (ours: what is compared of the teachers). None: "logits", with
+            ``official_code`` "log_probabilities". In the first two a class that the student excludes (a logit of −inf)
+            in every row that counts adds nothing; one that it excludes in some of them alone is infinitely far from
+            the others, and the loss is NaN: take "probabilities" there.
         weigh_hints: λ_j is the mean of mu_j over the batch, a constant, instead of 1. The official code computes it and
             leaves it unused: False.
         detach_features_for_weights, seed: as in :class:`InstanceWeights`.
@@ -172,7 +203,7 @@ class AMTMLKDLoss(DistillationLoss):
 
     Called with student_logits [N, C], teacher_logits (K tensors or [K, N, C]), target [N], feature [N, d] (or a map),
     and, with hints in stage 1, student_features (taps) and teacher_features (a map each). Rows whose target is ignored
-    (-100) count in no term but the relations, which know no labels.
+    (-100) count in no term, and what they hold reaches none.
 
     Stages: 1, the default, trains student, mu and adapters together. ``set_stage(2)`` freezes theta, W and the adapters
     (``requires_grad`` is False, so wrap in DistributedDataParallel after it), and leaves out hints and regulariser. The
@@ -266,15 +297,15 @@ class AMTMLKDLoss(DistillationLoss):
     ) -> Tensor:
         student = checks.student_logits(student_logits)
         teachers = checks.teacher_logits(teacher_logits, student)
-        labels = checks.target(target, student)
-        if labels is None or student.dim() != 2:
-            raise ValueError(f"student_logits must have shape [N, C] and target [N], got {tuple(student.shape)}")
+        if student.dim() != 2:
+            raise ValueError(f"student_logits must have shape [N, C], got {tuple(student.shape)}")
+        labels = checks.target(checks.tensor("target", target), student)
         if len(teachers) != len(self.weights.theta):
             raise ValueError(f"teacher_logits must hold {len(self.weights.theta)} teachers, got {len(teachers)}")
         mu = self.weights(without_ignored(feature, labels))
         if mu.shape[1] != len(student):
             raise ValueError(f"feature must hold {len(student)} samples like student_logits, got {mu.shape[1]}")
-        loss = self._on_logits(student, teachers, labels, mu) + self._relations(student, teachers, mu)
+        loss = self._on_logits(student, teachers, labels, mu) + self._relations(student, teachers, labels, mu)
         if self.stage == 2:
             return loss
         return (
@@ -305,22 +336,24 @@ class AMTMLKDLoss(DistillationLoss):
         classes = student.shape[1] if self.reduction == "mean" else 1
         return 2 * self.temperature**2 / classes * rows.sum() / counted.sum().clamp(min=1)
 
-    def _relations(self, student: Tensor, teachers: list[Tensor], mu: Tensor) -> Tensor | float:
+    def _relations(self, student: Tensor, teachers: list[Tensor], target: Tensor, mu: Tensor) -> Tensor | float:
         if self.distance_weight == self.angle_weight == 0 or len(student) == 0:
             return 0.0
         with torch.no_grad():
             mixture = ensemble_probabilities(
                 teachers, weights=mu, temperature=self.temperature, implementation=self.implementation
             )
-        if self.relation_on == "log_probabilities":
-            student = (student.to(compute_dtype(student)) / self.temperature).log_softmax(-1)
+        if self.relation_on != "logits":
+            tempered = without_ignored(student, target).to(compute_dtype(student)) / self.temperature
+            logarithms = self.relation_on == "log_probabilities"
+            student = tempered.log_softmax(-1) if logarithms else tempered.softmax(-1)
+        options = dict(row_mask=target != -100, implementation=self.implementation)
+        student = relation_points(student, options["row_mask"])
         loss = 0.0
         if self.distance_weight != 0:
-            distance = rkd_distance_loss(student, mixture, implementation=self.implementation)
-            loss = loss + self.distance_weight * distance
+            loss = loss + self.distance_weight * rkd_distance_loss(student, mixture, **options)
         if self.angle_weight != 0:
-            angle = rkd_angle_loss(student, mixture, implementation=self.implementation)
-            loss = loss + self.angle_weight * angle
+            loss = loss + self.angle_weight * rkd_angle_loss(student, mixture, **options)
         return loss
 
     def _hints(
@@ -334,6 +367,7 @@ class AMTMLKDLoss(DistillationLoss):
             return 0.0
         if student_features is None or teacher_features is None:
             raise ValueError("student_features and teacher_features must be there for the hints of stage 1, got None")
+        checks.sequence("student_features", student_features, "taps")
         share = share_of_rows(target, mu.dtype)
         by_teacher = mu.new_ones(len(self.hints.groups))
         if self.weigh_hints:

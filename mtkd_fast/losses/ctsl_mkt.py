@@ -7,9 +7,9 @@ from torch import Tensor
 
 from mtkd_fast import checks
 from mtkd_fast.kd import multi_teacher_kd_loss
-from mtkd_fast.losses.module import DistillationLoss
+from mtkd_fast.losses.module import DistillationLoss, relation_points
 from mtkd_fast.mutual import mutual_kd_loss
-from mtkd_fast.relation import rkd_angle_loss, rkd_distance_loss
+from mtkd_fast.relation import relations_to_peers
 
 
 class CTSLMKTLoss(DistillationLoss):
@@ -32,11 +32,13 @@ class CTSLMKTLoss(DistillationLoss):
         student_logits: M tensors [N, C] or one [M, N, C], M from 2 to 64,
         target [N] (None if α = 0),
         self_logits: z̄, M tensors [N, C] (None if γ = 0),
-        representations: M tensors [B, ...] on which distances and angles are taken; None: the logits. The paper does
-            not say which.
+        representations: M tensors [B, ...] on which distances and angles are taken, all B samples of them; None: the
+            logits of the rows that count. The paper does not say which.
         return_losses: also return the M losses of the students, [M], detached; their sum is the loss.
-    The paper's sums over samples are means over the rows that count (target not -100). Relations know no such rows:
-    where there are some, give the representations of the others.
+    The paper's sums over samples are means over the rows that count (target not -100); what the others hold reaches no
+    term. A class that a student excludes (a logit of −inf) in every row that counts adds nothing to its distances and
+    angles; one that it excludes in some of them alone is infinitely far from the others, and the loss is NaN: give
+    representations there, softmax(z_k) for one.
 
     Gradient: to every student's logits and representation.
 
@@ -93,12 +95,16 @@ class CTSLMKTLoss(DistillationLoss):
             loss = torch.stack(losses).sum()
             return (loss, torch.stack(losses).detach()) if return_losses else loss
 
-        related = self._relations(self._representations(representations, students))
-        losses = torch.stack([a + self.mutual_weight * b for a, b in zip(losses, related, strict=True)])
+        counts = None if target is None else target != -100
+        if representations is None:
+            points, row_mask = self._logits_as_points(students, counts), counts
+        else:
+            points, row_mask = self._representations(representations, students), None
+        related = self._relations(points, row_mask)
+        losses = torch.stack(losses) + self.mutual_weight * related
         loss = losses.sum()
         losses = losses.detach()
         if self.kl_weight != 0:
-            counts = None if target is None else target != -100
             taught, divergences = mutual_kd_loss(
                 students,
                 detach_peers=self.detach_peers,
@@ -142,31 +148,36 @@ class CTSLMKTLoss(DistillationLoss):
             checks.logits_like(f"self_logits[{k}]", teacher, student, "student_logits")
         return teachers
 
-    def _representations(self, representations: object, students: list[Tensor]) -> list[Tensor]:
-        if representations is None:
-            return students
-        if not isinstance(representations, Sequence):
-            raise TypeError(f"representations must be a sequence of M tensors, got {type(representations).__name__}")
-        if len(representations) != len(students):
+    def _logits_as_points(self, students: list[Tensor], counts: Tensor | None) -> list[Tensor]:
+        if students[0].dim() != 2:
             raise ValueError(
-                f"representations must hold {len(students)} tensors like student_logits, got {len(representations)}"
+                "student_logits must have shape [N, C] where no representations are given, got "
+                f"{tuple(students[0].shape)}"
             )
-        return [checks.tensor(f"representations[{k}]", x) for k, x in enumerate(representations)]
+        return [relation_points(student, counts) for student in students]
 
-    def _relations(self, points: list[Tensor]) -> list[Tensor]:
-        """L_DD + β1 · L_AD of every student, the mean over its peers."""
+    def _representations(self, representations: object, students: list[Tensor]) -> list[Tensor]:
+        points = list(checks.sequence("representations", representations, "M tensors"))
+        if len(points) != len(students):
+            raise ValueError(
+                f"representations must hold {len(students)} tensors like student_logits, got {len(points)}"
+            )
+        for k, x in enumerate(points):
+            name = f"representations[{k}]"
+            checks.same_device(name, checks.embedding(name, x), points[0], "representations[0]")
+            if len(x) != len(points[0]):
+                raise ValueError(
+                    f"{name} must hold {len(points[0])} samples like representations[0], got {tuple(x.shape)}"
+                )
+        return points
+
+    def _relations(self, points: list[Tensor], row_mask: Tensor | None) -> Tensor:
+        """L_DD + β1 · L_AD of every student, the mean over its peers, [M]."""
         if len(points[0]) == 0:
-            return [x.sum() * 0 for x in points]
-        found = []
-        for k, student in enumerate(points):
-            terms = []
-            for peer in (x.detach() for j, x in enumerate(points) if j != k):
-                terms.append(rkd_distance_loss(student, peer, implementation=self.implementation))
-                if self.angle_weight != 0:
-                    angle = rkd_angle_loss(student, peer, implementation=self.implementation)
-                    terms.append(self.angle_weight * angle)
-            loss = torch.stack(terms).sum() / (len(points) - 1)
-            # Student and peer are interchangeable in these losses: what k teaches j has, in k, the gradient of what k
-            # learns from j.
-            found.append(loss if self.detach_peers else 2 * loss - loss.detach())
-        return found
+            return torch.stack([x.sum() * 0 for x in points])
+        losses = relations_to_peers(
+            points, row_mask=row_mask, angle_weight=self.angle_weight, implementation=self.implementation
+        )
+        # Student and peer are interchangeable in these losses: what k teaches j has, in k, the gradient of what k
+        # learns from j.
+        return losses if self.detach_peers else 2 * losses - losses.detach()

@@ -33,6 +33,14 @@ class DistillationLoss(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)}" for name in self._options)
 
 
+def relation_points(logits: Tensor, counted: Tensor | None) -> Tensor:
+    """Logits [N, C] as points for relations: a class that is -inf in every row that counts is left out, as a 0."""
+    excluded = logits == -torch.inf
+    if counted is not None:
+        excluded = excluded | ~counted[:, None]
+    return logits.masked_fill(excluded.all(0), 0)
+
+
 def share_of_rows(target: Tensor, dtype: torch.dtype) -> Tensor:
     """[N], 1/n for the n rows whose label is not -100, else 0: so that hints count the rows that the logits do."""
     counted = (target != -100).reshape(-1)

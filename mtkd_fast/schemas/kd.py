@@ -33,19 +33,23 @@ def n_rows(logits: Tensor) -> int:
     return math.prod(logits.shape[:-1])  # Size.numel() would fix a symbolic size
 
 
+def fake_gradient(logits: Tensor, student: Tensor, needed: bool) -> Tensor:
+    """Dense, in the memory order of the student's logits."""
+    return torch.empty_like(student, dtype=logits.dtype) if needed else logits.new_empty(0)
+
+
 def fake_kd_forward(student: Tensor, teachers: list[Tensor], *arguments: object) -> tuple[Tensor, Tensor, Tensor]:
     _, _, _, _, _, divergence, *_, reduction, _, _, write_gradient = arguments
     dtype = compute_dtype(student, *teachers)
     loss = student.new_empty(student.shape[:-1] if reduction == "none" else (), dtype=dtype)
     row_stats = student.new_empty((row_stats_size(len(teachers), divergence), n_rows(student)), dtype=dtype)
-    gradient = torch.empty_like(student) if write_gradient else student.new_empty(0)
-    return loss, row_stats, gradient
+    return loss, row_stats, fake_gradient(student, student, write_gradient)
 
 
 def fake_kd_backward(student: Tensor, teachers: list[Tensor], *arguments: object) -> list[Tensor]:
-    """One gradient for the student and each teacher, in the student's layout; an empty one where none is needed."""
-    wanted = zip((student, *teachers), arguments[-1], strict=True)
-    return [torch.empty_like(student, dtype=x.dtype) if need else x.new_empty(0) for x, need in wanted]
+    """One gradient for the student and each teacher; an empty one where none is needed."""
+    needs = arguments[-1]
+    return [fake_gradient(x, student, need) for x, need in zip((student, *teachers), needs, strict=True)]
 
 
 def fake_kd_rescale(gradient: Tensor, upstream: Tensor, scale: Tensor) -> Tensor:

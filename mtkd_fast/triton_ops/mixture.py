@@ -59,7 +59,7 @@ class MixtureDivergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, temperature, student, weights, *teachers):
-        in_forward = student.requires_grad and student.dtype != torch.float16
+        in_forward = student.requires_grad and student.dtype.itemsize >= 4
         weights_need = wants_gradient(weights)
         divergence, row_stats, gradient = ops.mixture_triton_divergence_forward(
             student, teachers, weights, temperature, not weights_need, in_forward

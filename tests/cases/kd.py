@@ -347,9 +347,8 @@ def build(case: Case, device: str = "cpu") -> Inputs:
     dtypes = [case.dtypes[min(i, len(case.dtypes) - 1)] for i in range(case.teachers + 1)]
     shape = (*case.rows, case.classes)
     student = LAYOUTS[case.student_layout](s.view(shape).to(dtypes[0]), device)
-    layouts = list(LAYOUTS.values())
-    if case.teacher_layout != "a different one each":
-        layouts = [LAYOUTS[case.teacher_layout]]
+    names = list(LAYOUTS) if case.teacher_layout == "a different one each" else case.teacher_layout.split(", ")
+    layouts = [LAYOUTS[name] for name in names]
     teachers = [
         layouts[k % len(layouts)](t_k.view(shape).to(dtype), device)
         for k, (t_k, dtype) in enumerate(zip(t, dtypes[1:], strict=True))
@@ -768,12 +767,41 @@ LAYOUT_CASES = (
          student_layout="all but last", teacher_layout="all but last", weights="confidence", terms=(1.0, 1.0, 0.0)),
     Case("logits[:, :-1] of strategy B", "the same where the backward pass reads the logits again", rows=(2, 2),
          classes=20000, teachers=2, student_layout="all but last", teacher_layout="all but last"),
-    Case("a different layout each", "no two tensors with the same strides", rows=(2, 3), classes=129, teachers=8,
+    Case("a different layout each", "no two tensors with the same strides", rows=(2, 3), classes=129, teachers=9,
          teacher_layout="a different one each", student_layout="transposed", wants=("student", "teachers")),
     Case("misaligned bf16", "rows that start between 16-byte lines", rows=(3,), classes=1000, dtypes=(BF16,),
          student_layout="misaligned", teacher_layout="misaligned", weights="confidence"),
     Case("odd row stride, fp16", "each row aligned differently", rows=(5,), classes=257, dtypes=(F16,),
          student_layout="row stride", teacher_layout="row stride", wants=("student", "teachers")),
+    *(
+        Case(f"pixels, {name}", why, student_layout="pixels", terms=(1.0, 1.0, 0.1), labels="some ignored", **chosen)
+        for name, why, chosen in (
+            ("odd", "[B, C, H, W] with rows along H·W, which nothing divides", dict(
+                rows=(2, 5, 7), classes=7, teachers=2, teacher_layout="pixels", weights="confidence")),
+            ("even", "whole lines of memory", dict(
+                rows=(2, 8, 16), classes=21, dtypes=(BF16,), teacher_layout="pixels", weights="entropy",
+                divergence="reverse_kl")),
+            ("other teachers", "each tensor at its own strides", dict(
+                rows=(2, 5, 7), classes=7, dtypes=(F32, BF16, F16), wants=("student", "teachers"),
+                teacher_layout="pixels, contiguous, some channels", weights="confidence", row_weights="float")),
+            ("many teachers", "a table of pixels", dict(
+                rows=(2, 4, 8), classes=5, teachers=6, dtypes=(BF16,), wants=("student", "teachers"),
+                teacher_layout="pixels", weights="zero entries", row_weights="bool")),
+            ("many mixed teachers", "a table of mixed dtypes and strides", dict(
+                rows=(2, 5, 7), classes=7, teachers=6, dtypes=(F16, F32, BF16, F16), wants=("student", "teachers"),
+                teacher_layout="some channels, pixels, contiguous", divergence="dkd")),
+            ("poison beside", "a backward that reads in wide loads reads ignored pixels too", dict(
+                rows=(2, 4, 8), classes=9, dtypes=(F16,), teacher_layout="pixels", values="nan in student")),
+            ("unrouted poison", "nor does a teacher of weight 0 reach its pixel", dict(
+                rows=(2, 4, 8), classes=9, dtypes=(F16,), teacher_layout="pixels", values="empty teacher row",
+                weights="zero teacher")),
+            ("many classes", "past what one program keeps on chip", dict(
+                rows=(2, 4, 6), classes=300, teachers=2, teacher_layout="pixels, some channels", divergence="jsd",
+                upstream="random", reduction="none")),
+        )
+    ),
+    Case("channels last, teachers of pixels", "the student's layout decides", rows=(2, 5, 7), classes=7,
+         teacher_layout="pixels", wants=("student", "teachers")),
 )  # fmt: skip
 
 CASES = (

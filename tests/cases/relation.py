@@ -27,6 +27,7 @@ class Case:
     values: str = "normal"
     layout: str = "contiguous"
     upstream: float = 1.0
+    left_out: tuple[int, ...] = ()  # samples that do not count
 
     def __str__(self) -> str:
         return self.name
@@ -138,6 +139,15 @@ SIZES = (
     Case("B=2", "one pair, no triangle", batch=2),
     Case("B=2 of NaN", "which is in the pair alone", batch=2, values="nan"),
     Case("B=3", "one triangle", batch=3),
+    Case("4 of 9", "samples that do not count, first, last and between", left_out=(0, 3, 4, 7, 8)),
+    Case("19 of 40", "the same, over tiles", batch=40, left_out=(*range(0, 40, 2), 5), upstream=-0.7),
+    Case("1 of 5", "nothing to compare", batch=5, left_out=(0, 1, 2, 4)),
+    Case("4 of 9 of NaN", "whatever the others hold", values="nan", left_out=(0, 3, 4, 7, 8)),
+    Case("4 of 9 of a teacher of NaN", "on either side", values="nan in teacher", left_out=(0, 3, 4, 7, 8)),
+    Case("8 of 9 of NaN", "in one that counts", values="nan", left_out=(0,)),
+    Case("7 of 12, coincident", "points that coincide among those that count", values="coincident", batch=12,
+         left_out=(4, 7, 8, 9, 11)),
+    Case("far away but for one", "of mean 0 among those that count", values="far away", left_out=(8,)),
     Case("B=15", "one less than a tile", batch=15),
     Case("B=16", "a whole tile", batch=16),
     Case("B=17", "a tile and a point", batch=17, widths=(64, 3)),
@@ -145,7 +155,7 @@ SIZES = (
     Case("B=33", "two tiles and a point", batch=33, widths=(1, 2)),
     Case("B=40", "more than one sum kept in float32 for each warp", batch=40, widths=(33, 16)),
     Case("width 1", "angles of 0 and π alone", widths=(1, 1)),
-)
+)  # fmt: skip
 
 HARD = (
     *(Case(values, "hostile values", values=values, batch=12) for values in VALUES if values != "moved and turned"),
@@ -193,9 +203,14 @@ def build(case: Case, device: str = "cpu") -> tuple[Tensor, Tensor]:
     return tuple(LAYOUTS[case.layout](x.to(dtype), device) for x, dtype in zip(sides, case.dtypes, strict=True))
 
 
+def mask_of(case: Case, device: torch.device) -> Tensor | None:
+    return torch.tensor([i not in case.left_out for i in range(case.batch)], device=device) if case.left_out else None
+
+
 def evaluate(case: Case, student: Tensor, teacher: Tensor, implementation: str) -> Result:
     student = student.detach().requires_grad_()
-    loss = LOSSES[case.relation](student, teacher, implementation=implementation)
+    row_mask = mask_of(case, student.device)
+    loss = LOSSES[case.relation](student, teacher, row_mask=row_mask, implementation=implementation)
     (gradient,) = torch.autograd.grad(loss, student, torch.full_like(loss, case.upstream))
     return Result(loss.detach(), gradient)
 
@@ -210,6 +225,10 @@ class Oracle:
 @functools.cache
 def oracle(case: Case) -> Oracle:
     student, teacher = (x.detach().contiguous() for x in build(case))
+    return (of_the_others if case.left_out else oracle_of)(case, student, teacher)
+
+
+def oracle_of(case: Case, student: Tensor, teacher: Tensor) -> Oracle:
     exact = evaluate(case, student.to(F64), teacher.to(F64), "reference")
     plain = evaluate(case, student.to(F32), teacher.to(F32), "reference")
     if F64 in case.dtypes:
@@ -220,6 +239,18 @@ def oracle(case: Case) -> Oracle:
         )
     plain.gradient = plain.gradient.to(student.dtype)
     return Oracle(exact, plain, largest_terms(case, student.to(F64), teacher.to(F64), exact))
+
+
+def of_the_others(case: Case, student: Tensor, teacher: Tensor) -> Oracle:
+    """That of the batch without the samples that are left out, whose gradients are 0."""
+    kept = [i for i in range(case.batch) if i not in case.left_out]
+    fewer = replace(case, name=f"{case.name}, without", batch=len(kept), left_out=())
+    found = oracle_of(fewer, student[kept], teacher[kept])
+    for result in (found.exact, found.plain):
+        result.gradient = result.gradient.new_zeros(student.shape).index_copy(0, torch.tensor(kept), result.gradient)
+    per_row = found.terms.gradient
+    found.terms.gradient = per_row.new_zeros(case.batch).index_copy(0, torch.tensor(kept), per_row)
+    return found
 
 
 def largest_terms(case: Case, student: Tensor, teacher: Tensor, exact: Result) -> Result:

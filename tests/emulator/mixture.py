@@ -66,5 +66,5 @@ def divergence(student, teachers, weights, temperature, skip_zero_weights, write
     args.divergence, args.row_stats = value.data_ptr(), row_stats.data_ptr()
     args.gradient = gradient.data_ptr() if write_gradient else None
     outputs = {"divergence": value, "row_stats": row_stats, "gradient": gradient}
-    launch("mixture_divergence", args, inputs | {"student": student}, outputs)
+    launch("mixture_divergence", args, inputs | {"student": rows}, outputs)
     return value, row_stats, gradient

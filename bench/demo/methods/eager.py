@@ -155,7 +155,7 @@ def adaptive(learner: Learner, batch: Batch, student: Outputs) -> Tensor:
             divergence(student.logits, teacher.logits).mean(),
         ]
     )
-    alpha = learner.criterion.alpha
+    alpha = torch.cat([alpha.reshape(-1) for alpha in learner.criterion.alpha.values()])
     return F.cross_entropy(student.logits, batch.labels) + ((-alpha).exp() * paths + alpha).sum()
 
 

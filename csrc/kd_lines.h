@@ -1,0 +1,153 @@
+// A block of logits on its way into registers and of gradients out of them, along and across (kd_block.h). Included
+// once per instruction set.
+
+constexpr auto kEveryRow = [](int) { return true; };
+
+// Calls body(at) for every line of the block that is read.
+template <typename T, typename Reads, typename Body>
+void for_each_line(const Block<T>& block, bool across, Reads reads, Body body) {
+  if (across) return body(Across<T>());
+  for (int row = 0; row < block.rows; ++row)
+    if (reads(row)) body(Along<T>{row});
+}
+
+// A tile of a row as read_tile has it; a target that stands apart counts as −inf there.
+template <typename T, typename Reads>
+const T* read_line(const Logits& x, const Block<T>& block, Along<T> at, int64_t begin, int count, T* to, Reads) {
+  const int row = at.line;
+  const T* tile = read_tile(x, block.start(x, row), begin, count, to);
+  if (!block.apart_in(row, begin, count)) return tile;
+  if (tile != to) std::copy_n(tile, count, to);
+  to[block.apart[row] - begin] = -infinity<T>();
+  return to;
+}
+
+template <typename T>
+void write_line(const Gradient& to, const Block<T>& block, Along<T> at, int64_t begin, int count, const T* from) {
+  write_tile(to, block.start(to, at.line), begin, count, from);
+}
+
+// ------------------------------------------------------------------------------------------------------------- across
+//
+// A line is [classes][rows]. Neighbouring rows of a tensor in planes lie so already; others are transposed, a square of
+// kLanes rows and classes at a time.
+
+constexpr int kPixelsAhead = 64;  // fetched towards L2: planes are more streams than the hardware foresees
+template <typename T>
+constexpr int kStripClasses = kTileColumns / kLanes<T>;  // of each row, widened
+
+template <typename T, typename Reads>
+bool reads_all(const Block<T>& block, Reads reads) {
+  bool all = block.rows == kLanes<T>;
+  for (int row = 0; row < block.rows; ++row) all = all && reads(row);
+  return all;
+}
+
+template <typename T>
+void read_planes(const Logits& x, int64_t at, int classes, T* to) {
+  const int bytes = element_bytes(x.dtype);
+  for (int c = 0; c < classes; ++c, at += x.class_stride) {
+    __builtin_prefetch(static_cast<const char*>(x.data) + (at + kPixelsAhead) * bytes, 0, 2);
+    widen(x.data, x.dtype, at, kLanes<T>, to + c * kLanes<T>);
+  }
+}
+
+// Neighbouring rows two blocks on.
+template <typename T>
+void prefetch_rows(const Logits& x, const Block<T>& block) {
+  if (x.class_stride != 1 || !block.adjacent()) return;
+  const int64_t rows = kLanes<T> * x.inner_stride, bytes = element_bytes(x.dtype);
+  const char* next = static_cast<const char*>(x.data) + (block.start(x, 0) + 2 * rows) * bytes;
+  for (int64_t i = 0; i < rows * bytes; i += 64) __builtin_prefetch(next + i, 0, 2);
+}
+
+// At most kStripClasses classes. Lanes without a row that is read are 0: what comes of them is not used.
+template <typename T, typename Reads>
+void read_rows(const Logits& x, const Block<T>& block, int64_t first, int classes, T* to, Reads reads) {
+  Tile<T> strip;
+  const T* rows[kLanes<T>];
+  for (int r = 0; r < kLanes<T>; ++r)
+    rows[r] = r < block.rows && reads(r)
+                  ? read_tile(x, block.start(x, r), first, classes, strip.values + r * kStripClasses<T>)
+                  : nullptr;
+  for (int c = 0; c < classes; c += kLanes<T>) {
+    const int count = std::min(kLanes<T>, classes - c);
+    Vec<T> square[kLanes<T>];
+    for (int r = 0; r < kLanes<T>; ++r) square[r] = rows[r] ? load_part(rows[r] + c, count) : Vec<T>{};
+    transpose<T>(square);
+    for (int i = 0; i < count; ++i) store(to + (c + i) * kLanes<T>, square[i]);
+  }
+}
+
+// Classes [begin, begin + count)/kLanes of the block.
+template <typename T, typename Reads>
+const T* read_line(const Logits& x, const Block<T>& block, Across<T>, int64_t begin, int count, T* to, Reads reads) {
+  const int64_t first = begin / kLanes<T>;
+  const int classes = count / kLanes<T>;
+  if (lies_in_planes(x) && block.adjacent() && reads_all(block, reads)) {
+    read_planes(x, block.start(x, 0) + first * x.class_stride, classes, to);
+  } else {
+    if (first == 0) prefetch_rows(x, block);
+    for (int c = 0; c < classes; c += kStripClasses<T>)
+      read_rows(x, block, first + c, std::min(kStripClasses<T>, classes - c), to + c * kLanes<T>, reads);
+  }
+  for (int row = 0; row < block.rows; ++row)
+    if (block.apart_in(row, first, classes)) to[(block.apart[row] - first) * kLanes<T> + row] = -infinity<T>();
+  return to;
+}
+
+template <typename T>
+void write_planes(const Gradient& to, int64_t at, int rows, int classes, const T* from) {
+  for (int c = 0; c < classes; ++c, at += to.class_stride) {
+    if (rows == kLanes<T>)
+      write_tile(to.data, to.dtype, at, kLanes<T>, from + c * kLanes<T>);
+    else
+      write_tile(to.data, to.dtype, at, rows, from + c * kLanes<T>);
+  }
+}
+
+template <typename T>
+void write_rows(const Gradient& to, const Block<T>& block, int64_t first, int classes, const T* from) {
+  Tile<T> strip;
+  const bool native = to.class_stride == 1 && to.dtype == kNative<T>;
+  for (int c = 0; c < classes; c += kLanes<T>) {
+    const int count = std::min(kLanes<T>, classes - c);
+    Vec<T> square[kLanes<T>]{};
+    for (int i = 0; i < count; ++i) square[i] = load(from + (c + i) * kLanes<T>);
+    transpose<T>(square);
+    for (int r = 0; r < block.rows; ++r)
+      store_part(
+          (native ? static_cast<T*>(to.data) + block.start(to, r) + first : strip.values + r * kStripClasses<T>)+c,
+          square[r], count);
+  }
+  for (int r = 0; r < block.rows && !native; ++r)
+    write_tile(to, block.start(to, r), first, classes, strip.values + r * kStripClasses<T>);
+}
+
+// At most kTileColumns numbers.
+template <typename T>
+void write_line(const Gradient& to, const Block<T>& block, Across<T>, int64_t begin, int count, const T* from) {
+  const int64_t first = begin / kLanes<T>;
+  const int classes = count / kLanes<T>;
+  if (lies_in_planes(to) && block.adjacent())
+    write_planes(to, block.start(to, 0) + first * to.class_stride, block.rows, classes, from);
+  else
+    write_rows(to, block, first, classes, from);
+}
+
+// --------------------------------------------------------------------------------------------- one number of every row
+
+// Calls visit(row, place) for the column of each row, `place` where it stands in the line's tile at `begin`, if it
+// does.
+template <typename T, typename Visit>
+void for_each_place(const Block<T>& block, Along<T> at, const int64_t* columns, int64_t begin, int count, Visit visit) {
+  const int64_t place = columns[at.line] - begin;
+  if (place >= 0 && place < count) visit(at.line, place);
+}
+template <typename T, typename Visit>
+void for_each_place(const Block<T>& block, Across<T>, const int64_t* columns, int64_t begin, int count, Visit visit) {
+  for (int row = 0; row < block.rows; ++row) {
+    const int64_t place = columns[row] * kLanes<T> + row - begin;
+    if (place >= 0 && place < count) visit(row, place);
+  }
+}
