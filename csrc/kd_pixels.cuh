@@ -17,7 +17,7 @@ MTKD_HD constexpr int power_of_two_from(int n) {
 // nothing of one another.
 struct PixelGroup {
   int warps;
-  float* scratch;  // states [fields][warps][pitch], behind them the merged ones, [fields][kWarp]
+  float* scratch;  // [kMaxStateFields][warps][pitch] states, [kMaxStateFields][kWarp] merged ones
 
   MTKD_DEVICE explicit PixelGroup(int warps, char* shared) : warps(warps), scratch(reinterpret_cast<float*>(shared)) {}
   MTKD_DEVICE int lane() const { return device::thread_index() % kWarp; }
@@ -31,14 +31,16 @@ struct PixelGroup {
     if (warps > 1) device::sync_block();
   }
 
-  // The states of a pixel, one a warp, become neighbouring lanes: every warp merges those of some pixels.
+  // The states of a pixel, one a warp, become neighbouring lanes: every warp merges those of some pixels. A warp that
+  // still reads what was merged cannot meet one that has come to the next merge: that writes elsewhere before a
+  // barrier.
   template <typename State, typename MergeLanes>
   MTKD_DEVICE void merge(State& state, const MergeLanes& merge_lanes) const {
     if (warps == 1) return;
     constexpr int kFields = sizeof(State) / sizeof(float);
     static_assert(kFields <= kMaxStateFields, "the scratch is too small for this state");
     const int width = power_of_two_from(warps), pixels = kWarp / width, pitch = kWarp + pixels;
-    float* merged = scratch + kFields * warps * pitch;
+    float* merged = scratch + kMaxStateFields * warps * pitch;
     float* fields = reinterpret_cast<float*>(&state);
 #pragma unroll
     for (int i = 0; i < kFields; ++i) scratch[(i * warps + rank()) * pitch + lane()] = fields[i];
@@ -70,13 +72,14 @@ struct PixelGroup {
 };
 
 // N classes a thread, in one piece. A warp's logits stay in shared memory as they came, [1 + kTeachers][N][32], the
-// student and this teacher and the two after it; the sums over teachers are registers. 32 neighbouring pixels on a
-// 16-byte boundary are copied as lines, 16 bytes a lane, where all of them are read; else each lane copies its own.
+// student, this teacher and those after it, a kilobyte and more on its way; the sums over teachers are registers. 32
+// neighbouring pixels on a 16-byte boundary are copied as lines, 16 bytes a lane, where all of them are read; else each
+// lane copies its own.
 template <int N, bool two_sums>
 struct PixelTile {
   static constexpr int kWidth = N;
   static constexpr int kChunks = N / kChunk;
-  static constexpr int kDepth = 2;
+  static constexpr int kDepth = N == kChunk ? 4 : 2;
   static constexpr int kTeachers = kDepth + 1;
   static constexpr int kCopied = sizeof(Words);
 

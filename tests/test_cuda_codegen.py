@@ -101,10 +101,12 @@ def test_nothing_spills(source, architecture):
 
 
 def test_every_variant_is_there(architecture):
-    """4 kinds of divergence × (1 or 2 sums) × 4 tiles, 3 for the elementwise, 4 streaming, 4 backward, 1 rescale."""
+    """4 kinds of divergence × (1 or 2 sums) × 4 tiles of rows, 3 for the elementwise, and 4 of pixels; 4 streaming and
+    4 backward each of rows and of pixels; 1 rescale.
+    """
     names = list(instructions(SOURCES["kd"], architecture))
-    assert sum("kd_resident" in name for name in names) == 30
-    assert len(names) == 39
+    assert sum("kd_resident" in name for name in names) == 30 + 32
+    assert len(names) == 62 + 8 + 8 + 1
 
 
 @pytest.mark.parametrize(
@@ -114,6 +116,10 @@ def test_every_variant_is_there(architecture):
         ("BlockGroupENS_12RegisterTileILi8", 128),
         ("RegisterTileILi16", 168),
         ("SharedTile", 128),
+        ("PixelTileILi8E", 168),  # 12 warps a multiprocessor
+        ("PixelTileILi16E", 168),
+        ("PixelTileILi24E", 255),  # 8
+        ("PixelTileILi32E", 255),
         ("kd_streaming", 128),
         ("kd_backward", 128),
         ("kd_rescale", 64),
@@ -162,22 +168,27 @@ def test_attention_loads_and_stores_16_bytes(architecture):
         assert [x for x in code if re.search(r"STG\.E\.128", x)], name
 
 
-def test_exponentials_of_the_streaming_forward(architecture):
+@pytest.mark.parametrize("group", ["BlockGroup", "PixelGroup"])
+def test_exponentials_of_the_streaming_forward(group, architecture):
     """A tile of 16 columns a thread (reverse KL: 8): the student's and a teacher's e^{·/τ}, both again at temperature 1
     where τ needs its own, and for reverse KL the student's beside the teachers. The elementwise divergences, 8 columns
     too, have a second sweep: q, and p in each of four formulas. The rest belongs to merges, and to DKD's target.
     """
     merges = 40
     for kind, exponentials in (("E0E", 4 * 16), ("E1E", 5 * 8), ("E2E", 4 * 16), ("E3E", (4 + 5) * 8)):
-        (code,) = kernels(SOURCES["kd"], architecture, "kd_streamingILNS_4Kind" + kind).values()
+        (code,) = kernels(SOURCES["kd"], architecture, "kd_streamingILNS_4Kind" + kind, group).values()
         assert exponentials <= count(code, "MUFU.EX2") <= exponentials + merges, kind
 
 
-def test_exponentials_of_rows_in_registers(architecture):
-    """8 columns a thread: student, teacher, each again at temperature 1, the student's once more for the gradient, and
-    p and q in each of four elementwise formulas.
+@pytest.mark.parametrize(
+    ("tile", "columns"),
+    [("RegisterTileILi8E", 8), *((f"PixelTileILi{columns}E", columns) for columns in (8, 16, 24, 32))],
+)
+def test_exponentials_of_rows_in_registers(tile, columns, architecture):
+    """Of every column: student, teacher, each again at temperature 1, the student's once more for the gradient, and p
+    and q in each of four elementwise formulas.
     """
-    for name, code in kernels(SOURCES["kd"], architecture, "kd_resident", "RegisterTileILi8").items():
-        columns, merges = 8, 40
+    for name, code in kernels(SOURCES["kd"], architecture, "kd_resident", tile).items():
+        merges = 40
         formulas = 4 * 2 * columns if "KindE3E" in name else 0
         assert 5 * columns <= count(code, "MUFU.EX2") - formulas <= 8 * columns + merges, name

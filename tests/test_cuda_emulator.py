@@ -23,7 +23,7 @@ from mtkd_fast.schemas.kd import ELEMENTWISE
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 FAULTS = Path(emulator.__file__).parent / "faults.cpp"
-ORDERS = ("forward", "reverse", "shuffled")
+ORDERS = tuple(machine.ORDERS)
 
 
 # ---------- the emulator itself

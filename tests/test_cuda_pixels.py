@@ -23,7 +23,6 @@ from mtkd_fast.dispatch import FUSED_DIVERGENCES
 from mtkd_fast.schemas.kd import ELEMENTWISE
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-ORDERS = ("forward", "reverse", "shuffled")
 RESIDENT, STREAM = "_pixels", "_stream_of_pixels"
 KERNELS = pytest.mark.parametrize("variant", [RESIDENT, STREAM])
 RULES = ("uniform", "per row", "confidence", "entropy")
@@ -171,7 +170,7 @@ def test_the_order_of_threads_changes_nothing(rows, classes, divergence, variant
     target = torch.randint(classes, rows)
     target.view(-1)[:40:3] = -100
     results = []
-    for order in ORDERS:
+    for order in machine.ORDERS:
         with emulator.use_order(order, seed=3):
             options = dict(rule="confidence", divergence=divergence, ce_weight=0.7)
             row_loss, row_stats, gradient = run_forward(

@@ -87,7 +87,7 @@ void (*running_body)(const void*, const void*);
 const void* running_kernel;
 const void* running_args;
 std::string fault;
-int order_kind = 0;  // 0 forward, 1 reverse, 2 shuffled
+int order_kind = 0;  // 0 forward, 1 reverse, 2 shuffled; 3 a warp alone up to its next barrier, 4 the last warp first
 std::mt19937 order_random;
 
 Fiber& self() { return *static_cast<Fiber*>(current); }
@@ -177,6 +177,38 @@ void check_guard(const char* shared, int bytes) {
   }
 }
 
+// A warp, up to a barrier or its end.
+void run_warp(int begin) {
+  do {
+    for (int i = begin; i < begin + kWarp; ++i) {
+      resume(*block.threads[i]);
+      if (!fault.empty()) return;
+    }
+    check_alike(begin, begin + kWarp);
+  } while (block.threads[begin]->waits == Waits::at_warp);
+}
+
+void run_warp_by_warp() {
+  const int n = static_cast<int>(block.threads.size());
+  do {
+    for (int i = 0; i < n && fault.empty(); i += kWarp) run_warp(order_kind == 3 ? i : n - kWarp - i);
+    if (!fault.empty()) return;
+    check_alike(0, n);
+  } while (block.threads[0]->waits != Waits::ended);
+}
+
+void run_in_turns() {
+  std::vector<Fiber*> ready = block.threads;
+  do {
+    put_in_order(ready);
+    for (Fiber* fiber : ready) {
+      resume(*fiber);
+      if (!fault.empty()) return;
+    }
+    ready.clear();
+  } while (release(ready));
+}
+
 void run_block(LaunchShape shape, int64_t index, char* shared) {
   memset(shared, 0xff, shape.shared_bytes);  // NaN
   memset(shared + shape.shared_bytes, kGuard, kGuardBytes);
@@ -192,15 +224,8 @@ void run_block(LaunchShape shape, int64_t index, char* shared) {
     fiber.in_flight.clear();
     block.threads.push_back(&fiber);
   }
-  std::vector<Fiber*> ready = block.threads;
-  do {
-    put_in_order(ready);
-    for (Fiber* fiber : ready) {
-      resume(*fiber);
-      if (!fault.empty()) return;
-    }
-    ready.clear();
-  } while (release(ready));
+  order_kind < 3 ? run_in_turns() : run_warp_by_warp();
+  if (!fault.empty()) return;
   check_guard(shared, shape.shared_bytes);
 }
 

@@ -1,6 +1,7 @@
 // A CUDA grid on the CPU, as csrc/device.h sees it. A thread is a fiber; the threads of a block run in turn, each until
-// its next barrier or shuffle, in an order that a test chooses: forward, reverse or shuffled. A kernel that lacks a
-// barrier is right in one order and wrong in another. Faults end the launch with a message:
+// its next barrier or shuffle, in an order that a test chooses: forward, reverse or shuffled; or warp by warp, each as
+// far as a barrier lets it. A kernel that lacks a barrier is right in one order and wrong in another. Faults end the
+// launch with a message:
 //
 //   a barrier that some threads do not reach, or reach elsewhere; a shuffle with absent lanes; a thread that ends early
 //   an access to global memory outside the registered buffers, misaligned, or a write to an input

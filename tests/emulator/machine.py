@@ -11,7 +11,7 @@ from torch import Tensor
 
 from emulator.build import KERNELS, shared_library
 
-ORDERS = {"forward": 0, "reverse": 1, "shuffled": 2}
+ORDERS = {"forward": 0, "reverse": 1, "shuffled": 2, "warp by warp": 3, "last warp first": 4}
 SHARED_MEMORY = 227 * 1024  # of a block, on sm_90
 
 
