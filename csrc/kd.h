@@ -20,7 +20,7 @@ struct Logits {
   const void* data;  // [rows, classes], strides in elements
   int64_t outer_stride;
   int64_t inner_stride;
-  int64_t class_stride;  // 1 on every fast path; 0 and others are read element by element
+  int64_t class_stride;  // 1, or of pixels, which have an inner_stride of 1, another; else read element by element
   DType dtype;
 };
 

@@ -8,8 +8,6 @@
 
 namespace mtkd_fast {
 
-constexpr float kLog2E = 1.4426950408889634f;
-
 // What a kernel is compiled for. The elementwise divergences are one kind: they differ in a formula of one class,
 // chosen at run time.
 enum class Kind : int { forward_kl, reverse_kl, dkd, elementwise };
@@ -38,7 +36,7 @@ MTKD_DEVICE Terms terms_of(const KDArgs<float>& args, WeightRule rule) {
   Terms terms;
   const float t = args.temperature;
   terms.inv_t = 1.0f / t;
-  terms.log2e_t = kLog2E / t;
+  terms.log2e_t = device::kLog2E / t;
   terms.at_one = t == 1 ? AtOne::same : t == 2 ? AtOne::squared : t == 4 ? AtOne::squared_twice : AtOne::own;
   terms.teacher_sum1 = rule == WeightRule::confidence || rule == WeightRule::entropy;
   terms.teacher_dot1 = rule == WeightRule::entropy;
@@ -51,7 +49,7 @@ MTKD_DEVICE Terms terms_of(const KDArgs<float>& args, WeightRule rule) {
 MTKD_DEVICE void exponentials_at_one(const float* e, const float* dx, AtOne how, float (&e1)[kChunk]) {
   if (how == AtOne::own) {
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) e1[i] = device::exp2(dx[i] * kLog2E);
+    for (int i = 0; i < kChunk; ++i) e1[i] = device::exp2(dx[i] * device::kLog2E);
     return;
   }
 #pragma unroll

@@ -167,6 +167,7 @@ def teacher_weights(
     """
     teachers = [t.detach() for t in checks.teacher_sequence(teacher_logits)]
     for k, teacher in enumerate(teachers):
+        checks.rows_of_logits(f"teacher_logits[{k}]", teacher, class_dim)
         checks.logits_like(f"teacher_logits[{k}]", teacher, teachers[0], "teacher_logits[0]")
     checks.one_of("rule", rule, checks.WEIGHT_RULES)
     if rule == "confidence" and target is None:

@@ -83,6 +83,29 @@ def test_gradients_lie_as_their_logits(backend, memory_format, upstream, wants):
         assert gradient.stride() == leaf.stride()
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "dkd", "jsd", "tvd"])
+@pytest.mark.parametrize("n_classes", [2, 21, 70])
+def test_ignored_pixels_and_unread_teachers_among_many(backend, n_classes, divergence):
+    """63 pixels a map, some of which do not count; a teacher that some pixels leave out holds NaN there."""
+    pixels = (2, 9, 7)
+    target = torch.randint(n_classes, pixels, device=backend.device)
+    target[torch.rand(pixels, device=backend.device) < 0.1] = 255
+    ignored = (target == 255)[:, None]
+    given = torch.rand(K, *pixels, device=backend.device)
+    given[1][torch.rand(pixels, device=backend.device) < 0.3] = 0
+    dtypes = (torch.float32, torch.float32, torch.bfloat16, torch.float32)
+    student, *teachers = (
+        torch.randn(2, n_classes, 9, 7, device=backend.device).masked_fill_(ignored, torch.nan).to(dtype)
+        for dtype in dtypes
+    )
+    teachers[1].masked_fill_((given[1] == 0)[:, None], torch.nan)
+    maps = student.requires_grad_(), teachers, target, 1
+    (loss, gradient, _), (right, wanted, _) = both(backend, maps, weights=given, divergence=divergence)
+    assert loss.isfinite()
+    torch.testing.assert_close(loss, right)
+    torch.testing.assert_close(gradient, wanted)
+
+
 def test_one_tensor_of_all_teachers():
     student, teachers = torch.randn(B, C, H, W), torch.randn(K, B, C, H, W)
     loss = multi_teacher_kd_loss(student, teachers, class_dim=1)
