@@ -71,7 +71,7 @@ struct BlockGroup {
   MTKD_DEVICE int size() const { return device::block_threads(); }
   MTKD_DEVICE int lanes() const { return kWarp; }
   MTKD_DEVICE int index_in_block() const { return 0; }
-  MTKD_DEVICE int groups_in_warp() const { return 1; }
+  static constexpr int groups_in_warp() { return 1; }
   MTKD_DEVICE bool any(bool x) const { return x; }  // the same for every thread
   MTKD_DEVICE void sync() const { device::sync_block(); }
 

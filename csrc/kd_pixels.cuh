@@ -25,7 +25,7 @@ struct PixelGroup {
   MTKD_DEVICE int size() const { return warps; }
   MTKD_DEVICE int lanes() const { return 1; }
   MTKD_DEVICE int index_in_block() const { return warps == 1 ? device::thread_index() : lane(); }
-  MTKD_DEVICE int groups_in_warp() const { return kWarp; }
+  static constexpr int groups_in_warp() { return kWarp; }
   MTKD_DEVICE bool any(bool x) const { return device::any_in_warp(x); }  // the same for every warp of the set
   MTKD_DEVICE void sync() const {
     if (warps > 1) device::sync_block();

@@ -12,8 +12,10 @@
 namespace mtkd_fast {
 
 // Columns of a thread in a tile: as many as 128 registers hold. Reverse KL keeps the student's exponentials too, the
-// elementwise divergences q and log q.
-constexpr int stream_width(Kind kind) { return kind == Kind::forward_kl || kind == Kind::dkd ? 16 : 8; }
+// elementwise divergences q and log q; a thread with a row of its own, that row's numbers.
+constexpr int stream_width(Kind kind, int rows_in_warp) {
+  return rows_in_warp == 1 && (kind == Kind::forward_kl || kind == Kind::dkd) ? 16 : 8;
+}
 constexpr int kStreamThreads = 256;
 
 // The fields of a teacher's state that a call needs. `student_sum` is the thread's own and needs no place.
@@ -32,7 +34,7 @@ inline int64_t stream_state_bytes(const StreamingArgs& args) {
 
 template <Kind kind, typename Group>
 struct StreamingRow {
-  static constexpr int kWidth = stream_width(kind);
+  static constexpr int kWidth = stream_width(kind, Group::groups_in_warp());
   static constexpr int kChunks = kWidth / kChunk;
 
   const StreamingArgs& args;
