@@ -80,8 +80,8 @@ def of_pixels(launch: str, **options) -> Kernel:
 PIXELS = {
     "pixels A": of_pixels("on chip", most_registers=208),
     "pixels A, uniform": of_pixels("on chip", rule="uniform", most_registers=208),
-    "pixels B forward": of_pixels("streaming", most_registers=180),
-    "pixels B forward, uniform": of_pixels("streaming", rule="uniform", most_registers=180),
+    "pixels B forward": of_pixels("streaming", most_registers=184),
+    "pixels B forward, uniform": of_pixels("streaming", rule="uniform", most_registers=184),
     "pixels B backward": of_pixels("backward", most_registers=208),
     "pixels rescale": of_pixels("rescale", most_registers=80),
 }
