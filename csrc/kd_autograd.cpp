@@ -44,11 +44,14 @@ bool fits_on_chip(const Tensor& student, TensorList teachers, const KDOptions& o
   args.classes = student.sym_size(-1).guard_int(__FILE__, __LINE__);
   args.teachers = static_cast<int>(teachers.size());
   args.student.dtype = dtype_of(student);
-  args.student.class_stride = student.sym_stride(-1).guard_int(__FILE__, __LINE__);
+  // How it lies, from its strides alone: a size would make another graph of every batch.
+  const auto is_one = [&](int64_t d) { return student.sym_stride(d).sym_eq(1).guard_bool(__FILE__, __LINE__); };
+  args.student.class_stride = is_one(-1) ? 1 : 2;
   args.inner = 1;
-  for (int64_t d = student.dim() - 2; d >= 0 && args.inner == 1; --d) {  // as RowGrid finds them, or fewer
-    args.inner = student.sym_size(d).guard_int(__FILE__, __LINE__);
-    args.student.inner_stride = student.sym_stride(d).guard_int(__FILE__, __LINE__);
+  for (int64_t d = 0; d < student.dim() - 1 && !is_one(-1); ++d) {
+    if (!is_one(d)) continue;
+    args.student.inner_stride = 1;
+    args.inner = 2;
   }
   for (size_t k = 0; k < teachers.size(); ++k) args.teacher[k].dtype = dtype_of(teachers[k]);
   const bool by_rule = o.rule == "confidence" || o.rule == "entropy";

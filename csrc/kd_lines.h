@@ -36,19 +36,66 @@ constexpr int kPixelsAhead = 64;  // fetched towards L2: planes are more streams
 template <typename T>
 constexpr int kStripClasses = kTileColumns / kLanes<T>;  // of each row, widened
 
+// Where the rows of a block of pixels are, counted from the first: those between them do not count.
+template <typename T>
+struct PixelsOf {
+  int span = 0;          // pixels from the first to the last; 0: too many, or of two maps
+  bool whole = false;    // kLanes neighbours
+  Integers<T> place{};   // of each row
+  Integers<T> row[2]{};  // of each place, kLanes where there is none
+
+  explicit PixelsOf(const Block<T>& block) {
+    const int64_t pixels = block.n[block.rows - 1] - block.n[0] + 1;
+    if (pixels > 2 * kLanes<T> || block.outer[block.rows - 1] != block.outer[0]) return;
+    span = static_cast<int>(pixels);
+    whole = span == kLanes<T> && block.rows == span;
+    for (int i = 0; i < kLanes<T>; ++i) row[0][i] = row[1][i] = kLanes<T>;
+    for (int r = 0; r < block.rows; ++r) {
+      const int at = static_cast<int>(block.n[r] - block.n[0]);
+      place[r] = at;
+      row[at / kLanes<T>][at % kLanes<T>] = r;
+    }
+  }
+};
+
+// Lanes of rows that are not read, and those without a row, are 0: what comes of them is not used.
 template <typename T, typename Reads>
-bool reads_all(const Block<T>& block, Reads reads) {
-  bool all = block.rows == kLanes<T>;
-  for (int row = 0; row < block.rows; ++row) all = all && reads(row);
-  return all;
+void read_planes(const Logits& x, const Block<T>& block, const PixelsOf<T>& pixels, int64_t first, int classes, T* to,
+                 Reads reads) {
+  Integers<T> read{};
+  for (int r = 0; r < block.rows; ++r) read[r] = reads(r);
+  int rows = 0;
+  for (int r = 0; r < kLanes<T>; ++r) rows += read[r] != 0;
+  const bool whole = pixels.whole && rows == kLanes<T>;
+  const int bytes = element_bytes(x.dtype);
+  T near[2 * kLanes<T>] = {};
+  int64_t at = block.start(x, 0) + first * x.class_stride;
+  for (int c = 0; c < classes; ++c, at += x.class_stride) {
+    __builtin_prefetch(static_cast<const char*>(x.data) + (at + kPixelsAhead) * bytes, 0, 2);
+    if (whole) {
+      widen(x.data, x.dtype, at, kLanes<T>, to + c * kLanes<T>);
+      continue;
+    }
+    widen(x.data, x.dtype, at, pixels.span, near);
+    const Vec<T> line = __builtin_shuffle(load(near), load(near + kLanes<T>), pixels.place);
+    store(to + c * kLanes<T>, read != 0 ? line : Vec<T>{});
+  }
 }
 
 template <typename T>
-void read_planes(const Logits& x, int64_t at, int classes, T* to) {
-  const int bytes = element_bytes(x.dtype);
-  for (int c = 0; c < classes; ++c, at += x.class_stride) {
-    __builtin_prefetch(static_cast<const char*>(x.data) + (at + kPixelsAhead) * bytes, 0, 2);
-    widen(x.data, x.dtype, at, kLanes<T>, to + c * kLanes<T>);
+void write_planes(const Gradient& to, const Block<T>& block, const PixelsOf<T>& pixels, int64_t first, int classes,
+                  const T* from) {
+  int64_t at = block.start(to, 0) + first * to.class_stride;
+  for (int c = 0; c < classes; ++c, at += to.class_stride) {
+    const T* line = from + c * kLanes<T>;
+    if (pixels.whole) {
+      write_tile(to.data, to.dtype, at, kLanes<T>, line);
+      continue;
+    }
+    T near[2 * kLanes<T>];
+    store(near, __builtin_shuffle(load(line), Vec<T>{}, pixels.row[0]));
+    store(near + kLanes<T>, __builtin_shuffle(load(line), Vec<T>{}, pixels.row[1]));
+    write_tile(to.data, to.dtype, at, pixels.span, near);
   }
 }
 
@@ -61,7 +108,7 @@ void prefetch_rows(const Logits& x, const Block<T>& block) {
   for (int64_t i = 0; i < rows * bytes; i += 64) __builtin_prefetch(next + i, 0, 2);
 }
 
-// At most kStripClasses classes. Lanes without a row that is read are 0: what comes of them is not used.
+// At most kStripClasses classes.
 template <typename T, typename Reads>
 void read_rows(const Logits& x, const Block<T>& block, int64_t first, int classes, T* to, Reads reads) {
   Tile<T> strip;
@@ -84,8 +131,9 @@ template <typename T, typename Reads>
 const T* read_line(const Logits& x, const Block<T>& block, Across<T>, int64_t begin, int count, T* to, Reads reads) {
   const int64_t first = begin / kLanes<T>;
   const int classes = count / kLanes<T>;
-  if (lies_in_planes(x) && block.adjacent() && reads_all(block, reads)) {
-    read_planes(x, block.start(x, 0) + first * x.class_stride, classes, to);
+  const PixelsOf<T> pixels(block);
+  if (lies_in_planes(x) && pixels.span > 0) {
+    read_planes(x, block, pixels, first, classes, to, reads);
   } else {
     if (first == 0) prefetch_rows(x, block);
     for (int c = 0; c < classes; c += kStripClasses<T>)
@@ -94,16 +142,6 @@ const T* read_line(const Logits& x, const Block<T>& block, Across<T>, int64_t be
   for (int row = 0; row < block.rows; ++row)
     if (block.apart_in(row, first, classes)) to[(block.apart[row] - first) * kLanes<T> + row] = -infinity<T>();
   return to;
-}
-
-template <typename T>
-void write_planes(const Gradient& to, int64_t at, int rows, int classes, const T* from) {
-  for (int c = 0; c < classes; ++c, at += to.class_stride) {
-    if (rows == kLanes<T>)
-      write_tile(to.data, to.dtype, at, kLanes<T>, from + c * kLanes<T>);
-    else
-      write_tile(to.data, to.dtype, at, rows, from + c * kLanes<T>);
-  }
 }
 
 template <typename T>
@@ -129,8 +167,9 @@ template <typename T>
 void write_line(const Gradient& to, const Block<T>& block, Across<T>, int64_t begin, int count, const T* from) {
   const int64_t first = begin / kLanes<T>;
   const int classes = count / kLanes<T>;
-  if (lies_in_planes(to) && block.adjacent())
-    write_planes(to, block.start(to, 0) + first * to.class_stride, block.rows, classes, from);
+  const PixelsOf<T> pixels(block);
+  if (lies_in_planes(to) && pixels.span > 0)
+    write_planes(to, block, pixels, first, classes, from);
   else
     write_rows(to, block, first, classes, from);
 }

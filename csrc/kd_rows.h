@@ -116,16 +116,19 @@ void forward_rows(const KDForward<T>& args, Scratch<T>& scratch, int64_t begin, 
   const bool teacher_weights = soft && (args.rule == WeightRule::confidence || args.rule == WeightRule::entropy);
   const Sweep<T> sweep(args, args.ce_weight != 0, teacher_weights, soft && args.rule == WeightRule::entropy);
   Block<T> block;
+  const auto finish = [&] {
+    if (block.rows > 0) forward_block(args, sweep, block, scratch);
+    block.rows = 0;
+  };
   for (int64_t n = begin; n < end; ++n) {
-    if (row_counts(args, n))
-      block.add(args, n);
-    else
+    if (!row_counts(args, n)) {
       skip_row(args, n);
-    if (block.rows == scratch.rows() || (n + 1 == end && block.rows > 0)) {
-      forward_block(args, sweep, block, scratch);
-      block.rows = 0;
+      continue;
     }
+    if (!scratch.has_room(block, n, args.inner)) finish();
+    block.add(args, n);
   }
+  finish();
 }
 
 template <typename T>
@@ -150,6 +153,8 @@ void read_stats(const KDBackward<T>& args, Block<T>& block, int row, T scale) {
 
 template <typename T>
 void backward_block(const KDBackward<T>& args, const Sweep<T>& sweep, Block<T>& block, Scratch<T>& scratch) {
+  for (int k = 0; k < args.teachers; ++k)
+    for (int lane = block.rows; lane < kLanes<T>; ++lane) block.teacher[k].weight[lane] = 0;
   if (args.divergence == Divergence::dkd) set_targets_apart(args, sweep, block);
   gradient_factors(args, sweep, block);
   if (args.student_gradient.data) write_student_gradient(args, block, sweep, scratch, args.student_gradient);
@@ -168,18 +173,21 @@ void backward_rows(const KDBackward<T>& args, Scratch<T>& scratch, int64_t begin
   const Sweep<T> sweep(args, args.ce_weight != 0, false, false);
   Block<T> block;
   const T* scales = args.row_stats + RowStats{args.teachers}.scale() * args.rows;
+  block.skips_zero_weights = true;
+  const auto finish = [&] {
+    if (block.rows > 0) backward_block(args, sweep, block, scratch);
+    block.rows = 0;
+  };
   for (int64_t n = begin; n < end; ++n) {
     if (scales[n] == 0) {
       zero_gradients(args, n);
-    } else {
-      block.add(args, n);
-      read_stats(args, block, block.rows - 1, scales[n]);
+      continue;
     }
-    if (block.rows == scratch.rows() || (n + 1 == end && block.rows > 0)) {
-      backward_block(args, sweep, block, scratch);
-      block.rows = 0;
-    }
+    if (!scratch.has_room(block, n, args.inner)) finish();
+    block.add(args, n);
+    read_stats(args, block, block.rows - 1, scales[n]);
   }
+  finish();
 }
 
 #include "kd_rescale.h"

@@ -6,24 +6,32 @@ constexpr int64_t kKeptBytes = 4 << 20;     // of a long row; past it, the expon
 constexpr int64_t kKeptShare = 8;           // and so they are if they took more than this part of the gradient's memory
 constexpr int64_t kShortRow = 32;  // classes up to which rows are worked on across (kd_block.h), wherever they lie
 
-// Pixels are worked on across, as long as a line of each tensor is no more than a thread may keep.
+// Whether what a thread keeps of `rows` rows, beyond a block of short ones, is little beside their gradient.
 template <typename T>
-bool goes_across(const KDArgs<T>& args) {
-  if (args.classes <= kShortRow) return true;
-  const int64_t line_bytes = args.classes * kLanes<T> * int64_t{sizeof(T)};
-  return lies_in_planes(args.student) && line_bytes * (args.teachers + 2) <= kKeptBytes;
+bool affordable(const KDArgs<T>& args, int64_t rows, int64_t bytes) {
+  const int64_t gradient_bytes = rows * args.classes * element_bytes(args.student.dtype);
+  return bytes <= std::min(kKeptBytes, gradient_bytes / kKeptShare);
+}
+
+// Short rows, and pixels, unless a line of each of their tensors is too much to keep.
+template <typename T>
+bool goes_across(const KDArgs<T>& args, int64_t rows) {
+  const int64_t bytes = args.classes * kLanes<T> * int64_t{sizeof(T)} * (args.teachers + 2);
+  return args.classes <= kShortRow ||
+         (lies_in_planes(args.student) && (bytes <= kBlockBytes || affordable(args, rows, bytes)));
 }
 
 template <typename T>
 class Scratch {
  public:
   Tile<T> share, out;
-  const bool streams;  // the student's gradient goes past the caches
+  const bool streams;  // the student's gradient goes past the caches, a row at a time
 
   // For a thread that has `rows` rows to do.
   Scratch(const KDArgs<T>& args, int64_t rows, bool gradient, bool streams)
-      : streams(streams),
-        across_(goes_across(args)),
+      : streams(streams && !goes_across(args, rows)),
+        across_(goes_across(args, rows)),
+        in_planes_(across_ && lies_in_planes(args.student)),
         line_(across_ ? args.classes * kLanes<T> : args.classes),
         tiles_(across_ ? 1 : (args.classes + kTileColumns - 1) / kTileColumns) {
     const int64_t pitch = pitch_of(line_), number = sizeof(T);
@@ -31,10 +39,9 @@ class Scratch {
     const int64_t fitting = std::clamp<int64_t>(kBlockBytes / line_bytes, 1, std::min<int64_t>(kLanes<T>, rows));
     const int64_t lines = one_tile() && !across_ ? fitting : 1;
     rows_ = across_ ? kLanes<T> : lines;
-    const int64_t gradient_bytes = rows * args.classes * element_bytes(args.student.dtype);
-    const bool affordable = line_bytes <= std::min(kKeptBytes, gradient_bytes / kKeptShare);
     // The others weigh logarithms, which come from the logits.
-    keeps_ = gradient && expectation_of(args.divergence) == Expectation::teacher && (one_tile() || affordable);
+    keeps_ = gradient && expectation_of(args.divergence) == Expectation::teacher &&
+             (one_tile() || affordable(args, rows, line_bytes));
     tile_pitch_ = one_tile() ? pitch : pitch_of(kTileColumns);
     student_pitch_ = keeps_ ? pitch : tile_pitch_;
     teacher_pitch_ = keeps_ ? pitch : 0;
@@ -52,7 +59,12 @@ class Scratch {
     max_at_ = teacher_exps_ + teachers;
   }
 
-  int rows() const { return rows_; }
+  // Whether row n may join the block. Pixels that do not count lie between those that do, but not too many.
+  bool has_room(const Block<T>& block, int64_t n, int64_t inner) const {
+    if (!in_planes_ || block.rows == 0) return block.rows < rows_;
+    return block.rows < rows_ && n - block.n[0] < 2 * kLanes<T> && n / inner == block.outer[0];
+  }
+
   bool keeps() const { return keeps_; }
   bool across() const { return across_; }
   bool one_tile() const { return tiles_ == 1; }
@@ -89,7 +101,7 @@ class Scratch {
   struct Free {
     void operator()(T* p) const { std::free(p); }
   };
-  const bool across_;
+  const bool across_, in_planes_;
   const int64_t line_, tiles_;
   int64_t rows_, lines_, tile_pitch_, student_pitch_, teacher_pitch_;
   bool keeps_;

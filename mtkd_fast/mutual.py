@@ -42,7 +42,7 @@ def mutual_kd_loss(
         reduction: "none" ([...]), "sum", or "mean" over the rows that count (not over C, M, nor a sum of weights).
         num_items: replaces the denominator of "mean"; a number or a one-element tensor on the same device.
         class_dim: where the classes are, as in :func:`mtkd_fast.multi_teacher_kd_loss`; every [...] here is the shape
-            without them.
+            without them. Read in place, along the classes: slower than classes last.
         return_divergences: also return every KL(p_j‖p_i), [M, M, ...] at [i, j], detached and without τ²; 0 for rows
             that do not count and pairs of weight 0.
         implementation: None (the best available), "cpp", "triton" or "reference".

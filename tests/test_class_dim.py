@@ -83,6 +83,17 @@ def test_gradients_lie_as_their_logits(backend, memory_format, upstream, wants):
         assert gradient.stride() == leaf.stride()
 
 
+def test_one_map_for_every_class():
+    """A student of stride 0 along the classes, whose gradient is larger than a cache and ends in part of a block."""
+    n_classes, rows = 512, 41 * 101
+    student = torch.randn(1, 1, 41, 101).expand(1, n_classes, 41, 101).requires_grad_()
+    teacher = torch.randn(1, n_classes, 41, 101)
+    loss = multi_teacher_kd_loss(student, [teacher], class_dim=1)
+    (gradient,) = torch.autograd.grad(loss, student)
+    wanted = (1 / n_classes - teacher.softmax(1)) / rows
+    torch.testing.assert_close(gradient, wanted, atol=1e-6 * wanted.abs().max().item(), rtol=1e-5)
+
+
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "dkd", "jsd", "tvd"])
 @pytest.mark.parametrize("n_classes", [2, 21, 70])
 def test_ignored_pixels_and_unread_teachers_among_many(backend, n_classes, divergence):

@@ -144,6 +144,18 @@ def test_cpp_needs_one_gradient_and_two_numbers_a_position_for_attention(form):
     assert peak_extra(run) < gradient_bytes(student) + 2 * 64 * 32 * 32 * 4 + NOISE
 
 
+def test_cpp_keeps_no_pixels_of_its_own_where_many_threads_share_few():
+    """A register of pixels of 10 tensors of 65536 classes is 40 MB a thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        student, *teachers = (torch.randn(1, 65536, 8, 4).movedim(1, -1) for _ in range(9))
+        extra = peak_extra(loss_and_gradient(student, teachers, weights="confidence"))
+    finally:
+        torch.set_num_threads(threads)
+    assert extra <= 9 / 8 * gradient_bytes(student) + NOISE
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_cpp_allocates_nothing_of_that_size_without_a_gradient(dtype, reduction):

@@ -36,9 +36,9 @@ class CTSLMKTLoss(DistillationLoss):
             logits of the rows that count. The paper does not say which.
         return_losses: also return the M losses of the students, [M], detached; their sum is the loss.
     The paper's sums over samples are means over the rows that count (target not -100); what the others hold reaches no
-    term. A class that a student excludes (a logit of −inf) in every row that counts adds nothing to its distances and
-    angles; one that it excludes in some of them alone is infinitely far from the others, and the loss is NaN: give
-    representations there, softmax(z_k) for one.
+    term, unless representations of them are given. A class that a student excludes (a logit of −inf) in every row that
+    counts adds nothing to its distances and angles; one that it excludes in some of them alone is infinitely far from
+    the others, and the loss is NaN: give representations there, softmax(z_k) for one.
 
     Gradient: to every student's logits and representation.
 

@@ -423,7 +423,9 @@ def oracle(case: Case) -> Oracle:
 
 
 def oracle_of(inputs: Inputs) -> Oracle:
-    exact = evaluate(relative_to_maxima(inputs.cast(F64)), "reference")
+    in64 = inputs.cast(F64)
+    without_offsets = [without_offset(x) for x in (in64.student, *in64.teachers)]
+    exact = evaluate(replace(in64, student=without_offsets[0], teachers=without_offsets[1:]), "reference")
     in32 = inputs.cast(F32)
     plain = evaluate(in32, "reference")
     if F64 in (inputs.student.dtype, *(t.dtype for t in inputs.teachers)):
@@ -431,17 +433,15 @@ def oracle_of(inputs: Inputs) -> Oracle:
     leaves = {"student": inputs.student, **{f"teacher {k}": t for k, t in enumerate(inputs.teachers)}}
     leaves["weights"] = inputs.weights
     plain.gradients = {name: x.to(leaves[name].dtype) for name, x in plain.gradients.items()}
-    return Oracle(exact, plain, largest_terms(inputs.cast(F64), exact))
+    return Oracle(exact, plain, largest_terms(in64, exact))
 
 
-def relative_to_maxima(inputs: Inputs) -> Inputs:
-    """The same softmaxes without the offset of a row, whose digits the oracle would lose when it divides by τ."""
-
-    def shifted(x: Tensor) -> Tensor:
-        highest = torch.where(x.isfinite(), x, -INF).amax(-1, keepdim=True)
-        return x - torch.where(highest.isfinite(), highest, 0.0)
-
-    return replace(inputs, student=shifted(inputs.student), teachers=[shifted(t) for t in inputs.teachers])
+def without_offset(logits: Tensor) -> Tensor:
+    """The same softmaxes, relative to each row's maximum: the oracle would lose an offset's digits when it divides by
+    τ.
+    """
+    highest = torch.where(logits.isfinite(), logits, -INF).amax(-1, keepdim=True)
+    return logits - torch.where(highest.isfinite(), highest, 0.0)
 
 
 def in_float64(plain32: Result, exact32: Result, exact: Result) -> Result:
