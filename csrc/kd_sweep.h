@@ -35,6 +35,21 @@ inline void for_each_vector(const Vectors<T>& x, bool careful, Step step) {
   if (x.rest) step(x.whole, x.last, std::true_type());
 }
 
+// Calls body(part, at) for stretches of a line, which starts at number `at` of it. Sums of stretches are summed: a
+// class after the other, those of many would lose digits.
+template <typename T, typename Body>
+inline void for_each_part(const Vectors<T>& x, Body body) {
+  constexpr int kPart = 32 * kLanes<T>;
+  Vectors<T> part = x;
+  for (int at = 0; at == 0 || at < x.whole; at += kPart) {
+    const bool last = x.whole - at <= kPart;
+    part.values = x.values + at;
+    part.whole = last ? x.whole - at : kPart;
+    part.rest = last ? x.rest : 0;
+    body(part, at);
+  }
+}
+
 // One tensor's part of a tile: the block's lines, and the extremes of its rows. All rows' extremes come before anything
 // that waits for them.
 template <typename T>
@@ -152,22 +167,28 @@ void absorb_student(const KDArgs<T>& args, Block<T>& block, const Sweep<T>& swee
     T* shifted = scratch.shifted(line);
     T* exps = scratch.student_exps(line, begin);
     scratch.student_max_at(line, begin) = states.max[line];
-    Vec<T> sum{}, sum1{}, total{};
-    for_each_vector(s, false, [&](int i, Vec<T> x, auto) {
-      ahead.prefetch(i);
-      x -= max;
-      const Vec<T> e = sweep.exp(x);
-      store(shifted + i, x);
-      store(exps + i, e);
-      sum += e;
-      if constexpr (kAtOne != AtOne::unused) {
-        sum1 += exp_at_one<T, kAtOne>(e, x);
-        if (i < s.whole) total += x;
-      }
+    Vec<T> sums{}, sums1{}, total{};
+    for_each_part(s, [&](const Vectors<T>& part, int from) {
+      Vec<T> sum{}, sum1{};
+      for_each_vector(part, false, [&](int i, Vec<T> x, auto) {
+        i += from;
+        ahead.prefetch(i);
+        x -= max;
+        const Vec<T> e = sweep.exp(x);
+        store(shifted + i, x);
+        store(exps + i, e);
+        sum += e;
+        if constexpr (kAtOne != AtOne::unused) {
+          sum1 += exp_at_one<T, kAtOne>(e, x);
+          if (i < s.whole) total += x;
+        }
+      });
+      sums += sum;
+      sums1 += sum1;
     });
-    at.add(states.sum, sum);
+    at.add(states.sum, sums);
     if constexpr (kAtOne != AtOne::unused) {
-      at.add(states.sum1, sum1);
+      at.add(states.sum1, sums1);
       add_total(states.total, block, at, s, begin, total, max);
       for_each_place(block, at, block.target, begin, s.whole + s.rest,
                      [&](int row, int64_t place) { states.label[row] = s.values[place]; });
@@ -212,36 +233,45 @@ void absorb_teacher(const KDArgs<T>& args, Block<T>& block, int k, const Sweep<T
     const T* student_exps = scratch.student_exps(line, begin);
     T* exps = scratch.teacher_exps(k, line, begin);
     scratch.teacher_max_at(k, line, begin) = states.max[line];
-    Vec<T> sum{}, sum1{}, dot1{}, crossed{};
-    for_each_vector(t, any_of(at.of(lower) == -infinity<T>()), [&](int i, Vec<T> dt, auto careful) {
-      ahead.prefetch(i);
-      dt -= max;
-      const Vec<T> ds = load(student_shifted + i);
-      const Vec<T> e = sweep.exp(dt);
-      store(exps + i, e);
-      sum += e;
-      // cross_term of row_stats.h, a vector at a time
-      if constexpr (kExpectation != Expectation::none) {
-        const Vec<T> e_x = kForward ? e : load(student_exps + i), ratio = kForward ? dt - ds : ds - dt;
-        if constexpr (careful)
-          crossed += (kForward ? dt : ds) == -infinity<T>() ? Vec<T>{} : infinite_or_product<T>(e_x, ratio);
-        else
-          crossed += e_x * ratio;
-      }
-      if constexpr (kAtOne != AtOne::unused) {
-        const Vec<T> e1 = exp_at_one<T, kAtOne>(e, dt);
-        sum1 += e1;
-        if constexpr (kEntropy) dot1 += dt == -infinity<T>() ? Vec<T>{} : e1 * dt;
-      }
+    const bool careful = any_of(at.of(lower) == -infinity<T>());
+    Vec<T> sums{}, sums1{}, dots1{}, crosses{};
+    for_each_part(t, [&](const Vectors<T>& part, int from) {
+      Vec<T> sum{}, sum1{}, dot1{}, crossed{};
+      for_each_vector(part, careful, [&](int i, Vec<T> dt, auto careful) {
+        i += from;
+        ahead.prefetch(i);
+        dt -= max;
+        const Vec<T> ds = load(student_shifted + i);
+        const Vec<T> e = sweep.exp(dt);
+        store(exps + i, e);
+        sum += e;
+        // cross_term of row_stats.h, a vector at a time
+        if constexpr (kExpectation != Expectation::none) {
+          const Vec<T> e_x = kForward ? e : load(student_exps + i), ratio = kForward ? dt - ds : ds - dt;
+          if constexpr (careful)
+            crossed += (kForward ? dt : ds) == -infinity<T>() ? Vec<T>{} : infinite_or_product<T>(e_x, ratio);
+          else
+            crossed += e_x * ratio;
+        }
+        if constexpr (kAtOne != AtOne::unused) {
+          const Vec<T> e1 = exp_at_one<T, kAtOne>(e, dt);
+          sum1 += e1;
+          if constexpr (kEntropy) dot1 += dt == -infinity<T>() ? Vec<T>{} : e1 * dt;
+        }
+      });
+      sums += sum;
+      sums1 += sum1;
+      dots1 += dot1;
+      crosses += crossed;
     });
-    at.add(states.sum, sum);
-    at.add(states.cross, crossed);
+    at.add(states.sum, sums);
+    at.add(states.cross, crosses);
     if constexpr (kAtOne != AtOne::unused) {
-      at.add(states.sum1, sum1);
+      at.add(states.sum1, sums1);
       for_each_place(block, at, block.target, begin, t.whole + t.rest,
                      [&](int row, int64_t place) { states.label[row] = t.values[place]; });
     }
-    if constexpr (kEntropy) at.add(states.dot1, dot1);
+    if constexpr (kEntropy) at.add(states.dot1, dots1);
   });
 }
 
