@@ -196,6 +196,16 @@ def test_a_bad_mask_is_named(name, mask, error, message):
 # Students that learn from one another.
 
 
+def of_the_first_of_two(student, teacher, **options):
+    return relations_to_peers([student, teacher], angle_weight=0.0, **options)[0]
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.relation == "distance"], ids=str)
+def test_case_of_two_peers(case, fused):
+    got = evaluate(case, *build(case, fused.device), fused.implementation, of_the_first_of_two)
+    assert_matches(got, oracle(case), fused.interpreted)
+
+
 def peer_by_peer(points, row_mask, angle_weight, implementation):
     losses = []
     for k, student in enumerate(points):
