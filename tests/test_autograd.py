@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases.kd import BF16, F16, F32, F64, WITHOUT_TARGET, check
-from ddp_rank import train_one_rank
+from ddp_rank import MODELS, train_one_rank
 
 from mtkd_fast import hint_loss, multi_teacher_divergence, multi_teacher_kd_loss
 from mtkd_fast.reference.divergences import DIVERGENCES
@@ -233,13 +233,16 @@ def test_training_reaches_the_same_student_in_float64(implementation):
     torch.testing.assert_close(train(implementation), train("reference"), rtol=1e-10, atol=1e-12)
 
 
-def test_distributed_data_parallel_on_two_processes(implementation, tmp_path):
+@pytest.mark.parametrize("name", MODELS)
+def test_distributed_data_parallel_on_two_processes(name, implementation, tmp_path):
     with torch.multiprocessing.Manager() as manager:
         found = manager.dict()
-        torch.multiprocessing.spawn(train_one_rank, (f"file://{tmp_path}/store", implementation, found), nprocs=2)
-        found = {rank: torch.tensor(gradient) for rank, gradient in found.items()}
-    assert torch.equal(found[0], found[1])
-    torch.testing.assert_close(found[0], found["whole"], rtol=1e-5, atol=1e-7)
+        torch.multiprocessing.spawn(train_one_rank, (f"file://{tmp_path}/store", name, implementation, found), nprocs=2)
+        found = dict(found)
+    assert found[0] == found[1]
+    for parameter, gradient in found["whole"].items():
+        ours, right = torch.tensor(found[0][parameter]), torch.tensor(gradient)
+        torch.testing.assert_close(ours, right, rtol=1e-5, atol=1e-6)
 
 
 def test_hints_and_divergences_join_one_backward(backend, logits):
