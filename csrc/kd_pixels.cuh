@@ -76,7 +76,7 @@ struct PixelGroup {
 // neighbouring pixels on a 16-byte boundary are copied as lines, 16 bytes a lane, where all of them are read; else each
 // lane copies its own.
 template <int N, bool two_sums>
-struct PixelTile {
+struct PixelTile : RegisterSums<N, two_sums> {
   static constexpr int kWidth = N;
   static constexpr int kChunks = N / kChunk;
   static constexpr int kDepth = N == kChunk ? 4 : 2;
@@ -90,7 +90,6 @@ struct PixelTile {
   DType student_dtype, teacher_dtype;
   bool reads_student, reads_teacher;
   const char* teacher_slot;
-  float plain[N], by_signal[two_sums ? N : 1];
 
   static MTKD_HD int slot_bytes_of(bool wide) { return N * kWarp * (wide ? 4 : 2); }
   static int64_t shared_bytes(const KDArgs<float>& args, int threads) {
@@ -125,25 +124,6 @@ struct PixelTile {
 
   MTKD_DEVICE void student(int, float (&x)[N]) const { get(slots, student_dtype, reads_student, x); }
   MTKD_DEVICE void teacher(int, float (&x)[N]) const { get(teacher_slot, teacher_dtype, reads_teacher, x); }
-
-  MTKD_DEVICE void clear() {
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      plain[i] = 0;
-      if (two_sums) by_signal[i] = 0;
-    }
-  }
-  MTKD_DEVICE void accumulate(int, const float (&x)[N], float first, float fade, float second) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      plain[i] += first * x[i];
-      if (two_sums) by_signal[i] = fade * by_signal[i] + second * x[i];
-    }
-  }
-  MTKD_DEVICE void mean(int, float a, float b, float (&x)[N]) const {
-#pragma unroll
-    for (int i = 0; i < N; ++i) x[i] = two_sums ? a * plain[i] - b * by_signal[i] : plain[i];
-  }
 
  private:
   static MTKD_DEVICE int lane() { return device::thread_index() % kWarp; }

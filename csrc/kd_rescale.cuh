@@ -65,16 +65,12 @@ MTKD_DEVICE void rescale_chunks(const RescaleArgs& args, int64_t index, int64_t 
 MTKD_KERNEL(kBackwardThreads, 2) kd_rescale(MTKD_PARAM(RescaleArgs) args) {
   const bool one_for_all = args.upstream_stride == 0 && args.out == args.gradient.data;
   if (one_for_all && upstream_of(args.upstream, 0, 0) == 1) return;
-  const int threads = device::block_threads(), chunks = args.pixels ? kBackwardChunks : kStretch / kChunk;
-  const int rows_in_block = args.pixels ? threads : 1;
+  const int thread = device::thread_index(), lanes = args.pixels ? 1 : kBackwardThreads;  // of a row
+  const int rows_in_block = kBackwardThreads / lanes, chunks = lanes * kBackwardChunks;
   const int64_t steps = (args.rows + rows_in_block - 1) / rows_in_block * args.stretches;
   for (int64_t i = device::block_index(); i < steps; i += device::grid_blocks()) {
-    const int64_t row = i / args.stretches * rows_in_block + (args.pixels ? device::thread_index() : 0);
-    const int64_t first = i % args.stretches * chunks;
-    if (row < args.rows) {
-      rescale_chunks(args, row, first + (args.pixels ? 0 : device::thread_index()), first + chunks,
-                     args.pixels ? 1 : threads);
-    }
+    const int64_t row = i / args.stretches * rows_in_block + thread / lanes, first = i % args.stretches * chunks;
+    if (row < args.rows) rescale_chunks(args, row, first + thread % lanes, first + chunks, lanes);
   }
 }
 

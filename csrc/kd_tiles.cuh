@@ -28,11 +28,38 @@ inline bool any_wide(const KDArgs<float>& args) {
   return wide;
 }
 
+// Sums over the teachers of N columns a thread, in registers.
+template <int N, bool two_sums>
+struct RegisterSums {
+  float plain[N], by_signal[two_sums ? N : 1];
+
+  MTKD_DEVICE void clear() {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      plain[i] = 0;
+      if (two_sums) by_signal[i] = 0;
+    }
+  }
+  // plain += first·x, by_signal = fade·by_signal + second·x
+  MTKD_DEVICE void accumulate(int, const float (&x)[N], float first, float fade, float second) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      plain[i] += first * x[i];
+      if (two_sums) by_signal[i] = fade * by_signal[i] + second * x[i];
+    }
+  }
+  // a·plain − b·by_signal
+  MTKD_DEVICE void mean(int, float a, float b, float (&x)[N]) const {
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = two_sums ? a * plain[i] - b * by_signal[i] : plain[i];
+  }
+};
+
 // In registers: N columns a thread in one piece. Rows come in through shared memory, [1 +
 // kDepth][planes][kChunks][threads] of 16 bytes, so that the student and the next four teachers can be on their way
 // without a register.
 template <int N, bool two_sums>
-struct RegisterTile {
+struct RegisterTile : RegisterSums<N, two_sums> {
   static constexpr int kWidth = N;
   static constexpr int kChunks = N / kChunk;
   static constexpr int kDepth = 4;
@@ -42,7 +69,6 @@ struct RegisterTile {
   Words* slots;      // this thread's first
   const int planes;  // 2 where some logits are floats
   float s[N], t[N];
-  float plain[N], by_signal[two_sums ? N : 1];
 
   static int64_t shared_bytes(const KDArgs<float>& args, int threads) {
     return (1 + kDepth) * (any_wide(args) ? 2 : 1) * kChunks * threads * static_cast<int64_t>(sizeof(Words));
@@ -72,27 +98,6 @@ struct RegisterTile {
 
   MTKD_DEVICE void student(int, float (&x)[N]) const { copy(s, x); }
   MTKD_DEVICE void teacher(int, float (&x)[N]) const { copy(t, x); }
-
-  MTKD_DEVICE void clear() {
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      plain[i] = 0;
-      if (two_sums) by_signal[i] = 0;
-    }
-  }
-  // plain += first·x, by_signal = fade·by_signal + second·x
-  MTKD_DEVICE void accumulate(int, const float (&x)[N], float first, float fade, float second) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      plain[i] += first * x[i];
-      if (two_sums) by_signal[i] = fade * by_signal[i] + second * x[i];
-    }
-  }
-  // a·plain − b·by_signal
-  MTKD_DEVICE void mean(int, float a, float b, float (&x)[N]) const {
-#pragma unroll
-    for (int i = 0; i < N; ++i) x[i] = two_sums ? a * plain[i] - b * by_signal[i] : plain[i];
-  }
 
  private:
   MTKD_DEVICE Words* slot(int row, int plane, int c) const {
