@@ -48,7 +48,7 @@ bool fits_on_chip(const Tensor& student, TensorList teachers, const KDOptions& o
   const auto is_one = [&](int64_t d) { return student.sym_stride(d).sym_eq(1).guard_bool(__FILE__, __LINE__); };
   args.student.class_stride = is_one(-1) ? 1 : 2;
   args.inner = 1;
-  for (int64_t d = 0; d < student.dim() - 1 && !is_one(-1); ++d) {
+  for (int64_t d = 0; d < student.dim() - 1 && args.student.class_stride != 1; ++d) {
     if (!is_one(d)) continue;
     args.student.inner_stride = 1;
     args.inner = 2;

@@ -107,6 +107,15 @@ struct StudentTile {
   Lanes<T> lowest;  // s − max; −inf asks for care
 };
 
+// Where the rows of a block lie, counted from the first: those between them do not count. For blocks that go across.
+template <typename T>
+struct Near {
+  int span;            // from the first to the last; 0: too many, or of two maps
+  bool whole;          // kLanes neighbours
+  Integers<T> place;   // of each row
+  Integers<T> row[2];  // of each place, kLanes where there is none
+};
+
 template <typename T>
 struct Block {
   int rows = 0;
@@ -116,6 +125,7 @@ struct Block {
   int64_t apart[kLanes<T>];                    // the target, if the divergence leaves it out of its sums, else −1
   Lanes<T> scale;                              // row weight / items, times the upstream in the backward
   bool skips_zero_weights = false;             // a teacher of weight 0 is not read
+  Near<T> near;
 
   States<T> student_state, teacher_state[kMaxTeachers];
   StudentTile<T> student_tile;
@@ -131,6 +141,20 @@ struct Block {
     ++rows;
   }
 
+  void find_near() {
+    near = Near<T>();
+    const int64_t span = n[rows - 1] - n[0] + 1;
+    if (span > 2 * kLanes<T> || outer[rows - 1] != outer[0]) return;
+    near.span = static_cast<int>(span);
+    near.whole = span == kLanes<T> && rows == span;
+    for (int i = 0; i < kLanes<T>; ++i) near.row[0][i] = near.row[1][i] = kLanes<T>;
+    for (int r = 0; r < rows; ++r) {
+      const int at = static_cast<int>(n[r] - n[0]);
+      near.place[r] = at;
+      near.row[at / kLanes<T>][at % kLanes<T>] = r;
+    }
+  }
+
   template <typename Tensor>
   int64_t start(const Tensor& x, int row) const {
     return outer[row] * x.outer_stride + inner[row] * x.inner_stride;
@@ -141,8 +165,6 @@ struct Block {
       if (reads(k, row)) return true;
     return false;
   }
-  // Whether the rows are neighbours in memory, as far as their tensors have neighbours.
-  bool adjacent() const { return n[rows - 1] - n[0] == rows - 1 && outer[rows - 1] == outer[0]; }
   bool apart_in(int row, int64_t begin, int64_t count) const {
     return apart[row] >= begin && apart[row] < begin + count;
   }

@@ -203,10 +203,9 @@ auto teacher_factors(const KDArgs<T>& args, const Block<T>& block, At at, int k,
 
 // The gradient in teacher k, times the row's factor: forward KL p·(log p − log q − D)/τ, reverse KL (p − q)/τ; dkd, of
 // dkd.h, p̂·(β(log p̂ − log q̂) − (β NCKD + v))/τ and at the target v/τ; the others as in elementwise.h.
-template <typename T, typename At>
-void teacher_gradient(const KDBackward<T>& args, const Block<T>& block, At at, int k, const Sweep<T>& sweep,
-                      int64_t begin, int count, Scratch<T>& scratch) {
-  const auto f = teacher_factors(args, block, at, k, sweep);
+template <typename T, typename At, typename Number>
+void teacher_gradient(const KDBackward<T>& args, const Block<T>& block, At at, int k, const TeacherFactors<Number>& f,
+                      const Sweep<T>& sweep, int64_t begin, int count, Scratch<T>& scratch) {
   const auto used = [&](int row) { return block.teacher[k].weight[row] != 0; };
   T *out = scratch.out.values, *ds_of = scratch.share.values;
   if (is_elementwise(args.divergence)) {
@@ -242,9 +241,10 @@ void write_teacher_gradient(const KDBackward<T>& args, const Block<T>& block, in
   const Gradient gradient = args.gradient_of_teacher(k);
   for_each_line(block, scratch.across(), kEveryRow, [&](auto at) {
     if (!any_of(at.of(block.teacher[k].weight) != 0)) return zero_line(args, block, at, gradient);
+    const auto factors = teacher_factors(args, block, at, k, sweep);
     for (int64_t begin = 0; begin < scratch.line(); begin += kTileColumns) {
       const int count = tile_count(scratch.line(), begin);
-      teacher_gradient(args, block, at, k, sweep, begin, count, scratch);
+      teacher_gradient(args, block, at, k, factors, sweep, begin, count, scratch);
       write_line(gradient, block, at, begin, count, scratch.out.values);
     }
   });

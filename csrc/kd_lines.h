@@ -36,37 +36,13 @@ constexpr int kPixelsAhead = 64;  // fetched towards L2: planes are more streams
 template <typename T>
 constexpr int kStripClasses = kTileColumns / kLanes<T>;  // of each row, widened
 
-// Where the rows of a block of pixels are, counted from the first: those between them do not count.
-template <typename T>
-struct PixelsOf {
-  int span = 0;          // pixels from the first to the last; 0: too many, or of two maps
-  bool whole = false;    // kLanes neighbours
-  Integers<T> place{};   // of each row
-  Integers<T> row[2]{};  // of each place, kLanes where there is none
-
-  explicit PixelsOf(const Block<T>& block) {
-    const int64_t pixels = block.n[block.rows - 1] - block.n[0] + 1;
-    if (pixels > 2 * kLanes<T> || block.outer[block.rows - 1] != block.outer[0]) return;
-    span = static_cast<int>(pixels);
-    whole = span == kLanes<T> && block.rows == span;
-    for (int i = 0; i < kLanes<T>; ++i) row[0][i] = row[1][i] = kLanes<T>;
-    for (int r = 0; r < block.rows; ++r) {
-      const int at = static_cast<int>(block.n[r] - block.n[0]);
-      place[r] = at;
-      row[at / kLanes<T>][at % kLanes<T>] = r;
-    }
-  }
-};
-
 // Lanes of rows that are not read, and those without a row, are 0: what comes of them is not used.
 template <typename T, typename Reads>
-void read_planes(const Logits& x, const Block<T>& block, const PixelsOf<T>& pixels, int64_t first, int classes, T* to,
-                 Reads reads) {
+void read_planes(const Logits& x, const Block<T>& block, int64_t first, int classes, T* to, Reads reads) {
+  const Near<T>& near_rows = block.near;
   Integers<T> read{};
   for (int r = 0; r < block.rows; ++r) read[r] = reads(r);
-  int rows = 0;
-  for (int r = 0; r < kLanes<T>; ++r) rows += read[r] != 0;
-  const bool whole = pixels.whole && rows == kLanes<T>;
+  const bool whole = near_rows.whole && !any_of(read == 0);
   const int bytes = element_bytes(x.dtype);
   T near[2 * kLanes<T>] = {};
   int64_t at = block.start(x, 0) + first * x.class_stride;
@@ -76,33 +52,33 @@ void read_planes(const Logits& x, const Block<T>& block, const PixelsOf<T>& pixe
       widen(x.data, x.dtype, at, kLanes<T>, to + c * kLanes<T>);
       continue;
     }
-    widen(x.data, x.dtype, at, pixels.span, near);
-    const Vec<T> line = __builtin_shuffle(load(near), load(near + kLanes<T>), pixels.place);
+    widen(x.data, x.dtype, at, near_rows.span, near);
+    const Vec<T> line = __builtin_shuffle(load(near), load(near + kLanes<T>), near_rows.place);
     store(to + c * kLanes<T>, read != 0 ? line : Vec<T>{});
   }
 }
 
 template <typename T>
-void write_planes(const Gradient& to, const Block<T>& block, const PixelsOf<T>& pixels, int64_t first, int classes,
-                  const T* from) {
+void write_planes(const Gradient& to, const Block<T>& block, int64_t first, int classes, const T* from) {
+  const Near<T>& near_rows = block.near;
   int64_t at = block.start(to, 0) + first * to.class_stride;
   for (int c = 0; c < classes; ++c, at += to.class_stride) {
     const T* line = from + c * kLanes<T>;
-    if (pixels.whole) {
+    if (near_rows.whole) {
       write_tile(to.data, to.dtype, at, kLanes<T>, line);
       continue;
     }
     T near[2 * kLanes<T>];
-    store(near, __builtin_shuffle(load(line), Vec<T>{}, pixels.row[0]));
-    store(near + kLanes<T>, __builtin_shuffle(load(line), Vec<T>{}, pixels.row[1]));
-    write_tile(to.data, to.dtype, at, pixels.span, near);
+    store(near, __builtin_shuffle(load(line), Vec<T>{}, near_rows.row[0]));
+    store(near + kLanes<T>, __builtin_shuffle(load(line), Vec<T>{}, near_rows.row[1]));
+    write_tile(to.data, to.dtype, at, near_rows.span, near);
   }
 }
 
 // Neighbouring rows two blocks on.
 template <typename T>
 void prefetch_rows(const Logits& x, const Block<T>& block) {
-  if (x.class_stride != 1 || !block.adjacent()) return;
+  if (x.class_stride != 1 || block.near.span != block.rows) return;
   const int64_t rows = kLanes<T> * x.inner_stride, bytes = element_bytes(x.dtype);
   const char* next = static_cast<const char*>(x.data) + (block.start(x, 0) + 2 * rows) * bytes;
   for (int64_t i = 0; i < rows * bytes; i += 64) __builtin_prefetch(next + i, 0, 2);
@@ -131,9 +107,8 @@ template <typename T, typename Reads>
 const T* read_line(const Logits& x, const Block<T>& block, Across<T>, int64_t begin, int count, T* to, Reads reads) {
   const int64_t first = begin / kLanes<T>;
   const int classes = count / kLanes<T>;
-  const PixelsOf<T> pixels(block);
-  if (lies_in_planes(x) && pixels.span > 0) {
-    read_planes(x, block, pixels, first, classes, to, reads);
+  if (lies_in_planes(x) && block.near.span > 0) {
+    read_planes(x, block, first, classes, to, reads);
   } else {
     if (first == 0) prefetch_rows(x, block);
     for (int c = 0; c < classes; c += kStripClasses<T>)
@@ -167,9 +142,8 @@ template <typename T>
 void write_line(const Gradient& to, const Block<T>& block, Across<T>, int64_t begin, int count, const T* from) {
   const int64_t first = begin / kLanes<T>;
   const int classes = count / kLanes<T>;
-  const PixelsOf<T> pixels(block);
-  if (lies_in_planes(to) && pixels.span > 0)
-    write_planes(to, block, pixels, first, classes, from);
+  if (lies_in_planes(to) && block.near.span > 0)
+    write_planes(to, block, first, classes, from);
   else
     write_rows(to, block, first, classes, from);
 }

@@ -8,9 +8,7 @@ struct Rescale {
 
   bool in_place() const { return args.out == args.gradient.data; }
   T upstream(int64_t n) const { return args.upstream[n * args.upstream_stride]; }
-  int64_t start(int64_t n) const {
-    return n / args.inner * args.gradient.outer_stride + n % args.inner * args.gradient.inner_stride;
-  }
+  int64_t start(int64_t n) const { return row_start(args.gradient, n, args.inner); }
 
   void row(int64_t n) {
     const Gradient &g = args.gradient, out{args.out, 0, 0, g.class_stride, g.dtype};

@@ -38,7 +38,7 @@ namespace MTKD_ISA {
 template <typename T>
 void zero_row(const KDArgs<T>& args, const Gradient& gradient, int64_t n) {
   if (gradient.data == nullptr) return;
-  zero_row<T>(gradient, n / args.inner * gradient.outer_stride + n % args.inner * gradient.inner_stride, args.classes);
+  zero_row<T>(gradient, row_start(gradient, n, args.inner), args.classes);
 }
 
 template <typename T>
@@ -95,6 +95,7 @@ void write_stats(const KDForward<T>& args, const Block<T>& block, int row) {
 
 template <typename T>
 void forward_block(const KDForward<T>& args, const Sweep<T>& sweep, Block<T>& block, Scratch<T>& scratch) {
+  if (scratch.across()) block.find_near();
   start_teachers(args, block);
   sweep_block(args, block, sweep, scratch);
   Lanes<T> loss;
@@ -153,6 +154,7 @@ void read_stats(const KDBackward<T>& args, Block<T>& block, int row, T scale) {
 
 template <typename T>
 void backward_block(const KDBackward<T>& args, const Sweep<T>& sweep, Block<T>& block, Scratch<T>& scratch) {
+  if (scratch.across()) block.find_near();
   for (int k = 0; k < args.teachers; ++k)
     for (int lane = block.rows; lane < kLanes<T>; ++lane) block.teacher[k].weight[lane] = 0;
   if (args.divergence == Divergence::dkd) set_targets_apart(args, sweep, block);

@@ -23,14 +23,16 @@ bool goes_across(const KDArgs<T>& args, int64_t rows) {
 
 template <typename T>
 class Scratch {
+  const bool across_;
+
  public:
   Tile<T> share, out;
   const bool streams;  // the student's gradient goes past the caches, a row at a time
 
   // For a thread that has `rows` rows to do.
   Scratch(const KDArgs<T>& args, int64_t rows, bool gradient, bool streams)
-      : streams(streams && !goes_across(args, rows)),
-        across_(goes_across(args, rows)),
+      : across_(goes_across(args, rows)),
+        streams(streams && !across_),
         in_planes_(across_ && lies_in_planes(args.student)),
         line_(across_ ? args.classes * kLanes<T> : args.classes),
         tiles_(across_ ? 1 : (args.classes + kTileColumns - 1) / kTileColumns) {
@@ -101,7 +103,7 @@ class Scratch {
   struct Free {
     void operator()(T* p) const { std::free(p); }
   };
-  const bool across_, in_planes_;
+  const bool in_planes_;
   const int64_t line_, tiles_;
   int64_t rows_, lines_, tile_pitch_, student_pitch_, teacher_pitch_;
   bool keeps_;

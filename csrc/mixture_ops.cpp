@@ -94,7 +94,7 @@ std::tuple<Tensor, std::vector<Tensor>> mixture_backward(TensorList teachers, co
     args.dots = dots.mutable_data_ptr<T>();
     std::vector<Tensor> gradients;
     for (int k = 0; k < args.teachers; ++k) {
-      gradients.push_back(empty_gradient(all[k], needs[k]));
+      gradients.push_back(contiguous_gradient(all[k], needs[k]));
       args.teacher_gradient[k] = needs[k] ? gradients[k].mutable_data_ptr() : nullptr;
     }
     run<MixtureBackward<T>>(all[0].device(), args, args.rows, args.classes * (args.teachers + 1), mixture_backward_cpu,
@@ -117,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor> mixture_divergence_forward(const Tensor& stud
     const Tensor divergence = at::empty({args.rows}, student.options().dtype(dtype));
     const Tensor row_stats =
         at::empty({RowStats{args.teachers}.size(Divergence::forward_kl), args.rows}, divergence.options());
-    const Tensor gradient = empty_gradient(student, write_gradient);
+    const Tensor gradient = contiguous_gradient(student, write_gradient);
     args.student = logits(student, grid, 0);
     args.divergence = divergence.mutable_data_ptr<T>();
     args.row_stats = row_stats.mutable_data_ptr<T>();

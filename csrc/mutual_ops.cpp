@@ -35,7 +35,7 @@ OptionalTensor fill(MutualArgs<T>& args, TensorList students, const OptionalTens
   args.students = static_cast<int>(count);
   for (int64_t i = 0; i < count; ++i) {
     args.student[i] = logits(students[i], grid, i);
-    gradients.push_back(empty_gradient(students[i], needs[i]));
+    gradients.push_back(contiguous_gradient(students[i], needs[i]));
     args.gradient[i] = needs[i] ? gradients[i].mutable_data_ptr() : nullptr;
   }
   args.pair_weights = nullptr;

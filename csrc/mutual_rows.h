@@ -78,10 +78,6 @@ class Students {
   std::unique_ptr<T, Free> memory_;
 };
 
-inline int64_t row_start(const Logits& x, int64_t n, int64_t inner) {
-  return n / inner * x.outer_stride + n % inner * x.inner_stride;
-}
-
 template <typename T>
 struct Extremes {  // NaN is not seen
   T low, high;

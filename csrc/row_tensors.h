@@ -21,19 +21,17 @@ inline Tensor flat_rows(const Tensor& x, int64_t rows, const char* name) {
   return x.reshape({rows}).contiguous();
 }
 
-// The gradient of x in the dense layout of `like`, so that pixels stay side by side; an empty tensor where it is not
-// needed.
-inline Tensor empty_gradient(const Tensor& x, bool needed, const Tensor& like) {
-  const Tensor gradient = needed ? at::empty_like(like, x.options()) : at::empty({0}, x.options());
+// The gradient of x, in the dense layout of `like`, so that pixels stay side by side, or another; an empty tensor where
+// it is not needed.
+inline Tensor empty_gradient(const Tensor& x, bool needed, const Tensor& like,
+                             at::MemoryFormat layout = at::MemoryFormat::Preserve) {
+  const Tensor gradient = needed ? at::empty_like(like, x.options(), layout) : at::empty({0}, x.options());
   if (gradient.is_cpu()) ask_for_huge_pages(gradient);
   return gradient;
 }
 
-// Contiguous.
-inline Tensor empty_gradient(const Tensor& x, bool needed) {
-  const Tensor gradient = at::empty(needed ? x.sizes() : at::IntArrayRef{0}, x.options());
-  if (gradient.is_cpu()) ask_for_huge_pages(gradient);
-  return gradient;
+inline Tensor contiguous_gradient(const Tensor& x, bool needed) {
+  return empty_gradient(x, needed, x, at::MemoryFormat::Contiguous);
 }
 
 struct Strided {  // [K, N] numbers, any strides

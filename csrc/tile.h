@@ -85,6 +85,12 @@ inline void widen(const void* row, DType dtype, int64_t at, int count, T* __rest
   }
 }
 
+// The element at which row n starts.
+template <typename Tensor>
+int64_t row_start(const Tensor& x, int64_t n, int64_t inner) {
+  return n / inner * x.outer_stride + n % inner * x.inner_stride;
+}
+
 // Columns [begin, begin + count) of the row that starts at element `row`: where they stand, if they can be read there,
 // else widened to `to`.
 template <typename T>
