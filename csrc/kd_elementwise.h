@@ -13,10 +13,10 @@ void student_tile(const KDArgs<T>& args, const Block<T>& block, At at, const Swe
   const auto to_q = T(1) / sum;
   T *log_q = scratch.shifted(at.line), *q = scratch.student_exps(at.line, begin);
   const T* s = read_line(args.student, block, at, begin, count, scratch.widened(at.line), kEveryRow);
-  for_each_vector(Vectors<T>(s, count), false, [&](int i, Vec<T> x, auto) {
-    x -= max;
-    store(log_q + i, x * sweep.inv_t - log_sum);
-    store(q + i, to_q * sweep.exp(x));
+  for_each_vector(Vectors<T>(s, count), false, [&](int i, auto x, auto) {
+    const auto shifted = x - max;
+    store(log_q + i, shifted * sweep.inv_t - log_sum);
+    store(q + i, sweep.exp(shifted) * to_q);
   });
 }
 
@@ -29,10 +29,10 @@ inline void for_each_element(const KDArgs<T>& args, const Block<T>& block, At at
   const auto to_p = T(1) / sum;
   const T *log_q = scratch.shifted(at.line), *q = scratch.student_exps(at.line, begin);
   const T* t = read_line(args.teacher[k], block, at, begin, count, scratch.widened(at.line), reads);
-  for_each_vector(Vectors<T>(t, count), false, [&](int i, Vec<T> x, auto) {
-    x -= max;
-    const Vec<T> p = to_p * sweep.exp(x), log_p = x * sweep.inv_t - log_sum;
-    step(i, p, element<kDivergence>(p, log_p, load(q + i), load(log_q + i), args.beta));
+  for_each_vector(Vectors<T>(t, count), false, [&](int i, auto x, auto) {
+    const auto shifted = x - max, p = sweep.exp(shifted) * to_p, log_p = shifted * sweep.inv_t - log_sum;
+    for (int v = 0; v < x.size; ++v, i += kLanes<T>)
+      step(i, p.of[v], element<kDivergence>(p.of[v], log_p.of[v], load(q + i), load(log_q + i), args.beta));
   });
 }
 

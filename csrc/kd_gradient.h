@@ -12,35 +12,59 @@ T catch_up(T, Vec<T>, T) {
   return 1;
 }
 
-// share = Σ_k factor_k·e_k from kept exponentials (forward KL).
-template <typename T, typename At>
-void share_of_kept(const KDArgs<T>& args, const Block<T>& block, At at, const Sweep<T>& sweep, int64_t begin, int count,
-                   Scratch<T>& scratch) {
-  using Number = decltype(at.of(block.scale));
+// The teachers whose exponentials were kept and weigh in a line's gradient.
+template <typename T, typename Number>
+struct KeptTeachers {
   const T* exps[kMaxTeachers];
   Number factor[kMaxTeachers], weight[kMaxTeachers];
   int used = 0;
-  for (int k = 0; k < args.teachers; ++k) {
-    weight[used] = at.of(block.teacher[k].weight);
-    if (!any_of(weight[used] != 0)) continue;
-    const Number max = offset_of(at.of(block.teacher_state[k].max));
-    const T late = catch_up(scratch.teacher_max_at(k, at.line, begin), max, sweep.inv_t);
-    factor[used] = at.of(block.teacher[k].factor) * late;
-    exps[used++] = scratch.teacher_exps(k, at.line, begin);
-  }
-  constexpr int kL = kLanes<T>;
-  for (int i = 0; i < count; i += 4 * kL) {
-    Vec<T> a{}, b{}, c{}, d{};
-    for (int k = 0; k < used; ++k) {
-      const T* e = exps[k] + i;
-      a += if_used<T>(weight[k], factor[k] * load(e));
-      b += if_used<T>(weight[k], factor[k] * load(e + kL));
-      c += if_used<T>(weight[k], factor[k] * load(e + 2 * kL));
-      d += if_used<T>(weight[k], factor[k] * load(e + 3 * kL));
+
+  template <typename At>
+  KeptTeachers(const KDArgs<T>& args, const Block<T>& block, At at, T inv_t, int64_t begin, Scratch<T>& scratch) {
+    for (int k = 0; k < args.teachers; ++k) {
+      weight[used] = at.of(block.teacher[k].weight);
+      if (!any_of(weight[used] != 0)) continue;
+      const Number max = offset_of(at.of(block.teacher_state[k].max));
+      factor[used] = at.of(block.teacher[k].factor) * catch_up(scratch.teacher_max_at(k, at.line, begin), max, inv_t);
+      exps[used++] = scratch.teacher_exps(k, at.line, begin);
     }
-    T* share = scratch.share.values + i;
-    store(share, a), store(share + kL, b), store(share + 2 * kL, c), store(share + 3 * kL, d);
   }
+};
+
+// The gradient of a tile from kept exponentials (forward KL and dkd), `count` numbers to `to`: four registers pass
+// by the teachers at a time.
+template <typename T, AtOne kAtOne, typename At>
+void gradient_of_kept(const KDArgs<T>& args, const Block<T>& block, At at, const Sweep<T>& sweep, int64_t begin,
+                      int count, Scratch<T>& scratch, T* to) {
+  using Number = decltype(at.of(block.scale));
+  constexpr int kL = kLanes<T>;
+  const StudentNumbers<T>& g = block.student;
+  const KeptTeachers<T, Number> teachers(args, block, at, sweep.inv_t, begin, scratch);
+  const Number soft = at.of(g.soft), hard = at.of(g.hard), constant = at.of(g.constant), used = at.of(g.used),
+               max = offset_of(at.of(block.student_state.max));
+  const T late = catch_up(scratch.student_max_at(at.line, begin), max, sweep.inv_t);
+  const T* exps = scratch.student_exps(at.line, begin);
+  const T* s = nullptr;
+  if constexpr (kAtOne == AtOne::own) {
+    T* copy = scratch.widened(0);  // padded to whole groups, as the exponentials are
+    s = read_line(args.student, block, at, begin, count, copy, kEveryRow);
+    if (s != copy) std::copy_n(s, count, copy);
+    s = copy;
+  }
+
+  const auto gradient = [&]<int N>(int i, Bundle<T, N> share) {
+    for (int k = 0; k < teachers.used; ++k) {
+      const auto used = [&](Vec<T> x) { return if_used<T>(teachers.weight[k], x); };
+      share = share + each(used, load_bundle<N>(teachers.exps[k] + i) * teachers.factor[k]);
+    }
+    const Bundle<T, N> e = load_bundle<N>(exps + i) * late, soft_part = e * soft - share;
+    if constexpr (kAtOne == AtOne::unused) return each([&](Vec<T> x) { return if_used<T>(used, x); }, soft_part);
+    const Bundle<T, N> x = kAtOne == AtOne::own ? load_bundle<N>(s + i) - max : e;
+    return soft_part + exp_at_one<kAtOne>(e, x) * hard + constant;
+  };
+  int i = 0;
+  for (; i + 4 * kL <= count; i += 4 * kL) store(to + i, gradient(i, Bundle<T, 4>{}));
+  for (; i < count; i += kL) store_part(to + i, gradient(i, Bundle<T, 1>{}).of[0], std::min(kL, count - i));
 }
 
 // share += factor·e^{(t−max)/τ} (forward KL), or weight·log p (reverse KL, where −inf counts as 0: see
@@ -52,15 +76,18 @@ void add_share(const Vectors<T>& tile, const KDArgs<T>& args, const Block<T>& bl
   const auto max = offset_of(at.of(block.teacher_state[k].max)), weight = at.of(teacher.weight);
   if (args.divergence != Divergence::reverse_kl) {
     const auto factor = at.of(teacher.factor);
-    for_each_vector(tile, false, [&](int i, Vec<T> x, auto) {
-      store(share + i, load(share + i) + if_used<T>(weight, factor * sweep.exp(x - max)));
+    const auto used = [&](Vec<T> x) { return if_used<T>(weight, x); };
+    for_each_vector(tile, false, [&](int i, auto x, auto) {
+      store(share + i, load_bundle<x.size>(share + i) + each(used, sweep.exp(x - max) * factor));
     });
   } else {
     const auto log_sum = at.of(teacher.log_sum);
-    for_each_vector(tile, false, [&](int i, Vec<T> x, auto) {
-      const Vec<T> scaled = (x - max) * sweep.inv_t;
+    const auto weighted = [&](Vec<T> scaled) {
       const Vec<T> log_p = scaled == -infinity<T>() ? Vec<T>{} : scaled - log_sum;
-      store(share + i, load(share + i) + if_used<T>(weight, weight * log_p));
+      return if_used<T>(weight, weight * log_p);
+    };
+    for_each_vector(tile, false, [&](int i, auto x, auto) {
+      store(share + i, load_bundle<x.size>(share + i) + each(weighted, (x - max) * sweep.inv_t));
     });
   }
 }
@@ -69,7 +96,6 @@ void add_share(const Vectors<T>& tile, const KDArgs<T>& args, const Block<T>& bl
 template <typename T, typename At>
 void share_of_teachers(const KDArgs<T>& args, const Block<T>& block, At at, const Sweep<T>& sweep, int64_t begin,
                        int count, Scratch<T>& scratch) {
-  if (scratch.keeps()) return share_of_kept(args, block, at, sweep, begin, count, scratch);
   const bool elementwise = is_elementwise(args.divergence);
   if (elementwise) student_tile(args, block, at, sweep, begin, count, scratch);
   T* share = scratch.share.values;
@@ -86,54 +112,56 @@ void share_of_teachers(const KDArgs<T>& args, const Block<T>& block, At at, cons
   }
 }
 
+// The gradient of a tile from the logits, `count` numbers to `to`.
 template <typename T, AtOne kAtOne, typename At>
-void student_gradient(const KDArgs<T>& args, const Block<T>& block, At at, const Sweep<T>& sweep, int64_t begin,
-                      int count, Scratch<T>& scratch) {
+void gradient_of_logits(const KDArgs<T>& args, const Block<T>& block, At at, const Sweep<T>& sweep, int64_t begin,
+                        int count, Scratch<T>& scratch, T* to) {
+  share_of_teachers(args, block, at, sweep, begin, count, scratch);
   const StudentNumbers<T>& g = block.student;
   const auto soft = at.of(g.soft), hard = at.of(g.hard), constant = at.of(g.constant), mean = at.of(g.mean_divergence),
              total_weight = at.of(g.total_weight), log_sum = at.of(g.log_sum), used = at.of(g.used);
+  const auto max = offset_of(at.of(block.student_state.max));
   const T* share = scratch.share.values;
-  T* out = scratch.out.values;
   const bool reverse = args.divergence == Divergence::reverse_kl;
-  auto put = [&](int i, Vec<T> x, Vec<T> e, Vec<T> log_q) {
+  const T* s = read_line(args.student, block, at, begin, count, scratch.widened(0), kEveryRow);
+  const auto put = [&](int i, Vec<T> x, Vec<T> e, Vec<T> e1) {
+    const Vec<T> scaled = x * sweep.inv_t, log_q = scaled == -infinity<T>() ? Vec<T>{} : scaled - log_sum;
     Vec<T> gradient = reverse ? soft * e * (total_weight * log_q - load(share + i) - mean) : soft * e - load(share + i);
     if constexpr (kAtOne == AtOne::unused)
       gradient = if_used<T>(used, gradient);
     else
-      gradient += hard * exp_at_one<T, kAtOne>(e, x) + constant;
-    store(out + i, gradient);
+      gradient += hard * e1 + constant;
+    store_part(to + i, gradient, std::min(kLanes<T>, count - i));
   };
-  const auto max = offset_of(at.of(block.student_state.max));
-  const bool needs_logits = reverse || kAtOne == AtOne::own;
-  if (scratch.keeps() && !needs_logits) {
-    const T* exps = scratch.student_exps(at.line, begin);
-    const T late = catch_up(scratch.student_max_at(at.line, begin), max, sweep.inv_t);
-    for (int i = 0; i < count; i += kLanes<T>) put(i, Vec<T>{}, load(exps + i) * late, Vec<T>{});
-    return;
-  }
-  const T* s = read_line(args.student, block, at, begin, count, scratch.widened(0), kEveryRow);
-  for_each_vector(Vectors<T>(s, count), false, [&](int i, Vec<T> x, auto) {
-    x -= max;
-    const Vec<T> scaled = x * sweep.inv_t;
-    const Vec<T> log_q = scaled == -infinity<T>() ? Vec<T>{} : scaled - log_sum;
-    put(i, x, sweep.exp(x), log_q);
+  for_each_vector(Vectors<T>(s, count), false, [&](int i, auto x, auto) {
+    const auto shifted = x - max, e = sweep.exp(shifted), e1 = exp_at_one<kAtOne>(e, shifted);
+    for (int v = 0; v < x.size; ++v) put(i + v * kLanes<T>, shifted.of[v], e.of[v], e1.of[v]);
   });
+}
+
+template <typename T, AtOne kAtOne, typename At>
+void student_gradient(const KDArgs<T>& args, const Block<T>& block, At at, const Sweep<T>& sweep, int64_t begin,
+                      int count, Scratch<T>& scratch, T* to) {
+  if (scratch.keeps())
+    gradient_of_kept<T, kAtOne>(args, block, at, sweep, begin, count, scratch, to);
+  else
+    gradient_of_logits<T, kAtOne>(args, block, at, sweep, begin, count, scratch, to);
 }
 
 template <typename T, typename At>
 void student_gradient(const KDArgs<T>& args, const Block<T>& block, At at, const Sweep<T>& sweep, int64_t begin,
-                      int count, Scratch<T>& scratch) {
+                      int count, Scratch<T>& scratch, T* to) {
   switch (sweep.student_at_one) {
     case AtOne::unused:
-      return student_gradient<T, AtOne::unused>(args, block, at, sweep, begin, count, scratch);
+      return student_gradient<T, AtOne::unused>(args, block, at, sweep, begin, count, scratch, to);
     case AtOne::same:
-      return student_gradient<T, AtOne::same>(args, block, at, sweep, begin, count, scratch);
+      return student_gradient<T, AtOne::same>(args, block, at, sweep, begin, count, scratch, to);
     case AtOne::square:
-      return student_gradient<T, AtOne::square>(args, block, at, sweep, begin, count, scratch);
+      return student_gradient<T, AtOne::square>(args, block, at, sweep, begin, count, scratch, to);
     case AtOne::fourth:
-      return student_gradient<T, AtOne::fourth>(args, block, at, sweep, begin, count, scratch);
+      return student_gradient<T, AtOne::fourth>(args, block, at, sweep, begin, count, scratch, to);
     case AtOne::own:
-      return student_gradient<T, AtOne::own>(args, block, at, sweep, begin, count, scratch);
+      return student_gradient<T, AtOne::own>(args, block, at, sweep, begin, count, scratch, to);
   }
 }
 
@@ -146,24 +174,36 @@ void zero_line(const KDArgs<T>& args, const Block<T>& block, Across<T>, const Gr
   for (int row = 0; row < block.rows; ++row) zero_line(args, block, Along<T>{row}, gradient);
 }
 
+// Where a tile of the gradient may be put together at once, null if it must be moved or converted.
+template <typename T>
+T* in_place(const Gradient& gradient, const Block<T>& block, Along<T> at, int64_t begin) {
+  if (gradient.class_stride != 1 || gradient.dtype != kNative<T>) return nullptr;
+  return static_cast<T*>(gradient.data) + block.start(gradient, at.line) + begin;
+}
+template <typename T>
+T* in_place(const Gradient&, const Block<T>&, Across<T>, int64_t) {
+  return nullptr;
+}
+
 template <typename T>
 void write_student_gradient(const KDArgs<T>& args, const Block<T>& block, const Sweep<T>& sweep, Scratch<T>& scratch,
                             const Gradient& gradient) {
   const bool hard = args.ce_weight != 0, apart = args.divergence == Divergence::dkd;
-  T* out = scratch.out.values;
   for_each_line(block, scratch.across(), kEveryRow, [&](auto at) {
     if (!hard && !any_of(at.of(block.student.used) != 0)) return zero_line(args, block, at, gradient);
     for (int64_t begin = 0; begin < scratch.line(); begin += kTileColumns) {
       const int count = tile_count(scratch.line(), begin);
-      share_of_teachers(args, block, at, sweep, begin, count, scratch);
-      student_gradient(args, block, at, sweep, begin, count, scratch);
+      T* const there = in_place(gradient, block, at, begin);
+      T* const to = there && !scratch.streams ? there : scratch.out.values;
+      student_gradient(args, block, at, sweep, begin, count, scratch, to);
       if (hard || apart)
         for_each_place(block, at, block.target, begin, count,
-                       [&](int row, int64_t place) { out[place] -= block.student.label[row]; });
+                       [&](int row, int64_t place) { to[place] -= block.student.label[row]; });
+      if (to == there) continue;
       if (scratch.streams)
-        stream_tile(static_cast<T*>(gradient.data) + block.start(gradient, at.line) + begin, count, out);
+        stream_tile(there, count, to);
       else
-        write_line(gradient, block, at, begin, count, out);
+        write_line(gradient, block, at, begin, count, to);
     }
   });
 }
@@ -213,10 +253,10 @@ void teacher_gradient(const KDBackward<T>& args, const Block<T>& block, At at, i
     return teacher_elements(args, block, at, k, sweep, begin, count, scratch);
   }
   const T* s = read_line(args.student, block, at, begin, count, scratch.widened(0), used);
-  for_each_vector(Vectors<T>(s, count), false, [&](int i, Vec<T> x, auto) { store(ds_of + i, x - f.max_s); });
+  for_each_vector(Vectors<T>(s, count), false, [&](int i, auto x, auto) { store(ds_of + i, x - f.max_s); });
   const T* t = read_line(args.teacher[k], block, at, begin, count, scratch.widened(0), used);
-  for_each_vector(Vectors<T>(t, count), false, [&](int i, Vec<T> x_t, auto) {
-    const Vec<T> dt = x_t - f.max_t, ds = load(ds_of + i), p = f.to_p * sweep.exp(dt);
+  const auto put = [&](int i, Vec<T> dt, Vec<T> p) {
+    const Vec<T> ds = load(ds_of + i);
     Vec<T> gradient;
     if (args.divergence == Divergence::reverse_kl) {
       gradient = p - f.to_q * sweep.exp(ds);
@@ -227,6 +267,10 @@ void teacher_gradient(const KDBackward<T>& args, const Block<T>& block, At at, i
       gradient = p == 0 ? Vec<T>{} : p * (ratio - f.less);
     }
     store(out + i, if_used<T>(f.weight, f.scale * gradient));
+  };
+  for_each_vector(Vectors<T>(t, count), false, [&](int i, auto x, auto) {
+    const auto dt = x - f.max_t, p = sweep.exp(dt) * f.to_p;
+    for (int v = 0; v < x.size; ++v) put(i + v * kLanes<T>, dt.of[v], p.of[v]);
   });
   for_each_place(block, at, block.apart, begin, count, [&](int row, int64_t place) {
     if (used(row))

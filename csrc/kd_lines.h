@@ -89,16 +89,28 @@ template <typename T, typename Reads>
 void read_rows(const Logits& x, const Block<T>& block, int64_t first, int classes, T* to, Reads reads) {
   Tile<T> strip;
   const T* rows[kLanes<T>];
-  for (int r = 0; r < kLanes<T>; ++r)
-    rows[r] = r < block.rows && reads(r)
-                  ? read_tile(x, block.start(x, r), first, classes, strip.values + r * kStripClasses<T>)
-                  : nullptr;
+  int readable = 0;
+  for (int r = 0; r < kLanes<T>; ++r) {
+    const bool is_read = r < block.rows && reads(r);
+    T* const widened = strip.values + r * kStripClasses<T>;
+    rows[r] = is_read ? read_tile(x, block.start(x, r), first, classes, widened) : nullptr;
+    readable += is_read;
+  }
   for (int c = 0; c < classes; c += kLanes<T>) {
     const int count = std::min(kLanes<T>, classes - c);
     Vec<T> square[kLanes<T>];
-    for (int r = 0; r < kLanes<T>; ++r) square[r] = rows[r] ? load_part(rows[r] + c, count) : Vec<T>{};
+    if (readable == kLanes<T>)
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes<T>; ++r) square[r] = load_part(rows[r] + c, count);
+    else
+      for (int r = 0; r < kLanes<T>; ++r) square[r] = rows[r] ? load_part(rows[r] + c, count) : Vec<T>{};
     transpose<T>(square);
-    for (int i = 0; i < count; ++i) store(to + (c + i) * kLanes<T>, square[i]);
+    T* const column = to + c * kLanes<T>;
+    if (count == kLanes<T>)
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes<T>; ++i) store(column + i * kLanes<T>, square[i]);
+    else
+      for (int i = 0; i < count; ++i) store(column + i * kLanes<T>, square[i]);
   }
 }
 
@@ -123,15 +135,20 @@ template <typename T>
 void write_rows(const Gradient& to, const Block<T>& block, int64_t first, int classes, const T* from) {
   Tile<T> strip;
   const bool native = to.class_stride == 1 && to.dtype == kNative<T>;
+  T* rows[kLanes<T>];
+  for (int r = 0; r < block.rows; ++r)
+    rows[r] = native ? static_cast<T*>(to.data) + block.start(to, r) + first : strip.values + r * kStripClasses<T>;
   for (int c = 0; c < classes; c += kLanes<T>) {
     const int count = std::min(kLanes<T>, classes - c);
-    Vec<T> square[kLanes<T>]{};
-    for (int i = 0; i < count; ++i) square[i] = load(from + (c + i) * kLanes<T>);
+    Vec<T> square[kLanes<T>];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<T>; ++i) square[i] = load(from + (c + (i < count ? i : 0)) * kLanes<T>);
     transpose<T>(square);
-    for (int r = 0; r < block.rows; ++r)
-      store_part(
-          (native ? static_cast<T*>(to.data) + block.start(to, r) + first : strip.values + r * kStripClasses<T>)+c,
-          square[r], count);
+    if (block.rows == kLanes<T>)
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes<T>; ++r) store_part(rows[r] + c, square[r], count);
+    else
+      for (int r = 0; r < block.rows; ++r) store_part(rows[r] + c, square[r], count);
   }
   for (int r = 0; r < block.rows && !native; ++r)
     write_tile(to, block.start(to, r), first, classes, strip.values + r * kStripClasses<T>);

@@ -8,6 +8,8 @@ namespace MTKD_ISA {
 
 #include "vec.h"
 //
+#include "bundle.h"
+//
 #include "vec_math.h"
 //
 #include "row_formulas.h"
@@ -58,14 +60,14 @@ template <typename T>
 void start_teachers(const KDForward<T>& args, Block<T>& block) {
   block.skips_zero_weights = args.rule == WeightRule::given && args.skip_zero_weights;
   for (int k = 0; k < args.teachers; ++k) {
-    block.teacher_state[k] = {};
-    block.teacher[k] = {};
+    block.teacher_state[k].clear();
+    block.teacher[k].clear();
     if (args.kd_scale == 0) continue;
+    block.teacher[k].weight = splat(T(1) / args.teachers);
+    if (args.rule != WeightRule::given) continue;
     for (int row = 0; row < block.rows; ++row)
       block.teacher[k].weight[row] =
-          args.rule == WeightRule::given
-              ? args.weights[k * args.weights_teacher_stride + block.n[row] * args.weights_row_stride]
-              : T(1) / args.teachers;
+          args.weights[k * args.weights_teacher_stride + block.n[row] * args.weights_row_stride];
   }
 }
 

@@ -4,7 +4,7 @@
 constexpr int64_t kBlockBytes = 128 << 10;  // of a block of short rows
 constexpr int64_t kKeptBytes = 4 << 20;     // of a long row; past it, the exponentials are computed again
 constexpr int64_t kKeptShare = 8;           // and so they are if they took more than this part of the gradient's memory
-constexpr int64_t kShortRow = 32;  // classes up to which rows are worked on across (kd_block.h), wherever they lie
+constexpr int64_t kShortRow = 128;  // classes up to which rows are worked on across (kd_block.h), wherever they lie
 
 // Whether what a thread keeps of `rows` rows, beyond a block of short ones, is little beside their gradient.
 template <typename T>

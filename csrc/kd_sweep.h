@@ -9,8 +9,13 @@ struct Ahead {
   int bytes;       // an element
 
   Ahead of_row(int64_t start) const { return {from + start * bytes, bytes}; }
+  template <int kVectors>
   void prefetch(int i) const {
-    __builtin_prefetch(reinterpret_cast<const void*>(from + static_cast<int64_t>(i) * bytes), 0, 2);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t number = i + v * MTKD_VEC_BYTES / static_cast<int>(sizeof(float));
+      __builtin_prefetch(reinterpret_cast<const void*>(from + number * bytes), 0, 2);
+    }
   }
 };
 
@@ -25,21 +30,26 @@ Ahead ahead_of(const KDArgs<T>& args, const Logits& x, int rows, int64_t begin, 
   return {reinterpret_cast<uintptr_t>(x.data) + (tile < tiles ? tile * kTileColumns : in_next) * bytes, bytes};
 }
 
-// Calls step(at, vector, careful) for every vector of a tile. A vector needs care if it may hold −inf.
+// Calls step(at, bundle, careful) for all vectors of a tile. A vector needs care if it may hold −inf.
 template <typename T, typename Step>
-inline void for_each_vector(const Vectors<T>& x, bool careful, Step step) {
-  if (careful)
-    for (int i = 0; i < x.whole; i += kLanes<T>) step(i, load(x.values + i), std::true_type());
-  else
-    for (int i = 0; i < x.whole; i += kLanes<T>) step(i, load(x.values + i), std::false_type());
-  if (x.rest) step(x.whole, x.last, std::true_type());
+MTKD_INLINE void for_each_vector(const Vectors<T>& x, bool careful, Step step) {
+  constexpr int kTogether = kAbreast * kLanes<T>;
+  const T* const values = x.values;
+  const int whole = x.whole;
+  int i = 0;
+  if (!careful) {
+    for (; i + kTogether <= whole; i += kTogether) step(i, load_bundle<kAbreast>(values + i), std::false_type());
+    for (; i < whole; i += kLanes<T>) step(i, load_bundle<1>(values + i), std::false_type());
+  }
+  for (; i < whole + x.rest; i += kLanes<T>)
+    step(i, i < whole ? load_bundle<1>(values + i) : Bundle<T, 1>{x.last}, std::true_type());
 }
 
 // Calls body(part, at) for stretches of a line, which starts at number `at` of it. Sums of stretches are summed: a
 // class after the other, those of many would lose digits.
 template <typename T, typename Body>
 inline void for_each_part(const Vectors<T>& x, Body body) {
-  constexpr int kPart = 32 * kLanes<T>;
+  constexpr int kPart = 64 * kLanes<T>;
   Vectors<T> part = x;
   for (int at = 0; at == 0 || at < x.whole; at += kPart) {
     const bool last = x.whole - at <= kPart;
@@ -50,50 +60,45 @@ inline void for_each_part(const Vectors<T>& x, Body body) {
   }
 }
 
-// One tensor's part of a tile: the block's lines, and the extremes of its rows. All rows' extremes come before anything
+// One tensor's part of a tile: the block's lines, and the maxima of its rows. All rows' maxima come before anything
 // that waits for them.
 template <typename T>
 struct TileLines {
-  int64_t start[kLanes<T>] = {};  // where a row begins
+  int64_t start[kLanes<T>];  // where a row begins
   Vectors<T> line[kLanes<T>];
-  Lanes<T> max, min;  // along: of whole vectors only; NaN is not seen
+  Lanes<T> max;  // NaN is not seen
 
   template <typename Reads>
   TileLines(const Logits& x, const Block<T>& block, int64_t begin, int count, Scratch<T>& scratch, Reads reads) {
-    max = min = splat(-infinity<T>());
-    if (scratch.across()) {
-      const int numbers = count * kLanes<T>;
-      line[0].fill(read_line(x, block, Across<T>(), begin, numbers, scratch.widened(0), reads), numbers);
-      find_extremes(Across<T>());
-      return;
-    }
-    for (int r = 0; r < block.rows; ++r) {
-      if (!reads(r)) continue;
+    const bool across = scratch.across();
+    const int numbers = across ? count * kLanes<T> : count;
+    Gathered<T> maxima(block, across, reads, -infinity<T>());
+    for_each_line(block, across, reads, [&](auto at) {
+      const int r = at.line;
       start[r] = block.start(x, r);
-      line[r].fill(read_line(x, block, Along<T>{r}, begin, count, scratch.widened(r), reads), count);
-    }
-    for (int r = 0; r < block.rows; ++r)
-      if (reads(r)) find_extremes(Along<T>{r});
+      line[r].fill(read_line(x, block, at, begin, numbers, scratch.widened(r), reads), numbers);
+      maxima.of[r] = largest(line[r]);
+    });
+    max = maxima.largest_of_rows();
   }
 
  private:
-  template <typename At>
-  void find_extremes(At at) {
-    const Vectors<T>& x = line[at.line];
-    Vec<T> high = splat(-infinity<T>()), low = splat(infinity<T>());
-    for (int i = 0; i < x.whole; i += kLanes<T>) {
-      const Vec<T> v = load(x.values + i);
-      high = v > high ? v : high;
-      low = v < low ? v : low;
-    }
-    if (x.rest) high = x.last > high ? x.last : high;
-    if constexpr (kIsAcross<T, At>) {
-      max = high;
-      min = low;
-    } else {
-      max[at.line] = max_of<T>(high);
-      min[at.line] = -max_of<T>(-low);
-    }
+  // Of whole vectors, in four chains: one would wait for every comparison.
+  static Vec<T> largest(const Vectors<T>& x) {
+    constexpr int kL = kLanes<T>;
+    Vec<T> high[4];
+    for (Vec<T>& h : high) h = splat(-infinity<T>());
+    const auto raise = [&](Vec<T>& h, Vec<T> v) { h = v > h ? v : h; };
+    int i = 0;
+    for (; i + 4 * kL <= x.whole; i += 4 * kL)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) raise(high[j], load(x.values + i + j * kL));
+    for (; i < x.whole; i += kL) raise(high[0], load(x.values + i));
+    if (x.rest) raise(high[1], x.last);
+    raise(high[0], high[1]);
+    raise(high[2], high[3]);
+    raise(high[0], high[2]);
+    return high[0];
   }
 };
 
@@ -102,7 +107,7 @@ struct TileLines {
 template <typename T>
 Raise<T> prepare(States<T>& states, const Lanes<T>& tile_max, int64_t begin, int64_t before, T inv_t) {
   if (begin == 0) {
-    states = {};
+    states.clear();
     states.max = tile_max.all();
   }
   if (begin == 0 || !(tile_max[0] > states.max[0])) return {};
@@ -156,8 +161,9 @@ void absorb_student(const KDArgs<T>& args, Block<T>& block, const Sweep<T>& swee
   block.student_tile.raise = prepare(states, tile.max, begin, begin - block.apart_in(0, 0, begin), sweep.inv_t);
   Lanes<T> offset;
   offset = offset_of(states.max.all());
-  block.student_tile.lowest = tile.min.all() - offset.all();
   const Ahead next = ahead_of(args, args.student, block.rows, begin, scratch.across());
+  const bool across = scratch.across();
+  Gathered<T> sums(block, across, kEveryRow), sums1(block, across, kEveryRow);
 
   for_each_line(block, scratch.across(), kEveryRow, [&](auto at) {
     const int line = at.line;
@@ -167,112 +173,153 @@ void absorb_student(const KDArgs<T>& args, Block<T>& block, const Sweep<T>& swee
     T* shifted = scratch.shifted(line);
     T* exps = scratch.student_exps(line, begin);
     scratch.student_max_at(line, begin) = states.max[line];
-    Vec<T> sums{}, sums1{}, total{};
+    const TemperedExp<T> exp = sweep.exp;
+    const int whole = s.whole;
+    Vec<T> all{}, all1{}, total{};
     for_each_part(s, [&](const Vectors<T>& part, int from) {
       Vec<T> sum{}, sum1{};
-      for_each_vector(part, false, [&](int i, Vec<T> x, auto) {
+      for_each_vector(part, false, [=, &sum, &sum1, &total](int i, auto x, auto) {
         i += from;
-        ahead.prefetch(i);
-        x -= max;
-        const Vec<T> e = sweep.exp(x);
-        store(shifted + i, x);
+        ahead.prefetch<x.size>(i);
+        const auto shift = x - max, e = exp(shift);
+        store(shifted + i, shift);
         store(exps + i, e);
-        sum += e;
+        add_to(sum, e);
         if constexpr (kAtOne != AtOne::unused) {
-          sum1 += exp_at_one<T, kAtOne>(e, x);
-          if (i < s.whole) total += x;
+          add_to(sum1, exp_at_one<kAtOne>(e, shift));
+          if (i < whole) add_to(total, shift);
         }
       });
-      sums += sum;
-      sums1 += sum1;
+      all += sum;
+      all1 += sum1;
     });
-    at.add(states.sum, sums);
+    sums.of[line] = all;
+    sums1.of[line] = all1;
     if constexpr (kAtOne != AtOne::unused) {
-      at.add(states.sum1, sums1);
       add_total(states.total, block, at, s, begin, total, max);
       for_each_place(block, at, block.target, begin, s.whole + s.rest,
                      [&](int row, int64_t place) { states.label[row] = s.values[place]; });
     }
   });
+  states.sum = states.sum.all() + sums.sum_of_rows();
+  if constexpr (kAtOne != AtOne::unused) states.sum1 = states.sum1.all() + sums1.sum_of_rows();
 }
 
-// e·ratio, and +inf for a ratio of +inf even if e underflowed to 0.
+// cross_term of row_stats.h for every element, where x − y, shifted both, is e's ratio. Careless ones are not finite
+// where a logit is −inf.
+template <typename T, int N>
+MTKD_INLINE Bundle<T, N> cross_terms(const Bundle<T, N>& dx, const Bundle<T, N>& e, const Bundle<T, N>& dy,
+                                     std::false_type) {
+  return e * (dx - dy);
+}
+template <typename T, int N>
+MTKD_INLINE Bundle<T, N> cross_terms(const Bundle<T, N>& dx, const Bundle<T, N>& e, const Bundle<T, N>& dy,
+                                     std::true_type) {
+  const auto term = [](Vec<T> dx, Vec<T> e, Vec<T> dy) {
+    const Vec<T> ratio = dx - dy, product = ratio == infinity<T>() ? ratio : e * ratio;
+    return dx == -infinity<T>() ? Vec<T>{} : product;
+  };
+  return each(term, dx, e, dy);
+}
+
+// What a line of a teacher's tile adds to its row's state, a part in each lane.
 template <typename T>
-inline Vec<T> infinite_or_product(Vec<T> e, Vec<T> ratio) {
-  return ratio == infinity<T>() ? ratio : e * ratio;
+struct TeacherSums {
+  Vec<T> sum{}, sum1{}, dot1{}, cross{};
+
+  void operator+=(const TeacherSums& more) {
+    sum += more.sum;
+    sum1 += more.sum1;
+    dot1 += more.dot1;
+    cross += more.cross;
+  }
+};
+
+// The exponentials of a line and its sums.
+template <typename T, Expectation kExpectation, AtOne kAtOne, bool kEntropy, typename Max>
+MTKD_INLINE TeacherSums<T> teacher_sums(const Vectors<T>& t, Max max, const T* student_shifted, const T* student_exps,
+                                        TemperedExp<T> exp, Ahead ahead, bool careful, T* exps) {
+  constexpr bool kForward = kExpectation == Expectation::teacher;
+  TeacherSums<T> sums;
+  for_each_part(t, [&](const Vectors<T>& part, int from) {
+    TeacherSums<T> of;
+    // By value: a store may write to whatever is referred to.
+    for_each_vector(part, careful, [=, &of](int i, auto x, auto careful) {
+      i += from;
+      ahead.prefetch<x.size>(i);
+      const auto dt = x - max, e = exp(dt);
+      store(exps + i, e);
+      add_to(of.sum, e);
+      if constexpr (kExpectation != Expectation::none) {
+        const auto ds = load_bundle<x.size>(student_shifted + i);
+        if constexpr (kForward)
+          add_to(of.cross, cross_terms(dt, e, ds, careful));
+        else
+          add_to(of.cross, cross_terms(ds, load_bundle<x.size>(student_exps + i), dt, careful));
+      }
+      if constexpr (kAtOne != AtOne::unused) {
+        const auto e1 = exp_at_one<kAtOne>(e, dt);
+        add_to(of.sum1, e1);
+        if constexpr (kEntropy)
+          add_to(of.dot1, each([](Vec<T> e, Vec<T> d) { return d == -infinity<T>() ? Vec<T>{} : e * d; }, e1, dt));
+      }
+    });
+    sums += of;
+  });
+  return sums;
 }
 
 // A tile of teacher k, and the cross sum with the student's.
 template <typename T, Expectation kExpectation, AtOne kAtOne, bool kEntropy>
 void absorb_teacher(const KDArgs<T>& args, Block<T>& block, int k, const Sweep<T>& sweep, int64_t begin, int count,
                     Scratch<T>& scratch) {
-  constexpr bool kForward = kExpectation == Expectation::teacher;
   const auto reads = [&](int row) { return block.reads(k, row); };
   if (!block.reads_some(k)) return;
+  const bool across = scratch.across();
   const TileLines<T> tile(args.teacher[k], block, begin, count, scratch, reads);
   States<T>& states = block.teacher_state[k];
   const StudentTile<T>& student = block.student_tile;
   const T sum_before = states.sum[0];
   const Raise<T> raise = prepare(states, tile.max, begin, begin, sweep.inv_t);
   if (begin > 0 && kExpectation != Expectation::none)
-    states.cross[0] = kForward ? raise_cross(states.cross[0], sum_before, raise, student.raise)
-                               : raise_cross(states.cross[0], student.sum_before, student.raise, raise);
+    states.cross[0] = kExpectation == Expectation::teacher
+                          ? raise_cross(states.cross[0], sum_before, raise, student.raise)
+                          : raise_cross(states.cross[0], student.sum_before, student.raise, raise);
   Lanes<T> offset;
   offset = offset_of(states.max.all());
-  const Vec<T> lowest = tile.min.all() - offset.all(), lowest_s = student.lowest.all();
-  Lanes<T> lower;  // of both
-  lower = lowest < lowest_s ? lowest : lowest_s;
-  const Ahead next = ahead_of(args, args.teacher[k], block.rows, begin, scratch.across());
+  const Ahead next = ahead_of(args, args.teacher[k], block.rows, begin, across);
+  Gathered<T> sum(block, across, reads), sum1(block, across, reads), dot1(block, across, reads),
+      cross(block, across, reads);
 
-  for_each_line(block, scratch.across(), reads, [&](auto at) {
-    const int line = at.line;
-    const Vectors<T>& t = tile.line[line];
-    const Ahead ahead = next.of_row(tile.start[line]);
-    const auto max = at.of(offset);
-    const T* student_shifted = scratch.shifted(line);
-    const T* student_exps = scratch.student_exps(line, begin);
-    T* exps = scratch.teacher_exps(k, line, begin);
-    scratch.teacher_max_at(k, line, begin) = states.max[line];
-    const bool careful = any_of(at.of(lower) == -infinity<T>());
-    Vec<T> sums{}, sums1{}, dots1{}, crosses{};
-    for_each_part(t, [&](const Vectors<T>& part, int from) {
-      Vec<T> sum{}, sum1{}, dot1{}, crossed{};
-      for_each_vector(part, careful, [&](int i, Vec<T> dt, auto careful) {
-        i += from;
-        ahead.prefetch(i);
-        dt -= max;
-        const Vec<T> ds = load(student_shifted + i);
-        const Vec<T> e = sweep.exp(dt);
-        store(exps + i, e);
-        sum += e;
-        // cross_term of row_stats.h, a vector at a time
-        if constexpr (kExpectation != Expectation::none) {
-          const Vec<T> e_x = kForward ? e : load(student_exps + i), ratio = kForward ? dt - ds : ds - dt;
-          if constexpr (careful)
-            crossed += (kForward ? dt : ds) == -infinity<T>() ? Vec<T>{} : infinite_or_product<T>(e_x, ratio);
-          else
-            crossed += e_x * ratio;
-        }
-        if constexpr (kAtOne != AtOne::unused) {
-          const Vec<T> e1 = exp_at_one<T, kAtOne>(e, dt);
-          sum1 += e1;
-          if constexpr (kEntropy) dot1 += dt == -infinity<T>() ? Vec<T>{} : e1 * dt;
-        }
-      });
-      sums += sum;
-      sums1 += sum1;
-      dots1 += dot1;
-      crosses += crossed;
+  const auto sweep_lines = [&](bool careful) {
+    for_each_line(block, across, reads, [&](auto at) {
+      const int line = at.line;
+      const Ahead ahead = next.of_row(tile.start[line]);
+      scratch.teacher_max_at(k, line, begin) = states.max[line];
+      const TeacherSums<T> of = teacher_sums<T, kExpectation, kAtOne, kEntropy>(
+          tile.line[line], at.of(offset), scratch.shifted(line), scratch.student_exps(line, begin), sweep.exp, ahead,
+          careful, scratch.teacher_exps(k, line, begin));
+      sum.of[line] = of.sum;
+      sum1.of[line] = of.sum1;
+      dot1.of[line] = of.dot1;
+      cross.of[line] = of.cross;
+      if constexpr (kAtOne != AtOne::unused)
+        for_each_place(block, at, block.target, begin, tile.line[line].whole + tile.line[line].rest,
+                       [&](int row, int64_t place) { states.label[row] = tile.line[line].values[place]; });
     });
-    at.add(states.sum, sums);
-    at.add(states.cross, crosses);
-    if constexpr (kAtOne != AtOne::unused) {
-      at.add(states.sum1, sums1);
-      for_each_place(block, at, block.target, begin, t.whole + t.rest,
-                     [&](int row, int64_t place) { states.label[row] = t.values[place]; });
+  };
+  sweep_lines(false);
+  if constexpr (kExpectation != Expectation::none) {
+    Vec<T> crossed = cross.sum_of_rows();
+    if (any_of(crossed - crossed != 0)) {
+      sweep_lines(true);
+      crossed = cross.sum_of_rows();
     }
-    if constexpr (kEntropy) at.add(states.dot1, dots1);
-  });
+    states.cross = states.cross.all() + crossed;
+  }
+  states.sum = states.sum.all() + sum.sum_of_rows();
+  if constexpr (kAtOne != AtOne::unused) states.sum1 = states.sum1.all() + sum1.sum_of_rows();
+  if constexpr (kEntropy) states.dot1 = states.dot1.all() + dot1.sum_of_rows();
 }
 
 template <typename T>

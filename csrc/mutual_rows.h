@@ -9,6 +9,8 @@ namespace MTKD_ISA {
 
 #include "vec.h"
 //
+#include "bundle.h"
+//
 #include "vec_math.h"
 //
 #include "row_formulas.h"

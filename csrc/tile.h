@@ -91,16 +91,18 @@ int64_t row_start(const Tensor& x, int64_t n, int64_t inner) {
   return n / inner * x.outer_stride + n % inner * x.inner_stride;
 }
 
+template <typename T>
+void widen_tile(const Logits& x, int64_t row, int64_t begin, int count, T* to) {
+  if (x.class_stride == 1) return widen(x.data, x.dtype, row + begin, count, to);
+  for (int i = 0; i < count; ++i) to[i] = widen_one<T>(x.data, x.dtype, row + (begin + i) * x.class_stride);
+}
+
 // Columns [begin, begin + count) of the row that starts at element `row`: where they stand, if they can be read there,
 // else widened to `to`.
 template <typename T>
-const T* read_tile(const Logits& x, int64_t row, int64_t begin, int count, T* to) {
-  if (x.class_stride == 1) {
-    if (x.dtype == kNative<T>) return static_cast<const T*>(x.data) + row + begin;
-    widen(x.data, x.dtype, row + begin, count, to);
-  } else {
-    for (int i = 0; i < count; ++i) to[i] = widen_one<T>(x.data, x.dtype, row + (begin + i) * x.class_stride);
-  }
+inline const T* read_tile(const Logits& x, int64_t row, int64_t begin, int count, T* to) {
+  if (x.class_stride == 1 && x.dtype == kNative<T>) return static_cast<const T*>(x.data) + row + begin;
+  widen_tile(x, row, begin, count, to);
   return to;
 }
 

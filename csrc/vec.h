@@ -1,6 +1,9 @@
 // One SIMD register of floats or doubles in GNU vector types, in whatever instruction set is being compiled: included
 // once per set by instruction_sets.h, inside namespace mtkd_fast::MTKD_ISA, so there is no include guard.
 
+// What the loops over the columns are made of: a call in them would spill every register.
+#define MTKD_INLINE inline __attribute__((always_inline))
+
 template <typename T>
 struct VecTypes;
 template <>
@@ -173,6 +176,24 @@ inline double max_of<double>(Vec<double> x) {
 }
 #endif
 
+// Lane r of the result joins all lanes of x[r]: each pass halves both the registers and the lanes of a row.
+template <typename T, typename Both>
+inline Vec<T> join_rows(const Vec<T> (&x)[kLanes<T>], Both both) {
+  Vec<T> y[kLanes<T>];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<T>; ++i) y[i] = x[i];
+#pragma GCC unroll 4
+  for (int half = kLanes<T> / 2; half > 0; half /= 2) {
+    Integers<T> low{};  // of both registers, the lower half of the lanes of every row
+    for (int i = 0; i < kLanes<T>; ++i) low[i] = i / (2 * half) * (2 * half) + i % half + (i / half % 2) * kLanes<T>;
+    const Integers<T> high = low + half;
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i)
+      y[i] = both(__builtin_shuffle(y[i], y[i + half], low), __builtin_shuffle(y[i], y[i + half], high));
+  }
+  return y[0];
+}
+
 template <typename T>
 struct SumOfLanes {
   T operator()(Vec<T> x) const { return sum_of<T>(x); }
@@ -181,7 +202,13 @@ struct SumOfLanes {
 inline bool any_of(bool x) { return x; }
 template <typename Mask>
 inline bool any_of(Mask x) {  // of the lanes of a comparison
+#if MTKD_VEC_BYTES == 64
+  return _mm512_test_epi32_mask((__m512i)x, (__m512i)x) != 0;
+#elif MTKD_VEC_BYTES == 32
+  return !_mm256_testz_si256((__m256i)x, (__m256i)x);
+#else
   bool any = false;
   for (size_t i = 0; i < sizeof(x) / sizeof(x[0]); ++i) any |= x[i] != 0;
   return any;
+#endif
 }

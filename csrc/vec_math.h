@@ -4,9 +4,9 @@ constexpr long double kLog2E = 1.44269504088896340735992468100189L;
 constexpr double kLn2 = 0.693147180559945309417232121458;
 
 // 2^f on [−1/2, 1/2]. float: minimax of degree 6, 2e-9 relative; double: Taylor of degree 13, 4e-18.
-inline Vec<float> exp2_fraction(Vec<float> f) {
-  Vec<float> p = splat(1.5353362e-4f);
-  p = p * f + 1.3398875e-3f;
+template <int N>
+MTKD_INLINE Bundle<float, N> exp2_fraction(const Bundle<float, N>& f) {
+  Bundle<float, N> p = f * 1.5353362e-4f + 1.3398875e-3f;
   p = p * f + 9.6184369e-3f;
   p = p * f + 5.5503324e-2f;
   p = p * f + 2.4022648e-1f;
@@ -14,9 +14,10 @@ inline Vec<float> exp2_fraction(Vec<float> f) {
   return p * f + 1.0f;
 }
 
-inline Vec<double> exp2_fraction(Vec<double> f) {
-  const Vec<double> x = f * kLn2;
-  Vec<double> p = splat(1.0);
+template <int N>
+MTKD_INLINE Bundle<double, N> exp2_fraction(const Bundle<double, N>& f) {
+  const Bundle<double, N> x = f * kLn2;
+  Bundle<double, N> p = each([](Vec<double>) { return splat(1.0); }, f);
   for (int n = 13; n >= 1; --n) p = p * (x * (1.0 / n)) + 1.0;
   return p;
 }
@@ -36,23 +37,40 @@ struct FloatFormat<double> {
 
 // 2^y for y <= 0; below the smallest normal number 0; NaN stays NaN. 14 instructions. `low`: digits that y has no room
 // for; what they are is no matter where the result is 0.
-template <typename T, typename... Low>
-inline Vec<T> exp2_of(Vec<T> y, Low... low) {
+template <typename T, int N, typename... Low>
+MTKD_INLINE Bundle<T, N> exp2_of(const Bundle<T, N>& y, const Low&... low) {
   using F = FloatFormat<T>;
-  const Vec<T> shifted = y + F::round_magic;  // its low mantissa bits are the nearest integer
-  const Vec<T> fraction = ((y - (shifted - F::round_magic)) + ... + low);
-  const Vec<T> power = (Vec<T>)(((Bits<T>)shifted << F::mantissa_bits) + F::one);
-  const Vec<T> result = exp2_fraction(fraction) * power;
-  return y < F::smallest_exponent ? Vec<T>{} : result;
+  const Bundle<T, N> shifted = y + F::round_magic;  // its low mantissa bits are the nearest integer
+  const Bundle<T, N> fraction = ((y - (shifted - F::round_magic)) + ... + low);
+  const auto times_power = [](Vec<T> x, Vec<T> shifted, Vec<T> y) {
+    const Vec<T> power = (Vec<T>)(((Bits<T>)shifted << F::mantissa_bits) + F::one);
+    return y < F::smallest_exponent ? Vec<T>{} : x * power;
+  };
+  return each(times_power, exp2_fraction(fraction), shifted, y);
 }
 
 #if MTKD_VEC_BYTES == 64
-// AVX-512 rounds and scales by a power of two in an instruction each: 10 in all.
-template <>
-inline Vec<float> exp2_of<float>(Vec<float> y) {
-  const __mmask16 normal = _mm512_cmp_ps_mask(y, splat(FloatFormat<float>::smallest_exponent), _CMP_NLT_UQ);
-  const Vec<float> integer = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  return _mm512_maskz_scalef_ps(normal, exp2_fraction(y - integer), integer);
+// AVX-512 rounds to 16ths, looks their powers up in a register and scales by the whole part in an instruction each: of
+// 11 instructions 4 go to the multipliers, where the polynomial alone would send 6. 2^f on [−1/32, 1/32]: 1e-9
+// relative.
+template <int N>
+MTKD_INLINE Bundle<float, N> exp2_of(const Bundle<float, N>& y) {
+  const Vec<float> powers = {1.0f,       1.0442737f, 1.0905077f, 1.1387886f, 1.1892071f, 1.2418578f,
+                             1.2968396f, 1.3542556f, 1.4142135f, 1.4768262f, 1.5422108f, 1.6104903f,
+                             1.6817929f, 1.7562522f, 1.8340081f, 1.9152066f};  // 2^{i/16}
+  const auto round = [](Vec<float> y) -> Vec<float> {
+    return _mm512_roundscale_ps(y, (4 << 4) | _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  };
+  const auto power_of = [&](Vec<float> sixteenths) -> Vec<float> {  // the permutation reads the lowest 4 bits
+    return _mm512_permutexvar_ps((__m512i)(sixteenths + FloatFormat<float>::round_magic / 16), powers);
+  };
+  const auto scale = [](Vec<float> x, Vec<float> by, Vec<float> y) -> Vec<float> {  // by 2^floor(by)
+    const __mmask16 normal = _mm512_cmp_ps_mask(y, splat(FloatFormat<float>::smallest_exponent), _CMP_NLT_UQ);
+    return _mm512_maskz_scalef_ps(normal, x, by);
+  };
+  const Bundle<float, N> rounded = each(round, y), f = y - rounded, power = each(power_of, rounded);
+  const Bundle<float, N> series = (f * 5.5504109e-2f + 2.4022651e-1f) * f + 6.9314718e-1f;
+  return each(scale, series * (power * f) + power, rounded, y);
 }
 #endif
 
@@ -64,10 +82,12 @@ class TemperedExp {
   explicit TemperedExp(T temperature)
       : high_(static_cast<T>(kLog2E / temperature)), low_(static_cast<T>(kLog2E / temperature - high_)) {}
 
-  Vec<T> operator()(Vec<T> x) const {
-    if constexpr (std::is_same_v<T, double>) return exp2_of<T>(x * high_, x * low_);
-    return exp2_of<T>(x * high_);
+  template <int N>
+  MTKD_INLINE Bundle<T, N> operator()(const Bundle<T, N>& x) const {
+    if constexpr (std::is_same_v<T, double>) return exp2_of(x * high_, x * low_);
+    return exp2_of(x * high_);
   }
+  MTKD_INLINE Vec<T> operator()(Vec<T> x) const { return (*this)(Bundle<T, 1>{x}).of[0]; }
 
  private:
   T high_, low_;
