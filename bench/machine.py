@@ -13,11 +13,17 @@ import torch
 
 import mtkd_fast
 
+from . import rotation
+
+PACKAGES = (
+    "torch", "triton", "numpy", "liger_kernel", "flash-linear-attention", "quack-kernels", "torchdistill", "torchtune", "trl",
+)  # fmt: skip
 PYTHON = (sys.executable, *(["-P"] if getattr(sys.flags, "safe_path", False) else []))  # for children like ourselves
 
 
 def facts(device: str) -> dict:
     return {
+        "kind": device,
         "device": device_name(device),
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
@@ -25,7 +31,8 @@ def facts(device: str) -> dict:
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "triton", "numpy", "liger_kernel")},
+        "cache": rotation.cache_bytes(device),
+        "versions": {name: version(name) for name in PACKAGES},
         "cuda": torch.version.cuda if device == "cuda" else None,
         "mtkd_fast": mtkd_fast.__version__,
         "implementations": {name: found.note for name, found in mtkd_fast.implementations().items()},
@@ -39,9 +46,8 @@ def device_name(device: str) -> str:
 
 
 def slug(device: str) -> str:
-    """The device's name as a file name: nvidia-h200, cpu-amd-epyc."""
-    name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    return name if device == "cuda" else f"cpu-{name}"
+    """The device as a file name: cpu, nvidia-h200."""
+    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-") if device == "cuda" else "cpu"
 
 
 def cpu_model() -> str:
