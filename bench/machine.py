@@ -16,7 +16,8 @@ import mtkd_fast
 from . import rotation
 
 PACKAGES = (
-    "torch", "triton", "numpy", "liger_kernel", "flash-linear-attention", "quack-kernels", "torchdistill", "torchtune", "trl",
+    "torch", "triton", "numpy",
+    "liger_kernel", "flash-linear-attention", "quack-kernels", "torchdistill", "torchtune", "trl",
 )  # fmt: skip
 PYTHON = (sys.executable, *(["-P"] if getattr(sys.flags, "safe_path", False) else []))  # for children like ourselves
 

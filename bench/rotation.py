@@ -1,8 +1,8 @@
-"""Fresh inputs: a large case rotates through inputs of its own until none is left in the last cache; a small one is warm.
+"""Fresh inputs: a large case rotates through sets of them, so that none is in the last cache; a small one is warm.
 
 A batch of 256 rows of 100 classes comes out of the layer before it and lies in the cache when the loss begins; the
-logits of a language model do not. So what takes more than a quarter of the last cache is measured cold: between two uses
-of one set of inputs others of at least twice the cache go by.
+logits of a language model do not. So what takes more than a quarter of the last cache is measured cold: between two
+uses of one set of inputs others of at least twice the cache go by.
 """
 
 from collections.abc import Callable

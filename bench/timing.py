@@ -4,10 +4,10 @@ A sample is the mean time of one call over a batch of calls long enough for the 
 two CUDA events, so that a sample is the larger of the device's time and the host's; a replayed CUDA graph shows the
 device alone.
 
-There are 40 rounds. A contender that is cheap enough runs in each; one that would use up more than its share of the time
-runs in every second, fourth or eighth, hence at least 5 times, spread over the whole run. Ratios pair each sample of the
-one that ran less often with the median of the other's samples from the same stretch of rounds, and are the median of
-those: what disturbed a stretch disturbed both sides of its ratio.
+There are 40 rounds. A contender that is cheap enough runs in each; one that would use up more than its share of the
+time runs in every second, fourth or eighth, hence at least 5 times, spread over the whole run. Ratios pair each sample
+of the one that ran less often with the median of the other's samples from the same stretch of rounds, and are the
+median of those: what disturbed a stretch disturbed both sides of its ratio.
 """
 
 import gc

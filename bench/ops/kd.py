@@ -1,4 +1,4 @@
-"""The op kd: ce_weight · CE + τ² · mean over rows of Σ_k w_k D(p_k, q), student [N, C], K teachers [N, C], target [N]."""
+"""The op kd: ce_weight · CE + τ² · mean over rows of Σ_k w_k D(p_k, q); student and K teachers [N, C], target [N]."""
 
 import math
 from collections.abc import Callable

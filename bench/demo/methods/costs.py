@@ -11,7 +11,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ...correctness import WrongResult
+from ...gate import WrongResult
 from ...timing import Call, interleaved
 from ..training import one_thread
 from .eager import LOSSES
