@@ -1,4 +1,4 @@
-"""The op mixture: τ² · mean over rows of KL(Σ_k w_k p_k‖q), AMTML-KD's soft target; gradients to student and weights."""
+"""The op mixture: τ² · mean over rows of KL(Σ_k w_k p_k‖q), AMTML-KD's soft target, to student and weights."""
 
 from dataclasses import dataclass, replace
 from functools import partial
