@@ -60,6 +60,24 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def busy_seconds() -> float | None:
+    """Seconds of processors spent on others than this process, since the machine began; None where nobody counts."""
+    counted = Path("/proc/stat")
+    if not counted.exists():
+        return None
+    user, nice, system, _, _, irq, softirq, steal, *_ = map(int, counted.read_text().split("\n", 1)[0].split()[1:])
+    own = os.times()
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - own.user - own.system
+
+
+def share_of_others(busy_before: float | None, seconds: float) -> float | None:
+    """Of all processors' time in the last ``seconds``, the share that went to other processes."""
+    busy = busy_seconds()
+    if busy is None or busy_before is None:
+        return None
+    return max(0.0, busy - busy_before) / (seconds * (os.cpu_count() or 1))
+
+
 def version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

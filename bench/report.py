@@ -5,13 +5,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from . import page, plots, results
-from .contenders import COMPILE, COPY, EAGER
+from .contenders import COMPILE, COPY, EAGER, FLOOR
 from .results import title
 from .timing import median, spread
 from .verdicts import Verdict
 
 HEADER = ("case", "who", "ms", "±%", "in kernels", "vs eager", "vs compile", "of copy", "peak MB", "in units")
 HEADER_WORDS = 2
+MUCH = 0.05  # of the processors' time, for others than the benchmark
 
 PROTOCOL = (
     "Every contender is first held against a float64 oracle, loss and gradient; who is wrong is not timed.",
@@ -57,13 +58,14 @@ def row_of(cell: dict, name: str) -> list[str]:
     if "error" in entry:
         return [f"{name}: {entry['error'].splitlines()[0][:60]}", *["-"] * 8]
     kernels, peak = entry.get("kernel_seconds"), entry.get("peak_extra_bytes")
+    computes = entry["kind"] != FLOOR
     return [
         name,
         milliseconds(median(entry["seconds"])),
         f"{spread(entry['seconds']) * 100:.0f}",
         "-" if kernels is None else milliseconds(kernels),
-        *(_times(results.speedup(cell, name, baseline)) for baseline in (EAGER, COMPILE)),
-        _percent(results.share_of_floor(cell, name, COPY)),
+        *(_times(results.speedup(cell, name, baseline) if computes else None) for baseline in (EAGER, COMPILE)),
+        _percent(results.share_of_floor(cell, name, COPY) if computes else None),
         "-" if peak is None else f"{peak / 2**20:.2f}" if peak < 10 << 20 else f"{peak / 2**20:.0f}",
         "-" if peak is None else f"{peak / cell['gradient_bytes']:.1f}",
     ]
@@ -98,6 +100,15 @@ def busy(facts: dict) -> str:
     return f"\nNOTE: load average {load:.1f} on {cores} cores when the run began: other work disturbs these times"
 
 
+def disturbed(run: dict) -> list[str]:
+    """The cells in whose time the machine had much else to do."""
+    return [
+        f"disturbed: {title(cell)}: other work had {_percent(cell['others'])} of the processors"
+        for cell in run["cells"]
+        if (cell.get("others") or 0) > MUCH
+    ]
+
+
 def verdicts_of(run: dict) -> list[Verdict]:
     return [Verdict(**verdict) for verdict in run["verdicts"]]
 
@@ -126,10 +137,9 @@ def own_sentence(cell: dict) -> str:
 
 
 def omissions(run: dict) -> list[str]:
-    """Who did not take part, and what was left out."""
-    return [f"not here: {m['name']}: {m['why']}" for m in run["missing"]] + [
-        f"not measured: {what}" for what in run["dropped"]
-    ]
+    """Who did not take part, what was left out, and what is to be measured again."""
+    absent = [f"not here: {m['name']}: {m['why']}" for m in run["missing"]]
+    return absent + [f"not measured: {what}" for what in run["dropped"]] + disturbed(run)
 
 
 def text(run: dict) -> str:

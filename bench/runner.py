@@ -87,8 +87,10 @@ def measure(cell: Cell, device: str, effort: Effort) -> dict:
         for name, floor in floors(cell, device, len(sets)).items():
             entries[name] = {"kind": contenders.FLOOR}
             calls[name] = floor
+    began, busy = time.monotonic(), machine.busy_seconds()
     for name, samples in timing.interleaved(calls, device, effort.seconds).items():
         entries[name] |= samples._asdict()
+    others = machine.share_of_others(busy, time.monotonic() - began)
     if effort.kernels and of != GRAPH:
         for name, call in calls.items():
             n_calls = int(PROFILED_SECONDS / timing.median(entries[name]["seconds"]))
@@ -112,6 +114,7 @@ def measure(cell: Cell, device: str, effort: Effort) -> dict:
         "number_bytes": case.number_bytes,
         "minimal_bytes": minimal_bytes(cell),
         "input_sets": n_sets,
+        "others": others,
         "ours": ours,
         "strategy": case.strategy(ours, device, of != FORWARD),
         "contenders": entries,

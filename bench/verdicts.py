@@ -10,6 +10,7 @@ from . import grid, memory, results, timing
 from .contenders import COMPILE, COPY, EAGER, ONE_THREAD
 
 Measure = Callable[[dict], float | None]  # of a cell of the results; None: not measured there
+WORST = "worst"  # of the cells, where each of them must be within the bound
 MET, MISSED, PART, OPEN = "met", "missed", "met so far", "not measured"
 SHORT_SECONDS = 300e-6  # of torch.compile, below which a call is mostly the host's work
 THREAD_SCRATCH = 1 << 20  # bytes that a thread may keep for a block of rows, whatever N and C
@@ -48,9 +49,11 @@ class Verdict(NamedTuple):
         if self.number is None:
             return f"{self.state:>12}  {self.name}: {limit}"
         cells = f"{self.measured} cells" if self.measured == self.cells else f"{self.measured} of {self.cells} cells"
+        said = f"{self.state:>12}  {self.name}: {in_unit(self.number, self.unit)} ({self.over} of {cells}), {limit}; "
         return (
-            f"{self.state:>12}  {self.name}: {in_unit(self.number, self.unit)} ({self.over} of {cells}), {limit}; "
-            f"worst {in_unit(self.worst_number, self.unit)} at {self.worst}"
+            said
+            + (f"worst {in_unit(self.worst_number, self.unit)} " if self.over != WORST else "")
+            + f"at {self.worst}"
         )
 
 
@@ -152,16 +155,12 @@ def judge(target: Target, measured: dict[tuple, dict]) -> Verdict:
         number = target.measure(cell) if cell is not None else None
         if number is not None:
             found.append((number, results.title(cell)))
-    over = "every" if target.over is None else "geometric mean"
+    over = WORST if target.over is None else "geometric mean"
+    common = (target.bound, target.at_most, target.unit, over)
     if not found:
-        return Verdict(
-            target.name, OPEN, None, target.bound, target.at_most, target.unit, over, None, None, 0, expected
-        )
+        return Verdict(target.name, OPEN, None, *common, None, None, 0, expected)
     worst_number, worst = max(found) if target.at_most else min(found)
     number = worst_number if target.over is None else target.over([number for number, _ in found])
     passed = target.within(number)
     state = MISSED if not passed else MET if len(found) == expected else PART
-    return Verdict(
-        target.name, state, number, target.bound, target.at_most, target.unit, "worst" if target.over is None else over,
-        worst, worst_number, len(found), expected,
-    )  # fmt: skip
+    return Verdict(target.name, state, number, *common, worst, worst_number, len(found), expected)

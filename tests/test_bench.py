@@ -1,6 +1,8 @@
 """The benchmark: it times nothing that is wrong, its arithmetic is right, its memory is what was allocated."""
 
 import json
+import os
+import subprocess
 import sys
 import time
 from functools import partial
@@ -88,7 +90,7 @@ def test_a_planted_wrong_implementation_is_refused_and_fails_the_run(plant):
 
 def test_a_planted_slow_implementation_is_reported_slow_and_its_verdict_is_missed(plant, monkeypatch):
     def slow(student, teachers, target):
-        time.sleep(4e-3)
+        time.sleep(30e-3)
         return kd_op.loop(student, teachers, target, CONFIDENCE)
 
     cell = Cell(plant(slow), who=("eager", "ours"))
@@ -317,3 +319,15 @@ def test_the_inputs_for_the_sanitizer_run_on_the_cpu_too():
 
     few = [s for s in sanitize.SHAPES if s[1] <= 1000]
     assert len(list(sanitize.launches("cpu", few))) == 2 * len(few)
+
+
+def test_other_work_on_the_processors_is_seen():
+    before = machine.busy_seconds()
+    if before is None:
+        pytest.skip("Linux counts it")
+    child = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    time.sleep(0.5)
+    share = machine.share_of_others(before, 0.5)
+    child.kill()
+    child.wait()
+    assert 0.5 / os.cpu_count() < share

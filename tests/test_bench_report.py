@@ -229,3 +229,9 @@ def test_profile_writes_a_trace_with_our_op_in_it(tmp_path, capsys):
 def test_profiling_someone_unknown_is_refused_by_name(tmp_path, capsys):
     assert command.main(["profile", *OWN, "--who", "nobody", "--out", str(tmp_path)]) == 2
     assert "who must be of eager" in capsys.readouterr().err
+
+
+def test_a_disturbed_cell_is_named():
+    found = cell(CASES[0], eager=2.0, ours=1.0)
+    assert not report.disturbed(run_of(found | {"others": 0.01}))
+    assert "other work had 40% of the processors" in report.text(run_of(found | {"others": 0.4}))

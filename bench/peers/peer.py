@@ -47,5 +47,6 @@ class Peer(NamedTuple):
         try:
             importlib.import_module(self.imports or self.module)
         except Exception as error:  # whatever another package's import may raise
-            return f"{self.package} does not import here: {type(error).__name__}: {str(error).splitlines()[0]}"
+            said = str(error).strip().splitlines() or ["no reason given"]
+            return f"{self.package} does not import here: {type(error).__name__}: {said[0].strip()}"
         return None
