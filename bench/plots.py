@@ -57,21 +57,23 @@ def draw(run: dict, folder: Path, name: str) -> list[Path]:
 
 
 def main_cells(run: dict) -> list[dict]:
-    """Loss and gradient of the first objective of kd that the run has: what the pictures against K and C show."""
+    """What the pictures against K and C show: loss and gradient of the first objective of kd that the run has.
+
+    One cell a (C, K, dtype): of two batches the larger.
+    """
     cells = [cell for cell in run["cells"] if cell["op"] == "kd" and cell["of"] == BOTH]
-    return [cell for cell in cells if cell["objective"] == cells[0]["objective"]]
+    found: dict[tuple, dict] = {}
+    for cell in sorted(cells, key=lambda cell: cell["rows"]):
+        if cell["objective"] == cells[0]["objective"]:
+            found[cell["classes"], cell["teachers"], cell["dtype"]] = cell
+    return list(found.values())
 
 
 def along(cells: Sequence[dict], axis: str, other: str) -> dict[int, list[dict]]:
-    """Values of ``other`` -> cells along ``axis`` in its order, float32; only where there are two or more.
-
-    Rows differ with the classes, so that a line along the teachers keeps to the rows most of its cells have.
-    """
+    """Values of ``other`` -> cells along ``axis`` in its order, float32; only where there are two or more."""
     found: dict[int, list[dict]] = {}
-    for cell in sorted((c for c in cells if c["dtype"] == "fp32"), key=lambda c: (c[axis], -c["rows"] * c["classes"])):
-        line = found.setdefault(cell[other], [])
-        if not line or line[-1][axis] != cell[axis]:  # of two sizes of a batch the larger
-            line.append(cell)
+    for cell in sorted((c for c in cells if c["dtype"] == "fp32"), key=lambda c: c[axis]):
+        found.setdefault(cell[other], []).append(cell)
     return {value: line for value, line in sorted(found.items()) if len(line) > 1}
 
 

@@ -153,6 +153,9 @@ def test_the_plots_of_a_whole_grid(tmp_path):
     cells = [cell(c, eager=50e-3, compile=20e-3, ours=1e-3, copy=8e-4) for c in grid.targets()]
     for c in cells:
         c["contenders"]["cpp"]["peak_extra_bytes"] = c["gradient_bytes"]
+    lone = Cell(KD("confidence", 16, 100, 3))  # a smaller batch of a point of the grid
+    cells.append(cell(lone, eager=9.0, ours=9.0, copy=9.0))
+    assert len(plots.main_cells(run_of(*cells))) == 30
     names = [path.name for path in plots.draw(run_of(*cells), tmp_path, "cpu")]
     assert names == ["cpu-time-teachers.png", "cpu-time-classes.png", "cpu-memory-teachers.png", "cpu-floor.png"]
 
