@@ -39,6 +39,8 @@ def worst(leaves: list[torch.Tensor], exact: Exact) -> float:
 def _error(found: torch.Tensor | None, exact: torch.Tensor, by_row: bool) -> float:
     if found is None or found.shape != exact.shape:
         return float("inf")
-    difference, size = (found.double() - exact).abs(), exact.abs()
+    dtype = torch.finfo(found.dtype)
+    unrepresentable = dtype.smallest_normal * dtype.eps  # what a float16 gradient of many rows loses to underflow
+    difference, size = ((found.double() - exact).abs() - unrepresentable).clamp(min=0), exact.abs()
     difference, size = (x.amax(-1) if by_row else x.max() for x in (difference, size))
     return (difference / size.clamp(min=torch.finfo(torch.float64).tiny)).max().item()

@@ -55,7 +55,7 @@ OTHERS = tuple(Cell(case) for case in (
 
 QUICK = (
     Cell(KD("confidence", 256, 100, 3)),
-    Cell(KD("confidence", 64, 4000, 3)),
+    Cell(KD("confidence", 64, 4000, 3), who=("eager", "ours", "one-thread", "floors")),
     Cell(KD("confidence", 256, 100, 3), FORWARD, who=("eager", "ours", "floors")),
     *(Cell(case, who=("eager", "ours", "floors"))
       for case in (Mixture(), Mutual(), Hint("mse", 64, 512), Relation("angle", 32))),

@@ -26,6 +26,8 @@ from .case import Case, Inputs, Loss
 
 M_MMAP_THRESHOLD = -3  # mallopt(3): allocations of at least so many bytes get pages of their own
 MMAP_BYTES = 32 << 10
+THREAD_SCRATCH = 256 << 10  # a block of rows in its cache
+CUDA_SLACK = 64 << 10  # counters, and an allocator that rounds up
 CLEAR_REFS = Path("/proc/self/clear_refs")
 TIMEOUT_SECONDS = 300
 
@@ -41,6 +43,11 @@ def grain() -> int:
     """
     cpus = os.cpu_count() or 1
     return max(32, 2 * cpus) * cpus * os.sysconf("SC_PAGE_SIZE")
+
+
+def slack(device: str) -> int:
+    """Bytes that a case may take beside what its sizes explain: a block of rows a thread, and what a reading is off."""
+    return CUDA_SLACK if device == "cuda" else torch.get_num_threads() * THREAD_SCRATCH + grain()
 
 
 def peak_extra(case: Case, device: str, losses: dict[str, Loss]) -> dict[str, int]:

@@ -20,7 +20,7 @@ def html(run: dict, pictures: Sequence[Path]) -> str:
         machine=run["machine"],
         versions={name: v for name, v in run["machine"]["versions"].items() if v},
         busy=report.busy(run["machine"]),
-        verdicts=[card(verdict) for verdict in report.verdicts_of(run)] if run["grid"] != "own" else [],
+        verdicts=[card(verdict) for verdict in report.judged(run)],
         sentences=report.sentences(run) if run["grid"] == "own" else [],
         pictures=[(path.stem, base64.b64encode(path.read_bytes()).decode()) for path in pictures],
         protocol=report.PROTOCOL,

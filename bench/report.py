@@ -1,6 +1,7 @@
 """A run in words: aligned tables for the terminal, Markdown for the repository, and the protocol behind the numbers."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -8,10 +9,12 @@ from . import page, plots, results
 from .contenders import COMPILE, COPY, EAGER, FLOOR
 from .results import title
 from .timing import median, spread
-from .verdicts import Verdict
+from .verdicts import OPEN, Verdict
 
 HEADER = ("case", "who", "ms", "±%", "in kernels", "vs eager", "vs compile", "of copy", "peak MB", "in units")
 HEADER_WORDS = 2
+NUMBERS = re.compile(r"\[[-+.,e\d\s]+\]")  # a list of numbers, which becomes one line of the JSON
+NO_TARGET = "no target speaks of these cells: mtkd-fast bench --grid targets"
 MUCH = 0.05  # of the processors' time, for others than the benchmark
 
 PROTOCOL = (
@@ -109,15 +112,17 @@ def disturbed(run: dict) -> list[str]:
     ]
 
 
-def verdicts_of(run: dict) -> list[Verdict]:
-    return [Verdict(**verdict) for verdict in run["verdicts"]]
+def judged(run: dict) -> list[Verdict]:
+    """All verdicts, those on what was not measured too; none where no target's cell is in the run."""
+    found = [Verdict(**verdict) for verdict in run["verdicts"]]
+    return found if run["grid"] != "own" and any(verdict.state != OPEN for verdict in found) else []
 
 
 def sentences(run: dict) -> list[str]:
     """The verdicts; a user's own shape has what became of it instead."""
     if run["grid"] == "own":
         return [own_sentence(cell) for cell in run["cells"]]
-    return [verdict.sentence for verdict in verdicts_of(run)]
+    return [verdict.sentence for verdict in judged(run)] or [NO_TARGET]
 
 
 def own_sentence(cell: dict) -> str:
@@ -160,7 +165,9 @@ def write_json(run: dict, folder: Path, name: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     fresh = path.with_suffix(".json.part")  # a run that is killed while writing keeps the results before
-    fresh.write_text(json.dumps(run, indent=1) + "\n")
+    fresh.write_text(
+        NUMBERS.sub(lambda found: " ".join(found[0].split()), json.dumps(run, indent=1, ensure_ascii=False)) + "\n"
+    )
     fresh.replace(path)
     return path
 

@@ -112,6 +112,7 @@ def measure(cell: Cell, device: str, effort: Effort) -> dict:
         "unit": case.unit,
         "gradient_bytes": case.gradient_bytes,
         "number_bytes": case.number_bytes,
+        "slack_bytes": memory.slack(device),
         "minimal_bytes": minimal_bytes(cell),
         "input_sets": n_sets,
         "others": others,

@@ -6,14 +6,13 @@ A target is a number that a cell has, a set of cells, how the numbers of the set
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from . import grid, memory, results, timing
+from . import grid, results, timing
 from .contenders import COMPILE, COPY, EAGER, ONE_THREAD
 
 Measure = Callable[[dict], float | None]  # of a cell of the results; None: not measured there
 WORST = "worst"  # of the cells, where each of them must be within the bound
 MET, MISSED, PART, OPEN = "met", "missed", "met so far", "not measured"
 SHORT_SECONDS = 300e-6  # of torch.compile, below which a call is mostly the host's work
-THREAD_SCRATCH = 1 << 20  # bytes that a thread may keep for a block of rows, whatever N and C
 
 
 class Target(NamedTuple):
@@ -79,12 +78,11 @@ def host_overhead(cell: dict) -> float | None:
 
 
 def memory_beyond(cell: dict) -> float | None:
-    """Peak as a share of what is allowed: one gradient, O(N·K) numbers, a block a thread, the grain of the reading."""
+    """Peak as a share of what is allowed: one gradient, O(N·K) numbers, and a slack that no size of the case is in."""
     peak = results.peak(cell, cell["ours"])
     if peak is None:
         return None
-    allowed = cell["gradient_bytes"] + cell["number_bytes"] + cell.get("threads", 1) * THREAD_SCRATCH + memory.grain()
-    return peak / allowed
+    return peak / (cell["gradient_bytes"] + cell["number_bytes"] + cell["slack_bytes"])
 
 
 def is_short(cell: dict) -> bool:
@@ -130,9 +128,8 @@ TARGETS: dict[str, tuple[Target, ...]] = {
 
 def of(run: dict) -> list[Verdict]:
     """Every target of the run's device, met or not."""
-    facts = run["machine"]
-    measured = {key(cell): cell | {"threads": facts["threads"]} for cell in run["cells"]}
-    return [judge(target, measured) for target in TARGETS[facts["kind"]]]
+    measured = {key(cell): cell for cell in run["cells"]}
+    return [judge(target, measured) for target in TARGETS[run["machine"]["kind"]]]
 
 
 def key(cell: dict) -> tuple[str, ...]:
