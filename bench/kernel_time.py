@@ -32,7 +32,8 @@ def kernel_seconds(call: Call, device: str, n_calls: int) -> float:
                 torch.cuda.synchronize()
     events = seen.key_averages()
     if device == "cuda":
-        microseconds = sum(e.self_device_time_total for e in events if e.device_type == DeviceType.CUDA)
+        kernels = (e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation)
+        microseconds = sum(e.self_device_time_total for e in kernels)
     else:
         microseconds = sum(e.self_cpu_time_total for e in events if not e.key.startswith(AROUND))
     return microseconds * 1e-6 / n_calls

@@ -14,6 +14,8 @@ from mtkd_fast.bench.verdicts import MET, MISSED, OPEN, PART, Target
 from mtkd_fast import dispatch
 
 CASES = tuple(Cell(KD("confidence", 16, c, k)) for c in (10, 100) for k in (1, 3))
+UNIFORM = KD("uniform", 16, 33, 2)
+BUILT = "cpu" in dispatch.implementations()["cpp"].devices
 MACHINE = {
     "kind": "cpu", "device": "a CPU", "cpu": "a CPU", "threads": 2, "cores": 2, "load": 0.1, "cuda": None,
     "system": "Linux", "cache": 32 << 20, "versions": {"torch": "2"}, "python": "3", "mtkd_fast": "0", "commit": "c",
@@ -217,6 +219,20 @@ def test_a_report_is_drawn_again_from_its_results(own, tmp_path, capsys):
     assert command.main(["report", str(copy)]) == 0
     assert "kd confidence 16×33 K=2 fp32, backward" in capsys.readouterr().out
     assert (tmp_path / "cpu-own.html").exists()
+
+
+@pytest.mark.skipif(not BUILT, reason="mtkd_fast._C is not built")
+def test_a_wrong_implementation_fails_the_command(tmp_path, monkeypatch, capsys):
+    real = KD.fused
+    monkeypatch.setattr(grid, "EVERYONE", ("eager", "ours"))
+    monkeypatch.setattr(grid, "SOME", ("eager", "ours"))
+    monkeypatch.setitem(command.runner.CELL_SECONDS, "cpu", 0.02)
+    monkeypatch.setattr(KD, "fused", lambda case, name: real(case if name == "reference" else Cell(UNIFORM).case, name))
+    assert command.main(["bench", *OWN, "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert "FAILED: kd confidence 16×33 K=2 fp32, loss + gradient: cpp: WrongResult" in said.err
+    assert "cpp: WrongResult" in said.out
+    assert "mtkd_fast" in (tmp_path / "cpu-own.html").read_text()
 
 
 def test_a_bad_argument_is_named(capsys):
