@@ -52,12 +52,13 @@ def block(cell: dict) -> dict:
     fresh = f"{cell['input_sets']} sets of inputs, cold" if cell["input_sets"] > 1 else "one set of inputs, warm"
     moved = cell["minimal_bytes"]
     floor = "" if moved is None else f", minimal traffic {moved / 2**20:.3g} MB"
+    others = f"; other work had {cell['others']:.0%} of the processors" if cell.get("others") else ""
     rows = [
         (cell["contenders"][row[0].split(":")[0]]["kind"], row)
         for row in (row[1:] for row in report.rows([cell]))
     ]  # fmt: skip
     return {
         "title": results.title(cell),
-        "about": f"{cell['ours']}: {cell['strategy']}; {fresh}{floor}",
+        "about": f"{cell['ours']}: {cell['strategy']}; {fresh}{floor}; memory in {cell['unit']}{others}",
         "rows": rows,
     }

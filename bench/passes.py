@@ -9,7 +9,6 @@ from .gate import WrongResult
 from .timing import Call
 
 BOTH, FORWARD, BACKWARD, GRAPH = "loss + gradient", "forward", "backward", "graph"
-PASSES = (BOTH, FORWARD, BACKWARD, GRAPH)
 GRAPH_TOLERANCE = 1e-3  # of a replay from a plain call of the same kernels
 
 

@@ -26,8 +26,8 @@ PROTOCOL = (
     "the cache; smaller ones are warm. The copy, of the minimal bytes (half read, half written), rotates likewise.",
     "eager is the loss as people write it, a loop over teachers; compile is torch.compile of that, static shapes, one "
     "graph, its first compilation excluded; ×1 is ours on one thread; launch is the least that a call can be.",
-    "In kernels is the share of the profiler: a GPU's device time, on a CPU the time inside operators, which the "
-    "profiler itself makes longer where operators are short.",
+    "In kernels, milliseconds too, is what PyTorch's profiler sees of a call: a GPU's device time; on a CPU the time "
+    "inside operators, which the profiler makes longer where they are short.",
     "Peak is the memory beyond the inputs during loss and gradient, in units of the gradients on the right (relations: "
     "of one B×B matrix); on a CPU the growth of a fresh process's resident set.",
 )
