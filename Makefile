@@ -28,7 +28,7 @@ demo: install
 	$(BIN)/python -P -m mtkd_fast.bench.demo $(DEMO)
 
 bench: install
-	$(BIN)/python -P -m mtkd_fast.bench.kd $(BENCH)
+	$(BIN)/python -P -m mtkd_fast.bench bench --out bench/results $(BENCH)
 
 gpu:
 	TORCH_CUDA_ARCH_LIST="$$($(GPU_PYTHON) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')" \

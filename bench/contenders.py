@@ -1,49 +1,84 @@
-"""Who is measured: each a function (student, teachers, target) -> loss. The same names everywhere in bench/."""
+"""Who is measured on a case, by name: eager PyTorch and torch.compile of it, peers, anchors, and ours."""
 
-import importlib.util
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from mtkd_fast import dispatch, multi_teacher_kd_loss
+from mtkd_fast import dispatch
 
-from . import eager
-from .problem import TEMPERATURE
+from . import peers
+from .case import Case, Exact, Inputs, Loss
 
-Loss = Callable[[Tensor, Sequence[Tensor], Tensor], Tensor]
-EAGER, COMPILE = "eager", "compile"
-BASELINES = {
-    EAGER: eager.loop,
-    "eager-stacked": eager.stacked,
-    COMPILE: eager.loop,
-    "compile-stacked": eager.stacked,
-}
+EAGER, COMPILE, COPY, LAUNCH = "eager", "compile", "copy", "launch"
+ONE_THREAD = " ×1"  # after the name of an implementation
+BASELINE, PEER, ANCHOR, OURS, FLOOR = "baseline", "peer", "anchor", "ours", "floor"
+GROUPS = ("eager", "stacked", "compile", "compile-stacked", "peers", "anchors", "ours", "one-thread", "floors")
 
 
-def fused(student: Tensor, teachers: Sequence[Tensor], target: Tensor, objective: str, implementation: str) -> Tensor:
-    return multi_teacher_kd_loss(
-        student,
-        teachers,
-        target,
-        weights=objective,
-        temperature=TEMPERATURE,
-        ce_weight=1.0,
-        implementation=implementation,
+class Contender(NamedTuple):
+    name: str
+    kind: str
+    group: str
+    loss: Loss
+    threads: int | None = None
+    value: bool = True  # False: its value differs by what has no gradient, so that only the gradient is compared
+    exact: Callable[[Inputs], Exact] | None = None  # of an anchor, which computes something else
+    note: str = ""
+
+
+class Missing(NamedTuple):
+    name: str
+    group: str
+    why: str
+
+
+def on(case: Case, device: str, wanted: Iterable[str] | None = None) -> tuple[list[Contender], list[Missing]]:
+    """The contenders of a case, and who cannot run, and why. ``wanted``: groups and names; None: all."""
+    everyone = [*_eager(case, device), *_peers(case, device), *_anchors(case, device), *_ours(case, device)]
+    if wanted is not None:
+        wanted = set(wanted)
+        everyone = [one for one in everyone if one.group in wanted or one.name in wanted]
+    return (
+        [one for one in everyone if isinstance(one, Contender)],
+        [one for one in everyone if isinstance(one, Missing)],
     )
 
 
-def liger_uniform(student: Tensor, teachers: Sequence[Tensor], target: Tensor) -> Tensor:
-    """K calls of Liger's KL, which takes one teacher and no weights, with the softmaxes it needs."""
-    from liger_kernel.transformers import LigerKLDIVLoss
+def _eager(case: Case, device: str) -> Iterable[Contender | Missing]:
+    for form, loss in case.eager().items():
+        suffix = form.removeprefix(EAGER)
+        why_not = case.why_not(form, device)
+        for name, group in ((form, suffix.removeprefix("-") or EAGER), (COMPILE + suffix, COMPILE + suffix)):
+            if why_not:
+                yield Missing(name, group, why_not)
+            else:
+                yield Contender(name, BASELINE, group, loss if name == form else compiled(loss))
 
-    divergence = LigerKLDIVLoss(reduction="batchmean", log_target=False)
-    student, teachers = eager.upcast(student), [eager.upcast(t) for t in teachers]
-    log_q = F.log_softmax(student / TEMPERATURE, dim=-1)
-    kd = sum(divergence(log_q, F.softmax(t / TEMPERATURE, dim=-1)) for t in teachers) / len(teachers)
-    return F.cross_entropy(student, target) + TEMPERATURE**2 * kd
+
+def _peers(case: Case, device: str) -> Iterable[Contender | Missing]:
+    for peer in peers.ALL:
+        entries = peer.entries_on(case)
+        why_not = peer.why_not(device) if entries else None
+        for name, entry in entries.items():
+            if why_not:
+                yield Missing(name, "peers", why_not)
+                continue
+            kind = ANCHOR if entry.exact else PEER
+            yield Contender(name, kind, "peers", entry.make(case), None, entry.value, entry.exact, entry.note)
+
+
+def _anchors(case: Case, device: str) -> Iterable[Contender | Missing]:
+    for name, anchor in case.anchors(device).items():
+        yield Contender(name, ANCHOR, "anchors", anchor.loss, exact=anchor.exact, note=anchor.what)
+
+
+def _ours(case: Case, device: str) -> Iterable[Contender | Missing]:
+    for name in implementations(device):
+        loss = case.fused(name)
+        yield Contender(name, OURS, "ours", loss)
+        if device == "cpu" and name != "reference" and torch.get_num_threads() > 1:
+            yield Contender(name + ONE_THREAD, OURS, "one-thread", loss, threads=1)
 
 
 def implementations(device: str) -> list[str]:
@@ -52,7 +87,7 @@ def implementations(device: str) -> list[str]:
     Not Triton's interpreter, which is for tests; and the reference, which no one should train with, only where
     implementation=None finds nothing faster.
     """
-    default = default_implementation(torch.empty(1, 1, device=device))
+    default = default_implementation(device)
     return [
         name
         for name, found in dispatch.implementations().items()
@@ -61,24 +96,9 @@ def implementations(device: str) -> list[str]:
     ]
 
 
-def default_implementation(student: Tensor) -> str:
-    """What implementation=None picks for these logits."""
-    return dispatch.choose(None, student)
-
-
-def make(objective: str, device: str, names: Sequence[str] | None = None) -> dict[str, Loss]:
-    """The contenders of an objective by name, all of them or those named."""
-    losses: dict[str, Loss] = {}
-    for name, form in BASELINES.items():
-        if name == "compile-stacked" and device == "cuda":
-            continue  # K = 16 would compile for longer than everything else takes
-        loss = partial(form, objective=objective)
-        losses[name] = compiled(loss) if name.startswith(COMPILE) else loss
-    if device == "cuda" and objective == "uniform" and importlib.util.find_spec("liger_kernel"):
-        losses["liger"] = liger_uniform
-    for name in implementations(device):
-        losses[name] = partial(fused, objective=objective, implementation=name)
-    return losses if names is None else {name: loss for name, loss in losses.items() if name in names}
+def default_implementation(device: str, dtype: torch.dtype = torch.float32) -> str:
+    """What implementation=None picks."""
+    return dispatch.choose(None, torch.empty(1, 1, device=device, dtype=dtype))
 
 
 def compiled(loss: Loss) -> Loss:

@@ -2,7 +2,7 @@
 
 1. the tests marked gpu: the case table through Triton and CUDA on the device;
 2. compute-sanitizer over every CUDA kernel;
-3. the benchmark, which writes bench/results/<device>.json and .md.
+3. the benchmark, which writes bench/results/<device>.json, .md, .html and plots.
 
     python -m mtkd_fast.bench.gpu [--budget SECONDS] [--out FOLDER]        from the root of the repository
 
@@ -25,7 +25,7 @@ import torch
 
 from mtkd_fast import dispatch
 
-from . import kd, machine, report
+from . import grid, machine, report, runner
 
 BUDGET_SECONDS = 420.0  # the build before it takes the rest of nine minutes
 SHARES = {"tests": 0.40, "sanitizer": 0.45}  # of the time that is left when the part begins; the benchmark has the rest
@@ -117,11 +117,11 @@ def cuda_home() -> str:
 
 def benchmark(budget: float, keep: Callable[[dict], object]) -> tuple[list[Outcome], dict]:
     started = time.monotonic()
-    todo, seconds = kd.jobs("cuda", quick=False), kd.SHAPE_SECONDS["cuda"]
-    run = kd.run("cuda", todo, seconds, max(0.0, budget - RESERVE_SECONDS), keep=keep)
-    failed = kd.failures_of(run)
-    detail = f"{len(run['results'])} measurements, {len(run['dropped'])} dropped, {len(failed)} failed"
-    state = "failed" if failed or not run["results"] else "passed"
+    cells, effort = grid.gpu(), runner.Effort(runner.CELL_SECONDS["cuda"])
+    run = runner.run("cuda", cells, effort, budget=max(0.0, budget - RESERVE_SECONDS), keep=keep, what="full")
+    failed = runner.failures_of(run)
+    detail = f"{len(run['cells'])} cells, {len(run['dropped'])} dropped, {len(failed)} failed"
+    state = "failed" if failed or not run["cells"] else "passed"
     for failure in failed:
         print("FAILED:", failure)
     return [Outcome("benchmark", state, detail, time.monotonic() - started)], run
@@ -144,18 +144,14 @@ def main(arguments: list[str] | None = None) -> int:
             outcomes += part(Path(logs), now + SHARES[name] * (end - now))
             print(*outcomes, sep="\n", flush=True)
     device = machine.slug("cuda")
-    measured, run = benchmark(end - time.monotonic(), lambda so_far: report.write(so_far, options.out, device))
+    measured, run = benchmark(end - time.monotonic(), lambda so_far: report.write_json(so_far, options.out, device))
     return conclude(outcomes + measured, run, options.out, device)
 
 
 def conclude(outcomes: list[Outcome], run: dict, out: Path, name: str) -> int:
     """Writes and prints; 1 where a part failed."""
     run["parts"] = [outcome._asdict() for outcome in outcomes]
-    print(report.machine_line(run["machine"]))
-    print(report.table(report.HEADER, report.rows(run["results"]), report.HEADER_WORDS))
-    print(*report.sentences(run["summary"]), sep="\n")
-    for what in run["dropped"]:
-        print("not measured:", what)
+    print(report.text(run))
     print("wrote", *report.write(run, out, name))
     print(*outcomes, sep="\n")
     return 1 if any(outcome.failed for outcome in outcomes) else 0

@@ -13,11 +13,18 @@ import torch
 
 import mtkd_fast
 
+from . import rotation
+
+PACKAGES = (
+    "torch", "triton", "numpy",
+    "liger_kernel", "flash-linear-attention", "quack-kernels", "torchdistill", "torchtune", "trl",
+)  # fmt: skip
 PYTHON = (sys.executable, *(["-P"] if getattr(sys.flags, "safe_path", False) else []))  # for children like ourselves
 
 
 def facts(device: str) -> dict:
     return {
+        "kind": device,
         "device": device_name(device),
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
@@ -25,7 +32,8 @@ def facts(device: str) -> dict:
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "triton", "numpy", "liger_kernel")},
+        "cache": rotation.cache_bytes(device),
+        "versions": {name: version(name) for name in PACKAGES},
         "cuda": torch.version.cuda if device == "cuda" else None,
         "mtkd_fast": mtkd_fast.__version__,
         "implementations": {name: found.note for name, found in mtkd_fast.implementations().items()},
@@ -39,9 +47,8 @@ def device_name(device: str) -> str:
 
 
 def slug(device: str) -> str:
-    """The device's name as a file name: nvidia-h200, cpu-amd-epyc."""
-    name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    return name if device == "cuda" else f"cpu-{name}"
+    """The device as a file name: cpu, nvidia-h200."""
+    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-") if device == "cuda" else "cpu"
 
 
 def cpu_model() -> str:
@@ -51,6 +58,24 @@ def cpu_model() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def busy_seconds() -> float | None:
+    """Seconds of processors spent on others than this process, since the machine began; None where nobody counts."""
+    counted = Path("/proc/stat")
+    if not counted.exists():
+        return None
+    user, nice, system, _, _, irq, softirq, steal, *_ = map(int, counted.read_text().split("\n", 1)[0].split()[1:])
+    own = os.times()
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - own.user - own.system
+
+
+def share_of_others(busy_before: float | None, seconds: float) -> float | None:
+    """Of all processors' time in the last ``seconds``, the share that went to other processes."""
+    busy = busy_seconds()
+    if busy is None or busy_before is None:
+        return None
+    return max(0.0, busy - busy_before) / (seconds * (os.cpu_count() or 1))
 
 
 def version(package: str) -> str | None:

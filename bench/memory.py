@@ -5,29 +5,35 @@ a fresh process whose malloc gives freed memory back at once, so that C++ scratc
 the first on its shape, after one on a few small rows, so that scratch which a thread keeps for the next call counts;
 compiled code, whose first call compiles, is measured at its second. Linux counts pages in batches: see ``grain``.
 
-    python -m mtkd_fast.bench.memory 4096 1000 3 float32 confidence      prints {contender: bytes} as JSON
+    python -m mtkd_fast.bench.memory '{"op": "kd", "rows": 4096, "classes": 1000}' --threads 2 -- eager cpp
+    prints {contender: bytes} as JSON
 """
 
+import argparse
 import ctypes
 import gc
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from . import contenders, machine, problem
-from .contenders import COMPILE, Loss
-from .problem import Problem
-from .shapes import Shape
+from . import contenders, machine, ops
+from .case import Case, Inputs, Loss
 
 M_MMAP_THRESHOLD = -3  # mallopt(3): allocations of at least so many bytes get pages of their own
 MMAP_BYTES = 32 << 10
+THREAD_SCRATCH = 256 << 10  # a block of rows in its cache
+CUDA_SLACK = 64 << 10  # counters, and an allocator that rounds up
 CLEAR_REFS = Path("/proc/self/clear_refs")
-WARM_ROWS = 8
 TIMEOUT_SECONDS = 300
+
+
+class NotMeasured(RuntimeError):
+    """Why there is no number, rather than a guess."""
 
 
 def grain() -> int:
@@ -39,19 +45,24 @@ def grain() -> int:
     return max(32, 2 * cpus) * cpus * os.sysconf("SC_PAGE_SIZE")
 
 
-def peak_extra(shape: Shape, device: str, losses: dict[str, Loss], objective: str) -> dict[str, int]:
-    """Contender -> bytes. Nothing where it cannot be measured, rather than a guess."""
+def slack(device: str) -> int:
+    """Bytes that a case may take beside what its sizes explain: a block of rows a thread, and what a reading is off."""
+    return CUDA_SLACK if device == "cuda" else torch.get_num_threads() * THREAD_SCRATCH + grain()
+
+
+def peak_extra(case: Case, device: str, losses: dict[str, Loss]) -> dict[str, int]:
+    """Contender -> bytes."""
     if device == "cuda":
-        inputs = problem.make(shape, device)
+        inputs = case.inputs(device)
         return {name: cuda_peak(loss, inputs) for name, loss in losses.items()}
-    return _in_fresh_process(shape, objective, list(losses))
+    return _in_fresh_process(case, list(losses))
 
 
-def step(loss: Loss, inputs: Problem) -> None:
-    loss(inputs.leaf(), inputs.teachers, inputs.target).backward()
+def step(loss: Loss, inputs: Inputs) -> None:
+    loss(*inputs.fresh()).backward()
 
 
-def cuda_peak(loss: Loss, inputs: Problem) -> int:
+def cuda_peak(loss: Loss, inputs: Inputs) -> int:
     step(loss, inputs)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -61,31 +72,28 @@ def cuda_peak(loss: Loss, inputs: Problem) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _in_fresh_process(shape: Shape, objective: str, names: list[str]) -> dict[str, int]:
+def _in_fresh_process(case: Case, names: Sequence[str]) -> dict[str, int]:
     if not CLEAR_REFS.exists():
-        return {}
-    dtype = str(shape.dtype).removeprefix("torch.")
-    arguments = [str(x) for x in (shape.rows, shape.classes, shape.teachers, dtype, objective)]
-    command = [*machine.PYTHON, "-m", __name__, *arguments, "--threads", str(torch.get_num_threads()), *names]
+        raise NotMeasured("peak memory on the CPU is measured through Linux's /proc")
+    threads = ("--threads", str(torch.get_num_threads()))
+    command = [*machine.PYTHON, "-m", __name__, json.dumps(case.facts()), *threads, "--", *names]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=True)
     except subprocess.SubprocessError as error:
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        print(f"peak memory of {shape} not measured: {said[-1]}", file=sys.stderr)
-        return {}
+        raise NotMeasured(f"peak memory of {case.title}: {said[-1]}") from error
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def warm(name: str, loss: Loss, shape: Shape, inputs: Problem) -> None:
-    few = Shape(WARM_ROWS, min(shape.classes, 100), shape.teachers, shape.dtype)
-    step(loss, inputs if name.startswith(COMPILE) else problem.make(few, "cpu"))
+def warm(name: str, loss: Loss, case: Case, inputs: Inputs) -> None:
+    step(loss, inputs if name.startswith(contenders.COMPILE) else case.few().inputs("cpu"))
 
 
 def give_memory_back_at_once() -> None:
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
 
 
-def cpu_peak(loss: Loss, inputs: Problem) -> int:
+def cpu_peak(loss: Loss, inputs: Inputs) -> int:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     CLEAR_REFS.write_text("5")  # the peak is forgotten: VmHWM is VmRSS again
@@ -102,15 +110,20 @@ def _status(key: str) -> int:
 
 
 def main() -> None:
-    rows, classes, teachers, dtype, objective, _, threads, *names = sys.argv[1:]
-    torch.set_num_threads(int(threads))
-    shape = Shape(int(rows), int(classes), int(teachers), getattr(torch, dtype))
-    inputs = problem.make(shape, "cpu")
-    losses = contenders.make(objective, "cpu", names)
+    parser = argparse.ArgumentParser(prog="mtkd_fast.bench.memory", description=__doc__.splitlines()[0])
+    parser.add_argument("case", type=json.loads)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("names", nargs="+")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    case = ops.make(**options.case)
+    inputs = case.inputs("cpu")
+    losses = {c.name: c.loss for c in contenders.on(case, "cpu", options.names)[0]}
     for name, loss in losses.items():
-        warm(name, loss, shape, inputs)
+        warm(name, loss, case, inputs)
+    case.settle()
     give_memory_back_at_once()
-    print(json.dumps({name: cpu_peak(loss, inputs) for name, loss in losses.items()}))
+    print(json.dumps({name: cpu_peak(loss, inputs) for name, loss in losses.items()}), file=sys.stdout)
 
 
 if __name__ == "__main__":

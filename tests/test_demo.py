@@ -8,11 +8,11 @@ import torch
 pytest.importorskip("sklearn", reason="the demo needs scikit-learn")
 pytest.importorskip("matplotlib", reason="the demo needs matplotlib")
 
-from mtkd_fast.bench.correctness import WrongResult
 from mtkd_fast.bench.demo import __main__ as demo
 from mtkd_fast.bench.demo import digits, exactness, experiment, models, training
 from mtkd_fast.bench.demo.methods import costs, eager, learners, study
 from mtkd_fast.bench.demo.segmentation import canvases
+from mtkd_fast.bench.gate import WrongResult
 
 from mtkd_fast import implementations
 

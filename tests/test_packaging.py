@@ -8,6 +8,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,19 @@ def test_every_package_is_mapped_to_a_folder():
 def test_every_folder_with_python_code_is_installed():
     installed = set(setup_argument("packages"))
     found = {"mtkd_fast." + path.parent.name for path in (ROOT / "mtkd_fast").glob("*/__init__.py")}
-    assert found | {"mtkd_fast.kernels", "mtkd_fast.bench"} <= installed
+    for path in (ROOT / "bench").rglob("__init__.py"):
+        found.add(".".join(("mtkd_fast", *path.parent.relative_to(ROOT).parts)))
+    assert found | {"mtkd_fast.kernels", "mtkd_fast.bench"} == installed - {"mtkd_fast"}
+
+
+def test_the_command_is_a_function_that_is_there():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, function = scripts["mtkd-fast"].split(":")
+    assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_the_page_of_the_benchmark_is_installed():
+    assert [(ROOT / "bench" / name).exists() for name in setup_argument("package_data")["mtkd_fast.bench"]] == [True]
 
 
 def test_types_are_announced():

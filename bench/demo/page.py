@@ -36,7 +36,7 @@ def run(quick: bool) -> dict:
         "differences": [experiment.paired_difference(results, arm, than) for arm, than in PAIRS],
         "float64": exact,
         "costs": costs.lines(cost),
-        "cost_samples": cost["results"],
+        "cost_samples": cost["cells"],
         "splits": [result._asdict() for result in results],
         "failures": failures,
     }

@@ -11,7 +11,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ...correctness import WrongResult
+from ...gate import WrongResult
 from ...timing import Call, interleaved
 from ..training import one_thread
 from .eager import LOSSES
@@ -25,7 +25,7 @@ HOST_ONLY = ("aten::empty", "aten::detach")
 
 
 def measure(school: School, images: Tensor, batch: Batch, quick: bool) -> list[dict]:
-    """One entry a method: samples of seconds and the number of operations, "fused" and "eager"."""
+    """One entry a method: samples and the number of operations, "fused" and "eager"."""
     with one_thread():
         return [measured(name, make(school).train(), images, batch, quick) for name, make in METHODS.items()]
 
@@ -42,11 +42,11 @@ def measured(name: str, learner: Learner, images: Tensor, batch: Batch, quick: b
 
     agree(name, fused().item(), eager().item())
     device = images.device.type
-    calls = {"fused": step(fused, learner, students), "eager": step(eager, learner, students)}
+    calls = {"fused": Call(step(fused, learner, students)), "eager": Call(step(eager, learner, students))}
     return {
         "method": name,
-        "operations": {of: count(call, device) for of, call in calls.items()},
-        "seconds": interleaved(calls, device, QUICK_SECONDS if quick else SECONDS),
+        "operations": {of: count(call.step, device) for of, call in calls.items()},
+        "samples": interleaved(calls, device, QUICK_SECONDS if quick else SECONDS),
     }
 
 
@@ -55,7 +55,7 @@ def agree(name: str, ours: float, theirs: float) -> None:
         raise WrongResult(f"{name}: {ours} where its eager form gives {theirs}")
 
 
-def step(loss: Callable[[], Tensor], learner: Learner, students: list[Outputs]) -> Call:
+def step(loss: Callable[[], Tensor], learner: Learner, students: list[Outputs]) -> Callable[[int], None]:
     """One forward and backward."""
 
     def forget(leaf: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def step(loss: Callable[[], Tensor], learner: Learner, students: list[Outputs]) 
     return call
 
 
-def count(call: Call, device: str) -> int:
+def count(call: Callable[[int], None], device: str) -> int:
     """Kernels launched on a GPU; on a CPU the operators called that are no views, a fused pass being one."""
     call(0)
     if device == "cuda":

@@ -42,13 +42,15 @@ def run(quick: bool) -> dict:
 
 def line(cost: dict, splits: list[dict[str, float]]) -> dict:
     accuracies = [found[cost["method"]] for found in splits]
-    found = mean_and_spread(accuracies)
+    spread = mean_and_spread(accuracies)
+    samples = cost.pop("samples")
     return cost | {
-        "accuracy": found["mean"],
-        "spread": found["sd"],
+        "seconds": {of: found.seconds for of, found in samples.items()},
+        "accuracy": spread["mean"],
+        "spread": spread["sd"],
         "accuracies": accuracies,
-        "ms": {of: 1e3 * timing.median(samples) for of, samples in cost["seconds"].items()},
-        "times_eager": timing.ratio(cost["seconds"]["eager"], cost["seconds"]["fused"]),
+        "ms": {of: 1e3 * timing.median(found.seconds) for of, found in samples.items()},
+        "times_eager": timing.ratio(samples["eager"], samples["fused"]),
     }
 
 

@@ -38,10 +38,12 @@ def measure(labels: Tensor, seconds: float) -> dict:
 
         return step
 
-    samples = timing.interleaved({name: call(loss) for name, loss in losses.items()}, labels.device.type, seconds)
+    samples = timing.interleaved(
+        {name: timing.Call(call(loss)) for name, loss in losses.items()}, labels.device.type, seconds
+    )
     return {
         "shape": list(shape),
-        "seconds": samples,
-        "ms": {name: 1e3 * timing.median(s) for name, s in samples.items()},
+        "seconds": {name: found.seconds for name, found in samples.items()},
+        "ms": {name: 1e3 * timing.median(found.seconds) for name, found in samples.items()},
         "times_eager": timing.ratio(samples["eager"], samples["fused"]),
     }
