@@ -1,6 +1,6 @@
-// The op `relation` on tensors, and its autograd. Products of matrices are PyTorch's, in float64; what is O(B³), or
-// elementwise in B², is relation_cpu.cpp's or relation_cuda.cu's. The forward computes the gradient for an upstream of
-// 1; the backward scales it.
+// The op `relation` on tensors, and its autograd. Products of matrices are PyTorch's, in float64; the distances on a
+// CPU, what is O(B³), or elementwise in B², is relation_cpu.cpp's or relation_cuda.cu's. The forward computes the
+// gradient for an upstream of 1; the backward scales it.
 #include "autograd.h"
 #include "relation.h"
 
@@ -47,25 +47,66 @@ Tensor centred(const Tensor& embeddings, const Samples& samples) {
 struct Side {
   const Samples& samples;
   int64_t count;
-  bool on_cpu;
-  Tensor scale;   // from the embeddings to the points
+  bool on_cpu, scales;
+  Tensor scale;   // from the embeddings to the points; 1 unless `scales`
   Tensor poison;  // 0, or NaN: of a single sample nothing else is read
   Tensor nearest, planes, distances;
 
   Side(const Tensor& embeddings, const Samples& samples)
-      : samples(samples), count(samples.count), on_cpu(embeddings.is_cpu()) {
-    find_planes(embeddings);
+      : samples(samples),
+        count(samples.count),
+        on_cpu(embeddings.is_cpu()),
+        scales(!on_cpu || embeddings.scalar_type() == at::kDouble) {
+    on_cpu ? find_planes_on_cpu(embeddings) : find_planes(embeddings);
     if (samples.left_out.defined()) leave_out();
   }
 
-  void find_planes(const Tensor& embeddings) {
+  // Centred, and of mean square 1.
+  Tensor scaled_points(const Tensor& embeddings) {
     const Tensor x = centred(embeddings, samples), size = samples.over_power(x.norm().square_(), 1).sqrt_();
     scale = at::where(size > 0, size.reciprocal(), at::ones_like(size));
-    x.mul_(scale);
+    return x.mul_(scale);
+  }
+
+  // From the points as they are, unless they are float64: the squares of others neither overflow nor underflow there.
+  void find_planes_on_cpu(const Tensor& embeddings) {
+    const at::TensorOptions options = embeddings.options().dtype(at::kDouble);
+    const Tensor x = scales ? scaled_points(embeddings) : embeddings;
+    if (!scales) scale = at::ones({}, options);
+    nearest = scale.mul(kNearest).square_();
+    const int64_t pitch = relation_pitch(count), width = x.size(1), panels = pitch / kRelationTile;
+    const Tensor packed = at::empty({pitch, width}, options), poisons = at::empty({panels}, options);
+    const Tensor left_out = samples.left_out.defined() ? samples.left_out.contiguous() : Tensor();
+    const RelationPanels points{count,
+                                width,
+                                pitch,
+                                {x.const_data_ptr(), 0, x.stride(0), x.stride(1), dtype_of(x)},
+                                left_out.defined() ? left_out.const_data_ptr<bool>() : nullptr,
+                                packed.mutable_data_ptr<double>(),
+                                poisons.mutable_data_ptr<double>()};
+    run(x.device(), points, panels, width * kRelationTile, relation_panels_cpu, nullptr);
+    poison = poisons.sum();
+    planes = at::empty({2, pitch, pitch}, options);
+    distances = at::empty({count}, options);
+    const RelationSquares squares{width, pitch, packed.const_data_ptr<double>(), planes.mutable_data_ptr<double>()};
+    run(x.device(), squares, squares.parts(), pitch * width, relation_squares_cpu, nullptr);
+    const RelationPlanes rows{count,
+                              width,
+                              pitch,
+                              nullptr,
+                              nullptr,
+                              nearest.const_data_ptr<double>(),
+                              planes.mutable_data_ptr(),
+                              distances.mutable_data_ptr<double>()};
+    run(x.device(), rows, pitch, 8 * pitch, relation_planes_cpu, nullptr);
+  }
+
+  void find_planes(const Tensor& embeddings) {
+    const Tensor x = scaled_points(embeddings);
     poison = x.sum().mul_(0);
     nearest = scale.mul(kNearest).square_();
     const int64_t pitch = relation_pitch(count);
-    planes = at::empty({on_cpu ? 2 : 3, pitch, pitch}, x.options().dtype(on_cpu ? at::kDouble : at::kFloat));
+    planes = at::empty({3, pitch, pitch}, x.options().dtype(at::kFloat));
     distances = at::empty({count}, x.options());
     const Tensor gram = x.mm(x.t());
     const RelationPlanes args{count,
@@ -97,11 +138,15 @@ struct Side {
     return count > 1 ? mean : at::ones_like(mean);
   }
 
-  // factor·Σ_j pull_ij·(x_i − x_j), in the embeddings.
+  // factor·Σ_j pull_ij·(x_i − x_j), in the embeddings, as a product of (the sums of the rows − pull) with the points.
+  // It takes the place of `pull`.
   Tensor gradient(const Tensor& embeddings, const Tensor& pull, const Tensor& factor) const {
-    const Tensor x = centred(embeddings, samples).mul_(scale), towards = pull.mm(x);
-    x.mul_(pull.sum(1, true)).sub_(towards).mul_(factor * scale);
-    return samples.left_out.defined() ? x.masked_fill_(samples.left_out.unsqueeze(1), 0) : x;  // NaN of another is none
+    const Tensor x = centred(embeddings, samples), sums = pull.sum(1);
+    if (scales) x.mul_(scale);
+    pull.neg_().diagonal().copy_(sums);
+    const Tensor found = pull.mul_(factor * scale).mm(x);
+    if (!samples.left_out.defined()) return found;
+    return found.masked_fill_(samples.left_out.unsqueeze(1), 0);  // NaN of another is none
   }
 };
 
