@@ -15,20 +15,12 @@ namespace MTKD_ISA {
 #include "row_formulas.h"
 //
 #include "tile.h"
+//
+#include "tile_end.h"
 
-constexpr int kGroup = 4;                  // vectors at a time
 constexpr int kBlockRows = 8;              // at most
 constexpr int64_t kBlockBytes = 32 << 10;  // of a block's exponentials, which share L1 with the logits
 constexpr int64_t kRowBytes = 512 << 10;   // of a long row's exponentials, which share L2 with the logits
-
-// x, and `other` from lane `count` on: what lies beyond the last class.
-template <typename T>
-inline Vec<T> first_lanes(Vec<T> x, int count, Vec<T> other = Vec<T>{}) {
-  if (count >= kLanes<T>) return x;
-  Integers<T> lane{};
-  for (int i = 0; i < kLanes<T>; ++i) lane[i] = i;
-  return lane < count ? x : other;
-}
 
 // Whether every lane of a comparison is true.
 template <typename Mask>
@@ -156,11 +148,8 @@ class Rows {
   }
 
   void read(Member<T>& x, int64_t begin) const {
-    const int count = tile_count(args_.classes, begin), whole = count / kLanes<T> * kLanes<T>;
-    const T* tile = read_tile(*x.logits, x.start, begin, count, x.widened);
-    x.tile.values = tile, x.tile.whole = whole, x.tile.rest = count - whole;
-    if (const int rest = x.tile.rest)
-      x.tile.last = first_lanes<T>(load_part(tile + whole, rest), rest, splat(-infinity<T>()));
+    const int count = tile_count(args_.classes, begin);
+    fill(x.tile, read_tile(*x.logits, x.start, begin, count, x.widened), count);
   }
 
   // For the second sweep: a tile's exponentials, of the student its logits too.
@@ -339,53 +328,6 @@ inline void mix(const Row<T>& row, int i, Vec<T> (&mixture)[kCount]) {
   }
 }
 
-// Calls body(i, how many registers as a constant, how many columns there are from i on) for a tile.
-template <typename T, typename Body>
-inline void for_each_group(int count, Body body) {
-  int i = 0;
-  for (; i + kGroup * kLanes<T> <= count; i += kGroup * kLanes<T>)
-    body(i, std::integral_constant<int, kGroup>(), count - i);
-  for (; i < count; i += kLanes<T>) body(i, std::integral_constant<int, 1>(), count - i);
-}
-
-// A tile of an output on its way: straight to where it belongs, unless something is converted or cast past the caches.
-template <typename T>
-class Output {
- public:
-  Output(void* data, DType dtype, int64_t rows, int64_t classes, T* tile)
-      : data_(data),
-        dtype_(dtype),
-        classes_(classes),
-        tile_(tile),
-        streams_(streams_gradient<T>(dtype, rows, classes)) {}
-
-  T* begin(int64_t n, int64_t column) {
-    at_ = n * classes_ + column;
-    return dtype_ == kNative<T> && !streams_ ? static_cast<T*>(data_) + at_ : tile_;
-  }
-  void end(int count) const {
-    if (streams_)
-      stream_tile(static_cast<T*>(data_) + at_, count, tile_);
-    else if (dtype_ != kNative<T>)
-      write_tile(data_, dtype_, at_, count, tile_);
-  }
-
- private:
-  void* data_;
-  DType dtype_;
-  int64_t classes_, at_ = 0;
-  T* tile_;
-  bool streams_;
-};
-
-template <typename T, int kCount>
-inline void put(T* out, const Vec<T> (&x)[kCount], int count) {
-  if constexpr (kCount == 1)
-    store_part(out, x[0], std::min(count, kLanes<T>));
-  else
-    for (int u = 0; u < kCount; ++u) store(out + u * kLanes<T>, x[u]);
-}
-
 // ------------------------------------------------------------------------------------------------------- probabilities
 
 template <typename T>
@@ -406,7 +348,8 @@ void write_probabilities(const MixtureForward<T>& args, Row<T>& row, Rows<T>& ro
 template <typename T>
 void mixture_forward(const MixtureForward<T>& args, int64_t begin, int64_t end) {
   Rows<T> rows(args);
-  Output<T> output(args.probabilities, kNative<T>, args.rows, args.classes, rows.out);
+  Output<T> output(args.probabilities, kNative<T>, args.classes,
+                   streams_gradient<T>(kNative<T>, args.rows, args.classes), rows.out);
   for (int i = 0; i < 2 * args.teachers; ++i) std::fill_n(args.row_stats + i * args.rows + begin, end - begin, T(0));
   rows.for_each_block(begin, end, [&](Row<T>* first, Row<T>* last) {
     rows.find_states(first, last, /*student=*/false);
@@ -438,7 +381,8 @@ T dot_of_tile(Member<T>& x, const Vectors<T>& g, const TemperedExp<T>& exp) {
 
 template <typename T>
 void write_teacher_gradient(const MixtureBackward<T>& args, Row<T>& row, Member<T>& x, Rows<T>& rows) {
-  Output<T> output(args.teacher_gradient[x.k], x.logits->dtype, args.rows, args.classes, rows.out);
+  Output<T> output(args.teacher_gradient[x.k], x.logits->dtype, args.classes,
+                   streams_gradient<T>(x.logits->dtype, args.rows, args.classes), rows.out);
   const T share = x.share * rows.inv_t;
   for (int64_t begin = 0; begin < args.classes; begin += kTileColumns) {
     const int count = tile_count(args.classes, begin);
@@ -594,7 +538,8 @@ void write_stats(const MixtureDivergence<T>& args, const Row<T>& row) {
 template <typename T>
 void mixture_divergence(const MixtureDivergence<T>& args, int64_t begin, int64_t end) {
   Rows<T> rows(args);
-  Output<T> output(args.gradient, args.student.dtype, args.rows, args.classes, rows.out);
+  Output<T> output(args.gradient, args.student.dtype, args.classes,
+                   streams_gradient<T>(args.student.dtype, args.rows, args.classes), rows.out);
   for (int i = 0; i < RowStats{args.teachers}.size(Divergence::forward_kl); ++i)
     std::fill_n(args.row_stats + i * args.rows + begin, end - begin, T(0));
   rows.for_each_block(begin, end, [&](Row<T>* first, Row<T>* last) {
