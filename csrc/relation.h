@@ -67,6 +67,18 @@ struct RelationDistance {
   double* pull;                                                                          // [B, B]
 };
 
+// CPU: gradient_i = Σ_j factors_ij·(x_j − x_0) in float, of factors whose rows sum to 0, so that any point may stand
+// for x_0: it spares digits. Rows that are left out are 0.
+struct RelationGradient {
+  int64_t count, width;
+  Logits points;          // [B, D]
+  const bool* left_out;   // [B] or null
+  const double* factors;  // [B, B]
+  float* gradient;        // [B, D]
+
+  int64_t parts() const { return (width + kRelationTile - 1) / kRelationTile; }  // columns, 16 at a time
+};
+
 // How the sum of RelationAngle::loss is split: CPU threads take rows i and B − 1 − i together, blocks of a grid tiles.
 constexpr int kRelationTileColumns = 8;
 inline int64_t relation_angle_parts(int64_t count, bool on_cpu) {
@@ -76,6 +88,7 @@ inline int64_t relation_angle_parts(int64_t count, bool on_cpu) {
 
 void relation_panels_cpu(const RelationPanels&, int64_t begin, int64_t end);      // panels
 void relation_squares_cpu(const RelationSquares&, int64_t begin, int64_t end);    // parts
+void relation_gradient_cpu(const RelationGradient&, int64_t begin, int64_t end);  // parts
 void relation_planes_cpu(const RelationPlanes&, int64_t begin, int64_t end);      // rows of the planes
 void relation_angle_cpu(const RelationAngle&, int64_t begin, int64_t end);        // parts
 void relation_distance_cpu(const RelationDistance&, int64_t begin, int64_t end);  // rows

@@ -1,6 +1,7 @@
-// The op `relation` on tensors, and its autograd. Products of matrices are PyTorch's, in float64; the distances on a
-// CPU, what is O(B³), or elementwise in B², is relation_cpu.cpp's or relation_cuda.cu's. The forward computes the
-// gradient for an upstream of 1; the backward scales it.
+// The op `relation` on tensors, and its autograd. On a CPU all that is more than elementwise in B·D is
+// relation_cpu.cpp's, but for the gradient of float64; on a GPU products of matrices are PyTorch's, in float64, and
+// what is O(B³), or elementwise in B², is relation_cuda.cu's. The forward computes the gradient for an upstream of 1;
+// the backward scales it.
 #include "autograd.h"
 #include "relation.h"
 
@@ -132,6 +133,19 @@ struct Side {
     distances = distance.sum(1);
   }
 
+  Tensor gradient_on_cpu(const Tensor& x, const Tensor& factors) const {
+    const Tensor found = at::empty(x.sizes(), x.options().dtype(at::kFloat));
+    const Tensor left_out = samples.left_out.defined() ? samples.left_out.contiguous() : Tensor();
+    const RelationGradient args{count,
+                                x.size(1),
+                                {x.const_data_ptr(), 0, x.stride(0), x.stride(1), dtype_of(x)},
+                                left_out.defined() ? left_out.const_data_ptr<bool>() : nullptr,
+                                factors.const_data_ptr<double>(),
+                                found.mutable_data_ptr<float>()};
+    run(x.device(), args, count > 0 ? args.parts() : 0, count * count, relation_gradient_cpu, nullptr);
+    return found;
+  }
+
   Tensor mean_distance() const {
     const Tensor mean = samples.over_pairs(distances.sum());
     if (samples.n.defined()) return at::where(samples.n > 1, mean, at::ones_like(mean));
@@ -140,13 +154,14 @@ struct Side {
 
   // factor·Σ_j pull_ij·(x_i − x_j), in the embeddings, as a product of (the sums of the rows − pull) with the points.
   // It takes the place of `pull`.
-  Tensor gradient(const Tensor& embeddings, const Tensor& pull, const Tensor& factor) const {
-    const Tensor x = centred(embeddings, samples), sums = pull.sum(1);
-    if (scales) x.mul_(scale);
+  Tensor gradient(const Tensor& embeddings, const Tensor& pull, const Tensor& factor, at::ScalarType dtype) const {
+    const Tensor sums = pull.sum(1);
     pull.neg_().diagonal().copy_(sums);
-    const Tensor found = pull.mul_(factor * scale).mm(x);
-    if (!samples.left_out.defined()) return found;
-    return found.masked_fill_(samples.left_out.unsqueeze(1), 0);  // NaN of another is none
+    pull.mul_(factor * scale);
+    if (on_cpu && dtype == at::kFloat) return gradient_on_cpu(embeddings, pull);
+    const Tensor found = pull.mm(centred(embeddings, samples).mul_(scale));
+    if (samples.left_out.defined()) found.masked_fill_(samples.left_out.unsqueeze(1), 0);  // NaN of another is none
+    return found.to(dtype);
   }
 };
 
@@ -205,7 +220,7 @@ std::tuple<Tensor, Tensor> relation_forward(const Tensor& student, const Tensor&
   const Tensor loss = (found.loss + s.poison + t.poison).to(dtype);
   s.planes.reset(), t.planes.reset();
   if (!write_gradient) return {loss, at::empty({0}, student.options().dtype(dtype))};
-  return {loss, s.gradient(student, found.pull, found.factor).to(dtype)};
+  return {loss, s.gradient(student, found.pull, found.factor, dtype)};
 }
 
 struct Relation : public torch::autograd::Function<Relation> {
@@ -283,7 +298,7 @@ std::tuple<Tensor, std::vector<Tensor>> relation_peers_forward(TensorList points
   const double share = 1.0 / static_cast<double>(students - 1);
   for (int64_t k = 0; k < students; ++k) {
     const Tensor none = at::empty({0}, points[k].options().dtype(dtype));
-    gradients.push_back(needs[k] ? sides[k].gradient(points[k], pulls[k], at::full_like(losses[k], share)).to(dtype)
+    gradients.push_back(needs[k] ? sides[k].gradient(points[k], pulls[k], at::full_like(losses[k], share), dtype)
                                  : none);
     pulls[k].reset();
   }

@@ -245,5 +245,65 @@ inline void distance(const RelationDistance& args, int64_t begin, int64_t end) {
   }
 }
 
+// -------------------------------------------------------------------------------------------------------------
+// gradient
+
+// As many rows of a product at a time as registers hold.
+constexpr int kProductRows = MTKD_VEC_BYTES == 64 ? 8 : MTKD_VEC_BYTES == 32 ? 2 : 1;
+
+// Rows [i, i + kProductRows) of factors·x, x [count, 16]; rows past the last one are copies of it.
+inline void product(const RelationGradient& args, int64_t i, const double* x,
+                    double (&out)[kProductRows][kRelationTile]) {
+  const double* row[kProductRows];
+  for (int r = 0; r < kProductRows; ++r) row[r] = args.factors + std::min(i + r, args.count - 1) * args.count;
+  Doubles sums[kProductRows][kPanelRegisters] = {};
+  for (int64_t j = 0; j < args.count; ++j) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kProductRows; ++r) {
+#pragma GCC unroll 8
+      for (int c = 0; c < kPanelRegisters; ++c) sums[r][c] += row[r][j] * load(x + j * kRelationTile + c * kL);
+    }
+  }
+  for (int r = 0; r < kProductRows; ++r)
+    for (int c = 0; c < kPanelRegisters; ++c) store(&out[r][c * kL], sums[r][c]);
+}
+
+// x_j − x_0 of 16 columns, x_0 the first point that counts; 0 in points that are left out.
+inline void pack_columns(const RelationGradient& args, int64_t begin, int count, double* x) {
+  alignas(64) double tile[kRelationTile] = {}, origin[kRelationTile] = {};
+  bool first = true;
+  for (int64_t j = 0; j < args.count; ++j, x += kRelationTile) {
+    std::fill_n(x, kRelationTile, 0.0);
+    if (args.left_out && args.left_out[j]) continue;
+    const double* from = read_tile(args.points, j * args.points.inner_stride, begin, count, tile);
+    if (first) std::copy_n(from, count, origin);
+    first = false;
+    for (int c = 0; c < count; ++c) x[c] = from[c] - origin[c];
+  }
+}
+
+inline void gradient(const RelationGradient& args, int64_t begin, int64_t end) {
+  struct Free {
+    void operator()(double* p) const { std::free(p); }
+  };
+  const size_t bytes = args.count * kRelationTile * sizeof(double);
+  const std::unique_ptr<double, Free> x(static_cast<double*>(std::aligned_alloc(64, bytes)));
+  if (!x) throw std::bad_alloc();
+  for (int64_t part = begin; part < end; ++part) {
+    const int64_t column = part * kRelationTile;
+    const int columns = static_cast<int>(std::min<int64_t>(kRelationTile, args.width - column));
+    pack_columns(args, column, columns, x.get());
+    for (int64_t i = 0; i < args.count; i += kProductRows) {
+      alignas(64) double out[kProductRows][kRelationTile];
+      product(args, i, x.get(), out);
+      for (int r = 0; r < kProductRows && i + r < args.count; ++r) {
+        const bool zero = args.left_out && args.left_out[i + r];  // NaN of another is none
+        float* to = args.gradient + (i + r) * args.width + column;
+        for (int c = 0; c < columns; ++c) to[c] = zero ? 0.0f : static_cast<float>(out[r][c]);
+      }
+    }
+  }
+}
+
 }  // namespace MTKD_ISA
 }  // namespace mtkd_fast
