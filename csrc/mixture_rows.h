@@ -1,9 +1,9 @@
 // The op `mixture`, a block of rows at a time, in one instruction set (see instruction_sets.h).
 //
 // The first sweep over a row makes the states of its softmaxes and keeps their exponentials. The second goes through
-// all teachers a few registers at a time, so that a mixture lives in registers. Only rows whose exponentials do not fit
-// the second cache take two an element. Every row of a block is through one step before any takes the next: what a step
-// of a row waits for is then long there.
+// all teachers a few registers at a time, so that a mixture lives in registers. Long rows take two exponentials an
+// element: to fetch one from a cache that the logits stream through takes longer than to compute it again. Every row of
+// a block is through one step before any takes the next: what a step of a row waits for is then long there.
 
 namespace mtkd_fast {
 namespace MTKD_ISA {
@@ -20,7 +20,7 @@ namespace MTKD_ISA {
 
 constexpr int kBlockRows = 8;              // at most
 constexpr int64_t kBlockBytes = 32 << 10;  // of a block's exponentials, which share L1 with the logits
-constexpr int64_t kRowBytes = 512 << 10;   // of a long row's exponentials, which share L2 with the logits
+constexpr int64_t kRowBytes = 64 << 10;    // of a long row's exponentials: more would drive the logits out of L2
 
 // Whether every lane of a comparison is true.
 template <typename Mask>
@@ -83,18 +83,18 @@ class Rows {
  public:
   const T inv_t;
   const TemperedExp<T> exp;
-  const bool one_tile;
+  const bool one_tile, keeps;  // keeps: the exponentials of a row; else of a tile
   alignas(64) T out[kTileColumns];
 
   explicit Rows(const MixtureArgs<T>& args)
       : inv_t(1 / args.temperature),
         exp(args.temperature),
         one_tile(args.classes <= kTileColumns),
+        keeps(one_tile || (args.teachers + 1) * args.classes * int64_t{sizeof(T)} <= kRowBytes),
         args_(args),
         uniform_(T(1) / args.teachers),
-        keeps_(one_tile || (args.teachers + 1) * args.classes * int64_t{sizeof(T)} <= kRowBytes),
         tile_pitch_(pitch_of(std::min<int64_t>(args.classes, kTileColumns))),
-        pitch_(keeps_ ? pitch_of(args.classes) : tile_pitch_),
+        pitch_(keeps ? pitch_of(args.classes) : tile_pitch_),
         capacity_(capacity(args, pitch_)),
         members_(new Member<T>[capacity_ * args.teachers]) {
     const int64_t tiles = (args.classes + kTileColumns - 1) / kTileColumns, tiles_pitch = pitch_of(tiles);
@@ -154,17 +154,15 @@ class Rows {
 
   // For the second sweep: a tile's exponentials, of the student its logits too.
   void start_tile(Row<T>& row, int64_t begin, bool student) const {
-    row.tile_at = one_tile || !keeps_ ? begin : -1;
+    row.tile_at = one_tile ? begin : -1;
+    if (!keeps) read_teachers(row, begin);
     if (student && !one_tile) read(row.student, begin);
     if (student) start_tile(row.student, begin);
-    for (int m = 0; m < row.members; ++m) {
-      if (!keeps_) read(row.member[m], begin);
-      start_tile(row.member[m], begin);
-    }
+    for (int m = 0; m < row.members; ++m) start_tile(row.member[m], begin);
   }
 
   // The logits of the teachers' tile.
-  void need_logits(Row<T>& row, int64_t begin) const {
+  void read_teachers(Row<T>& row, int64_t begin) const {
     for (int m = 0; m < row.members && row.tile_at != begin; ++m) read(row.member[m], begin);
     row.tile_at = begin;
   }
@@ -225,7 +223,7 @@ class Rows {
       sum *= Raise<T>(max, to, inv_t).factor;
       max = x.tile_max[begin / kTileColumns] = to;
       x.offset = offset_of(max);
-      sum += keeps_ ? exponentiate(x, x.exps + begin) : sum_of_exponentials(x);
+      sum += keeps ? exponentiate(x, x.exps + begin) : sum_of_exponentials(x);
     }
     x.set_state(max, sum);
   }
@@ -234,8 +232,8 @@ class Rows {
     x.partial = Vec<T>{};
     x.to_max = 1;
     x.tile_exps = x.exps;
-    if (!keeps_) exponentiate(x, x.exps);
-    if (one_tile || !keeps_) return;
+    if (!keeps) exponentiate(x, x.exps);
+    if (one_tile || !keeps) return;
     x.tile_exps = x.exps + begin;
     const T tile_max = x.tile_max[begin / kTileColumns];
     x.to_max = tile_max == x.max ? T(1) : exp_of((tile_max - x.max) * inv_t);  // 0 for nothing but −inf so far
@@ -243,6 +241,7 @@ class Rows {
 
   void start(Row<T>& row, int64_t n) {
     row.n = n;
+    row.tile_at = -1;
     row.used = row.members = 0;
     row.total_weight = 0;
     for (int k = 0; k < args_.teachers; ++k)
@@ -306,7 +305,6 @@ class Rows {
 
   const MixtureArgs<T>& args_;
   const T uniform_;
-  const bool keeps_;  // the exponentials of a row; else of a tile
   const int64_t tile_pitch_, pitch_, capacity_;
   Row<T> rows_[kBlockRows];
   std::unique_ptr<Member<T>[]> members_;
@@ -330,15 +328,32 @@ inline void mix(const Row<T>& row, int i, Vec<T> (&mixture)[kCount]) {
 
 // ------------------------------------------------------------------------------------------------------- probabilities
 
+// The same from the logits.
+template <int kCount, typename T>
+inline void mix_logits(const Row<T>& row, const TemperedExp<T>& exp, int i, Vec<T> (&mixture)[kCount]) {
+  for (auto& v : mixture) v = Vec<T>{};
+  for (int m = 0; m < row.used; ++m) {
+    const Member<T>& x = row.member[m];
+#pragma GCC unroll 4
+    for (int u = 0; u < kCount; ++u) {
+      const Vec<T> t = kCount == 1 ? vector_at(x.tile, i) : load(x.tile.values + i + u * kLanes<T>);
+      mixture[u] += x.share * exp(t - x.offset);
+    }
+  }
+}
+
 template <typename T>
 void write_probabilities(const MixtureForward<T>& args, Row<T>& row, Rows<T>& rows, Output<T>& output) {
   for (int64_t begin = 0; begin < args.classes; begin += kTileColumns) {
     const int count = tile_count(args.classes, begin);
-    rows.start_tile(row, begin, /*student=*/false);
+    if (rows.keeps)
+      rows.start_tile(row, begin, /*student=*/false);
+    else
+      rows.read_teachers(row, begin);
     T* out = output.begin(row.n, begin);
     for_each_group<T>(count, [&](int i, auto registers, int left) {
       Vec<T> mixture[registers];
-      mix(row, i, mixture);
+      rows.keeps ? mix(row, i, mixture) : mix_logits(row, rows.exp, i, mixture);
       put(out + i, mixture, left);
     });
     output.end(count);
@@ -488,7 +503,7 @@ inline void absorb(Row<T>& row, const Rows<T>& rows, int64_t begin, int i, int l
       x.partial += x.to_max * dot;
     }
   } else {
-    rows.need_logits(row, begin);
+    rows.read_teachers(row, begin);
     for (int u = 0; u < kCount; ++u) absorb_carefully(row, rows, i + u * kL, log_q[u]);
   }
   if (!out) return;
