@@ -26,5 +26,11 @@ void hint_backward_cpu(const HintArgs<float>& args, int64_t begin, int64_t end) 
 void hint_backward_cpu(const HintArgs<double>& args, int64_t begin, int64_t end) {
   MTKD_IN_INSTRUCTION_SET(hint_backward, args, begin, end);
 }
+void hint_fused_cpu(const HintFused<float>& args, int64_t begin, int64_t end) {
+  MTKD_IN_INSTRUCTION_SET(hint_fused, args, begin, end);
+}
+void hint_fused_cpu(const HintFused<double>& args, int64_t begin, int64_t end) {
+  MTKD_IN_INSTRUCTION_SET(hint_fused, args, begin, end);
+}
 
 }  // namespace mtkd_fast

@@ -1,4 +1,11 @@
 // The op `hint` on tensors, and its autograd.
+//
+// On a CPU the forward writes the students' gradients for an upstream of 1 while it reads the features, 3 passes over
+// them in place of 5 (kd_rescale finishes them for another upstream), unless
+//   * a teacher or the weights need a gradient too,
+//   * a student is fp16: see kd_autograd.cpp,
+//   * the distance is "attention".
+// Then, and on a GPU, the forward keeps one to three numbers a sample, and the backward reads the features again.
 #include "autograd.h"
 #include "hint.h"
 #include "pairs.h"
@@ -9,6 +16,8 @@ namespace {
 using Forward = Tensor(TensorList, TensorList, const OptionalTensor&, c10::string_view);
 using Backward = std::vector<Tensor>(TensorList, TensorList, const Tensor&, const Tensor&, c10::List<bool>,
                                      c10::string_view);
+using Fused = std::tuple<Tensor, std::vector<Tensor>>(TensorList, TensorList, const OptionalTensor&, c10::string_view,
+                                                      c10::string_view, c10::List<bool>);
 using AttentionForward = std::tuple<Tensor, std::vector<Tensor>>(TensorList, TensorList, const OptionalTensor&);
 using AttentionBackward = std::vector<Tensor>(TensorList, TensorList, const Tensor&, c10::List<bool>);
 
@@ -58,6 +67,24 @@ auto with_arguments(TensorList student, TensorList teacher, const OptionalTensor
   });
 }
 
+// Room for the gradients that are needed, [N, elements] as the features lie; an empty tensor for the others.
+template <typename T>
+std::vector<Tensor> empty_gradients(Arguments<T>& args, const c10::List<bool>& needs) {
+  std::vector<Tensor> gradients;
+  for (int k = 0; k < args.pairs; ++k) {
+    const Tensor& f = args.student[k];
+    const bool need = needs[k];
+    gradients.push_back(need ? at::empty_like(f) : at::empty({0}, f.options()));
+    if (f.is_cpu()) ask_for_huge_pages(gradients[k]);
+    args.pair[k].gradient = need ? gradients[k].mutable_data_ptr() : nullptr;
+  }
+  return gradients;
+}
+
+double mean_factor(int64_t samples, c10::string_view reduction) {
+  return reduction == "mean" ? 1.0 / static_cast<double>(std::max<int64_t>(samples, 1)) : 1.0;
+}
+
 Tensor hint_forward(TensorList student, TensorList teacher, const OptionalTensor& weights, c10::string_view distance) {
   return with_arguments(student, teacher, weights, distance, [&]<typename T>(Arguments<T>& args) {
     const auto options = student[0].options().dtype(dtype_of_pairs(student, teacher));
@@ -76,16 +103,49 @@ std::vector<Tensor> hint_backward(TensorList student, TensorList teacher, const 
     TORCH_CHECK_VALUE(numbers.numel() == kept_numbers(args.distance) * args.pairs * args.samples,
                       "kept must be what the forward returned");
     args.kept = const_cast<T*>(numbers.const_data_ptr<T>());
-    std::vector<Tensor> gradients;
-    for (int k = 0; k < args.pairs; ++k) {
-      const Tensor& f = args.student[k];
-      gradients.push_back(needs[k] ? at::empty_like(f) : at::empty({0}, f.options()));
-      args.pair[k].gradient = needs[k] ? gradients[k].mutable_data_ptr() : nullptr;
-    }
+    const std::vector<Tensor> gradients = empty_gradients(args, needs);
     run<HintArgs<T>>(student[0].device(), args, args.pairs * args.samples, 3 * mean_elements(student),
                      hint_backward_cpu, MTKD_CUDA_LAUNCHER(hint_backward_cuda));
     return gradients;
   });
+}
+
+// The loss from the distances of all pairs, in float64 and in the order of the samples.
+template <typename T>
+Tensor loss_of(const Tensor& distances, const HintArgs<T>& args, c10::string_view reduction) {
+  const T* distance = distances.const_data_ptr<T>();
+  const auto of_sample = [&](int64_t n) {
+    double sum = 0;  // where a weight is 0, so is the distance
+    for (int k = 0; k < args.pairs; ++k) sum += double{args.weights(k, n)} * distance[k * args.samples + n];
+    return sum;
+  };
+  if (reduction == "none") {
+    Tensor loss = at::empty({args.samples}, distances.options());
+    for (int64_t n = 0; n < args.samples; ++n) loss.mutable_data_ptr<T>()[n] = static_cast<T>(of_sample(n));
+    return loss;
+  }
+  double sum = 0;
+  for (int64_t n = 0; n < args.samples; ++n) sum += of_sample(n);
+  Tensor loss = at::empty({}, distances.options());
+  *loss.mutable_data_ptr<T>() = static_cast<T>(sum * mean_factor(args.samples, reduction));
+  return loss;
+}
+
+// The reduced loss, and the gradient of its sum in the students where it is needed.
+std::tuple<Tensor, std::vector<Tensor>> hint_fused_forward(TensorList student, TensorList teacher,
+                                                           const OptionalTensor& weights, c10::string_view distance,
+                                                           c10::string_view reduction, c10::List<bool> needs) {
+  return with_arguments(student, teacher, weights, distance,
+                        [&]<typename T>(Arguments<T>& args) -> std::tuple<Tensor, std::vector<Tensor>> {
+                          const Tensor distances =
+                              at::empty({args.pairs, args.samples}, student[0].options().dtype(dtype_as<T>()));
+                          args.kept = distances.mutable_data_ptr<T>();
+                          const std::vector<Tensor> gradients = empty_gradients(args, needs);
+                          const HintFused<T> fused{args, static_cast<T>(mean_factor(args.samples, reduction))};
+                          run<HintFused<T>>(student[0].device(), fused, args.pairs * args.samples,
+                                            3 * mean_elements(student), hint_fused_cpu, nullptr);
+                          return {loss_of<T>(distances, args, reduction), gradients};
+                        });
 }
 
 // Σ_k w_k·distance_k [N], where a weight of 0 removes its term.
@@ -196,8 +256,82 @@ struct Hint : public torch::autograd::Function<Hint> {
   }
 };
 
+bool fuses(TensorList student, TensorList teacher, const OptionalTensor& weights, c10::string_view distance) {
+  if (!student[0].is_cpu() || distance == "attention") return false;
+  if (!at::GradMode::is_enabled()) return true;
+  for (const Tensor& f : student)
+    if (f.requires_grad() && f.scalar_type() == at::kHalf) return false;
+  return !any_requires_grad(teacher) && !(weights && weights->requires_grad());
+}
+
+// A gradient as rows of samples, which lie one after the other, and back.
+Tensor as_samples(const Tensor& gradient) {
+  const c10::SymInt samples = gradient.sym_size(0), elements = gradient.sym_numel() / samples.max(1);
+  return gradient.as_strided_symint({samples, elements}, {elements, 1});
+}
+
+bool is_one(const Tensor& upstream) {
+  if (is_traced(upstream) || upstream.dim() > 0 || !upstream.is_cpu()) return false;
+  return upstream.scalar_type() == at::kDouble ? *upstream.const_data_ptr<double>() == 1
+                                               : *upstream.const_data_ptr<float>() == 1;
+}
+
+// The gradients were written in the forward.
+struct FusedHint : public torch::autograd::Function<FusedHint> {
+  static Tensor forward(AutogradContext* ctx, const TensorList& student, const TensorList& teacher,
+                        const OptionalTensor& weights, const c10::string_view& distance,
+                        const c10::string_view& reduction) {
+    static const auto fused_op = op<Fused>("mtkd_fast::hint_fused_forward");
+    at::AutoDispatchBelowADInplaceOrView below;
+    c10::List<bool> needs;
+    for (const Tensor& f : student) needs.push_back(f.requires_grad());
+    auto [loss, gradients] = fused_op.call(student, teacher, weights, distance, reduction, needs);
+    variable_list saved{weights ? *weights : Tensor()};
+    saved.insert(saved.end(), gradients.begin(), gradients.end());
+    ctx->save_for_backward(saved);
+    ctx->set_materialize_grads(false);
+    return loss;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& upstreams) {
+    const variable_list saved = ctx->get_saved_variables();
+    const int64_t pairs = static_cast<int64_t>(saved.size()) - 1;
+    variable_list gradients(2 * pairs + 3);
+    if (!upstreams[0].defined()) return gradients;
+    const Tensor& weights = saved[0];
+    const Tensor upstream = upstreams[0].detach();
+    const bool as_it_is = is_one(upstream) && !torch::autograd::get_current_graph_task_keep_graph();
+    for (int64_t k = 0; k < pairs; ++k) {
+      const Tensor& gradient = saved[1 + k];
+      if (!ctx->needs_input_grad(k)) continue;
+      gradients[k] = as_it_is ? gradient : finished(gradient, upstream, weights, k);
+    }
+    refuse_double_backward(gradients);
+    return gradients;
+  }
+
+  // gradient·upstream, and 0 where the weight is, whatever the upstream.
+  static Tensor finished(const Tensor& gradient, const Tensor& upstream, const Tensor& weights, int64_t k) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    const Tensor rows = as_samples(gradient);
+    Tensor scale = weights.defined() ? in_compute_dtype(weights.detach(), upstream.scalar_type()).select(0, k)
+                                     : at::ones({}, upstream.options());
+    if (scale.dim() == 0) scale = scale.expand_symint({rows.sym_size(0)});
+    const Tensor found = finish_gradient(rows, upstream, scale);
+    return found.is_same(rows) ? gradient : found.as_strided_symint(gradient.sym_sizes(), gradient.sym_strides());
+  }
+};
+
 Tensor hint(TensorList student, TensorList teacher, const OptionalTensor& weights, c10::string_view distance,
             c10::string_view reduction) {
+  if (fuses(student, teacher, weights, distance)) {
+    if (at::GradMode::is_enabled() && any_requires_grad(student))
+      return FusedHint::apply(student, teacher, weights, distance, reduction);
+    static const auto fused_op = op<Fused>("mtkd_fast::hint_fused_forward");
+    c10::List<bool> none;
+    for (size_t k = 0; k < student.size(); ++k) none.push_back(false);
+    return std::get<0>(fused_op.call(student, teacher, weights, distance, reduction, none));
+  }
   if (at::GradMode::is_enabled() &&
       (any_requires_grad(student) || any_requires_grad(teacher) || (weights && weights->requires_grad())))
     return Hint::apply(student, teacher, weights, distance, reduction);
@@ -208,6 +342,8 @@ Tensor hint(TensorList student, TensorList teacher, const OptionalTensor& weight
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mtkd_fast, CompositeImplicitAutograd, m) { m.impl("hint", hint); }
+
+TORCH_LIBRARY_IMPL(mtkd_fast, CPU, m) { m.impl("hint_fused_forward", hint_fused_forward); }
 
 MTKD_PASSES(m) {
   m.impl("hint_forward", hint_forward);

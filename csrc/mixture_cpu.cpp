@@ -3,10 +3,14 @@
 #include <immintrin.h>
 #endif
 
+#include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <limits>
 #include <memory>
+#include <new>
 #include <type_traits>
+#include <utility>
 
 #include "cpu_capability.h"
 #include "mixture.h"

@@ -16,6 +16,8 @@ namespace MTKD_ISA {
 #include "row_formulas.h"
 //
 #include "tile.h"
+//
+#include "tile_end.h"
 
 constexpr int64_t kTilesBytes = 64 << 10;  // of all students' tiles, which pairs read M − 1 times
 
@@ -29,6 +31,7 @@ class Students {
   alignas(64) T max[kMaxTeachers] = {};  // the states of row_stats.h
   alignas(64) T sum[kMaxTeachers] = {};  // Σ e^{(z−max)/τ}
   alignas(64) T log_sum[kMaxTeachers] = {};
+  Raise<T> raise[kMaxTeachers];                      // by the tile at hand
   bool learns[kMaxTeachers], teaches[kMaxTeachers];  // some a_ij, some a_ji is not 0
   Tile<T> widened, out;
 
@@ -93,12 +96,12 @@ Extremes<T> extremes(const Vectors<T>& x) {
     high = v > high ? v : high;
     low = v < low ? v : low;
   }
-  T lowest = -max_of<T>(-low);
   if (x.rest) {
+    const Vec<T> v = first_lanes<T>(x.last, x.rest, splat(infinity<T>()));
     high = x.last > high ? x.last : high;
-    for (int i = x.whole; i < x.whole + x.rest; ++i) lowest = x.values[i] < lowest ? x.values[i] : lowest;
+    low = v < low ? v : low;
   }
-  return {lowest, max_of<T>(high)};
+  return {-max_of<T>(-low), max_of<T>(high)};
 }
 
 // shifted(i) and exps(i) of a tile, relative to `max`; both 0 in what the last vector holds past the row. Returns the
@@ -108,49 +111,52 @@ T exponentiate(Students<T>& students, int i, const Vectors<T>& x, T max) {
   const T offset = offset_of(max);
   T *shifted = students.shifted(i), *exps = students.exps(i);
   Vec<T> sum{};
-  const auto put = [&](int at, Vec<T> z) {
+  const auto put = [&](int at, Vec<T> z, int count) {
     const Vec<T> d = z - offset, e = students.exp(d);
-    store(shifted + at, d);
+    store(shifted + at, first_lanes<T>(d, count));
     store(exps + at, e);
     sum += e;
   };
-  for (int at = 0; at < x.whole; at += kLanes<T>) put(at, load(x.values + at));
-  if (x.rest) {
-    put(x.whole, x.last);
-    for (int at = x.rest; at < kLanes<T>; ++at) shifted[x.whole + at] = 0;
-  }
+  for (int at = 0; at < x.whole; at += kLanes<T>) put(at, load(x.values + at), kLanes<T>);
+  if (x.rest) put(x.whole, x.last, x.rest);
   return sum_of<T>(sum);
 }
 
 template <typename T>
 Vectors<T> tile_of(const MutualArgs<T>& args, Students<T>& students, int i, int64_t n, int64_t begin, int count) {
   const Logits& z = args.student[i];
-  return Vectors<T>(read_tile(z, row_start(z, n, args.inner), begin, count, students.widened.values), count);
+  const int64_t start = args.inner == args.rows ? n * z.inner_stride : row_start(z, n, args.inner);
+  Vectors<T> x;
+  fill(x, read_tile(z, start, begin, count, students.widened.values), count);
+  return x;
 }
 
 // What a tile adds to cross(i, j) and cross(j, i). With care where a logit may be −inf: see cross_term.
 template <typename T, bool kCareful>
 void cross_sums(Students<T>& students, int i, int j, int count) {
   const T *di = students.shifted(i), *dj = students.shifted(j), *ei = students.exps(i), *ej = students.exps(j);
-  Vec<T> of_i{}, of_j{};
-  for (int c = 0; c < count; c += kLanes<T>) {
+  Vec<T> of_i[2] = {}, of_j[2] = {};  // two of each: one alone would wait for its last addition
+  const auto step = [&](int c, int chain) {
     const Vec<T> a = load(di + c), b = load(dj + c), ratio = a - b, e = load(ei + c), f = load(ej + c);
     if constexpr (kCareful) {
-      of_i += a == -infinity<T>() ? Vec<T>{} : ratio == infinity<T>() ? ratio : e * ratio;
-      of_j += b == -infinity<T>() ? Vec<T>{} : ratio == -infinity<T>() ? -ratio : -f * ratio;
+      of_i[chain] += a == -infinity<T>() ? Vec<T>{} : ratio == infinity<T>() ? ratio : e * ratio;
+      of_j[chain] += b == -infinity<T>() ? Vec<T>{} : ratio == -infinity<T>() ? -ratio : -f * ratio;
     } else {
-      of_i += e * ratio;
-      of_j -= f * ratio;
+      of_i[chain] += e * ratio;
+      of_j[chain] -= f * ratio;
     }
-  }
-  students.cross(i, j) += sum_of<T>(of_i);
-  students.cross(j, i) += sum_of<T>(of_j);
+  };
+  int c = 0;
+  for (; c + kLanes<T> < count; c += 2 * kLanes<T>) step(c, 0), step(c + kLanes<T>, 1);
+  if (c < count) step(c, 0);
+  students.cross(i, j) += sum_of<T>(of_i[0] + of_i[1]);
+  students.cross(j, i) += sum_of<T>(of_j[0] + of_j[1]);
 }
 
 // One tile of every student, and of every pair.
 template <typename T>
 void absorb(const MutualArgs<T>& args, Students<T>& students, int64_t n, int64_t begin, int count) {
-  Raise<T> raise[kMaxTeachers];
+  Raise<T>* const raise = students.raise;
   T sum_before[kMaxTeachers];
   bool careful[kMaxTeachers];
   for (int i = 0; i < students.count; ++i) {
@@ -207,54 +213,79 @@ T finish(Students<T>& students) {
 
 // ------------------------------------------------------------------------------------------------------------ gradient
 
-constexpr int kGroup = 4;  // vectors at a time
-
-// One tile of student i's gradient, from everybody's shifted() and exps(). `factor` is scale·upstream/τ.
+// What the gradient of student i is made of; `factor` is scale·upstream/τ.
 template <typename T>
-void gradient_tile(Students<T>& students, int i, bool detach_peers, T factor, int count, T* out) {
-  constexpr int kL = kLanes<T>;
-  const T per_e = factor / students.sum[i];
-  T learnt = 0, constant = 0;  // Σ_j a_ij, and what does not depend on the column of Σ_j a_ji (log p_i − log p_j) − E_i
-  for (int j = 0; j < students.count; ++j) {
-    learnt += students.weight(i, j);
-    if (const T taught = students.weight(j, i); taught != 0)
-      constant += taught * (students.log_sum[j] - students.log_sum[i] - students.divergence(j, i));
-  }
-  const bool to_peers = !detach_peers && students.teaches[i];
-  const T *own = students.exps(i), *d = students.shifted(i);
-  for (int at = 0; at < count; at += kGroup * kL) {
-    Vec<T> g[kGroup] = {};
-    if (students.learns[i]) {
-      Vec<T> shares[kGroup] = {};  // of all peers, before they meet what they are to cancel
-      for (int j = 0; j < students.count; ++j) {
-        if (students.weight(i, j) == 0) continue;
-        const T share = students.weight(i, j) * factor / students.sum[j];
-        const T* e = students.exps(j) + at;
-        for (int u = 0; u < kGroup; ++u) shares[u] += share * load(e + u * kL);
-      }
-      for (int u = 0; u < kGroup; ++u) g[u] = learnt * per_e * load(own + at + u * kL) - shares[u];
+class Learner {
+ public:
+  Learner(Students<T>& students, int i, bool detach_peers, T factor)
+      : own_(students.exps(i)),
+        shifted_(students.shifted(i)),
+        per_e_(factor / students.sum[i]),
+        to_peers_(!detach_peers && students.teaches[i]) {
+    T learnt = 0;
+    for (int j = 0; j < students.count; ++j) {
+      const T learns = students.weight(i, j), taught = students.weight(j, i);
+      if (learns != 0) peer_[peers_++] = {students.exps(j), learns * factor / students.sum[j]};
+      learnt += learns;
+      if (!to_peers_ || taught == 0) continue;
+      pupil_[pupils_++] = {students.shifted(j), taught * students.inv_t};
+      constant_ += taught * (students.log_sum[j] - students.log_sum[i] - students.divergence(j, i));
     }
-    if (to_peers) {
-      Vec<T> log_ratio[kGroup] = {};
-      for (int j = 0; j < students.count; ++j) {
-        if (students.weight(j, i) == 0) continue;
-        const T taught = students.weight(j, i) * students.inv_t;
-        for (int u = 0; u < kGroup; ++u)
-          log_ratio[u] += taught * (load(d + at + u * kL) - load(students.shifted(j) + at + u * kL));
-      }
-      for (int u = 0; u < kGroup; ++u) {
-        const Vec<T> e = load(own + at + u * kL);
-        g[u] += e == 0 ? Vec<T>{} : per_e * e * (log_ratio[u] + constant);
-      }
-    }
-    for (int u = 0; u < kGroup; ++u) store(out + at + u * kL, g[u]);
+    own_share_ = learnt * per_e_;
   }
-}
+
+  // Some vectors of it, from everybody's shifted() and exps() of a tile.
+  template <int kCount>
+  void gradient(int at, Vec<T> (&g)[kCount]) const {
+    constexpr int kL = kLanes<T>;
+    Vec<T> shares[kCount] = {};  // of all peers, before they meet what they are to cancel
+    for (int p = 0; p < peers_; ++p) {
+#pragma GCC unroll 4
+      for (int u = 0; u < kCount; ++u) shares[u] += peer_[p].factor * load(peer_[p].numbers + at + u * kL);
+    }
+#pragma GCC unroll 4
+    for (int u = 0; u < kCount; ++u) g[u] = peers_ > 0 ? own_share_ * load(own_ + at + u * kL) - shares[u] : Vec<T>{};
+    if (to_peers_) add_what_it_teaches(at, g);
+  }
+
+ private:
+  struct Part {
+    const T* numbers;  // of another student's tile
+    T factor;
+  };
+
+  template <int kCount>
+  void add_what_it_teaches(int at, Vec<T> (&g)[kCount]) const {
+    constexpr int kL = kLanes<T>;
+    Vec<T> log_ratio[kCount] = {};
+    for (int p = 0; p < pupils_; ++p)
+      for (int u = 0; u < kCount; ++u)
+        log_ratio[u] += pupil_[p].factor * (load(shifted_ + at + u * kL) - load(pupil_[p].numbers + at + u * kL));
+    for (int u = 0; u < kCount; ++u) {
+      const Vec<T> e = load(own_ + at + u * kL);
+      g[u] += e == 0 ? Vec<T>{} : per_e_ * e * (log_ratio[u] + constant_);
+    }
+  }
+
+  const T *own_, *shifted_;
+  const T per_e_;
+  const bool to_peers_;
+  T own_share_ = 0;
+  T constant_ = 0;  // what does not depend on the column of Σ_j a_ji (log p_i − log p_j) − E_i
+  int peers_ = 0, pupils_ = 0;
+  Part peer_[kMaxTeachers], pupil_[kMaxTeachers];
+};
 
 template <typename T>
 void zero_gradients(const MutualArgs<T>& args, int64_t n) {
   for (int i = 0; i < args.students; ++i)
     if (args.gradient[i]) zero_row<T>(args.student[i], args.gradient[i], n, args.classes);
+}
+
+// All gradients together are what leaves the caches before it is read.
+template <typename T>
+bool streams(const MutualArgs<T>& args, int i) {
+  return streams_gradient<T>(args.student[i].dtype, args.rows * args.students, args.classes);
 }
 
 // Row n of every gradient. `in_cache`: the row is one tile, whose exponentials are those of the last sweep.
@@ -269,13 +300,15 @@ void write_gradients(const MutualArgs<T>& args, Students<T>& students, int64_t n
       if (students.reads(i)) exponentiate(students, i, tile_of(args, students, i, n, begin, count), students.max[i]);
     for (int i = 0; i < students.count; ++i) {
       if (!args.gradient[i] || !has_gradient(i)) continue;
-      T* out = students.out.values;
-      gradient_tile(students, i, args.detach_peers, factor, count, out);
-      const int64_t to = n * args.classes + begin;
-      if (streams_gradient<T>(args.student[i].dtype, args.rows, args.classes))
-        stream_tile(static_cast<T*>(args.gradient[i]) + to, count, out);
-      else
-        write_tile(args.gradient[i], args.student[i].dtype, to, count, out);
+      const Learner<T> learner(students, i, args.detach_peers, factor);
+      Output<T> output(args.gradient[i], args.student[i].dtype, args.classes, streams(args, i), students.out.values);
+      T* out = output.begin(n, begin);
+      for_each_group<T>(count, [&](int at, auto vectors, int left) {
+        Vec<T> g[vectors];
+        learner.gradient(at, g);
+        put(out + at, g, left);
+      });
+      output.end(count);
     }
   }
 }

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "kd.h"
+
 namespace mtkd_fast {
 
 constexpr int kRelationTile = 16;
@@ -13,12 +15,32 @@ constexpr int kRelationTile = 16;
 // Rows and columns of a plane: B in whole tiles and registers. Beyond B all is 0 and adds nothing to any sum.
 inline int64_t relation_pitch(int64_t count) { return (count + kRelationTile - 1) / kRelationTile * kRelationTile; }
 
-// Planes of one side, [planes, pitch, pitch]. CPU: D and r in double. CUDA: D rounded to float, the rest of D that this
-// left out, and r, in float; for points of mean square 1, so that neither overflows.
+// CPU: the points in double, in panels of 16, [pitch/16, D, 16]: a coordinate of 16 points side by side. Those beyond B
+// and those that are left out are 0.
+struct RelationPanels {
+  int64_t count, width, pitch;
+  Logits points;         // [B, D]
+  const bool* left_out;  // [B] or null
+  double* panels;
+  double* poison;  // [pitch/16]: 0, or NaN where a point is not finite
+};
+
+// CPU: D from the differences of the coordinates, so that points may lie as close or as far from 0 as they like. The
+// panels on one side of the diagonal are computed, in parts of as many: panels p and pitch/16 − 1 − p.
+struct RelationSquares {
+  int64_t width, pitch;
+  const double* panels;
+  double* squared;  // [pitch, pitch]
+
+  int64_t parts() const { return (pitch / kRelationTile + 1) / 2; }
+};
+
+// Planes of one side, [planes, pitch, pitch]. CPU: D, which is there already, and r in double. CUDA: D rounded to
+// float, the rest of D that this left out, and r, in float; for points of mean square 1, so that neither overflows.
 struct RelationPlanes {
   int64_t count, width, pitch;
-  const double* x;        // [B, D], centred
-  const double* gram;     // [B, B]
+  const double* x;        // [B, D], centred; CUDA only
+  const double* gram;     // [B, B]; CUDA only
   const double* nearest;  // [1], of `distances`: a smaller D counts as this one
   void* planes;
   double* distances;  // [B], Σ_j √D_ij
@@ -45,6 +67,18 @@ struct RelationDistance {
   double* pull;                                                                          // [B, B]
 };
 
+// CPU: gradient_i = Σ_j factors_ij·(x_j − x_0) in float, of factors whose rows sum to 0, so that any point may stand
+// for x_0: it spares digits. Rows that are left out are 0.
+struct RelationGradient {
+  int64_t count, width;
+  Logits points;          // [B, D]
+  const bool* left_out;   // [B] or null
+  const double* factors;  // [B, B]
+  float* gradient;        // [B, D]
+
+  int64_t parts() const { return (width + kRelationTile - 1) / kRelationTile; }  // columns, 16 at a time
+};
+
 // How the sum of RelationAngle::loss is split: CPU threads take rows i and B − 1 − i together, blocks of a grid tiles.
 constexpr int kRelationTileColumns = 8;
 inline int64_t relation_angle_parts(int64_t count, bool on_cpu) {
@@ -52,6 +86,9 @@ inline int64_t relation_angle_parts(int64_t count, bool on_cpu) {
   return on_cpu ? (count + 1) / 2 : pitch / kRelationTile * (pitch / kRelationTileColumns);
 }
 
+void relation_panels_cpu(const RelationPanels&, int64_t begin, int64_t end);      // panels
+void relation_squares_cpu(const RelationSquares&, int64_t begin, int64_t end);    // parts
+void relation_gradient_cpu(const RelationGradient&, int64_t begin, int64_t end);  // parts
 void relation_planes_cpu(const RelationPlanes&, int64_t begin, int64_t end);      // rows of the planes
 void relation_angle_cpu(const RelationAngle&, int64_t begin, int64_t end);        // parts
 void relation_distance_cpu(const RelationDistance&, int64_t begin, int64_t end);  // rows

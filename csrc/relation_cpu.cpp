@@ -6,6 +6,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
 #include <type_traits>
 
 #include "cpu_capability.h"
@@ -17,6 +20,15 @@
 
 namespace mtkd_fast {
 
+void relation_panels_cpu(const RelationPanels& args, int64_t begin, int64_t end) {
+  MTKD_IN_INSTRUCTION_SET(panels, args, begin, end);
+}
+void relation_squares_cpu(const RelationSquares& args, int64_t begin, int64_t end) {
+  MTKD_IN_INSTRUCTION_SET(squares, args, begin, end);
+}
+void relation_gradient_cpu(const RelationGradient& args, int64_t begin, int64_t end) {
+  MTKD_IN_INSTRUCTION_SET(gradient, args, begin, end);
+}
 void relation_planes_cpu(const RelationPlanes& args, int64_t begin, int64_t end) {
   MTKD_IN_INSTRUCTION_SET(planes, args, begin, end);
 }

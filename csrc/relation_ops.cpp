@@ -1,6 +1,7 @@
-// The op `relation` on tensors, and its autograd. Products of matrices are PyTorch's, in float64; what is O(B³), or
-// elementwise in B², is relation_cpu.cpp's or relation_cuda.cu's. The forward computes the gradient for an upstream of
-// 1; the backward scales it.
+// The op `relation` on tensors, and its autograd. On a CPU all that is more than elementwise in B·D is
+// relation_cpu.cpp's, but for the gradient of float64; on a GPU products of matrices are PyTorch's, in float64, and
+// what is O(B³), or elementwise in B², is relation_cuda.cu's. The forward computes the gradient for an upstream of 1;
+// the backward scales it.
 #include "autograd.h"
 #include "relation.h"
 
@@ -47,25 +48,66 @@ Tensor centred(const Tensor& embeddings, const Samples& samples) {
 struct Side {
   const Samples& samples;
   int64_t count;
-  bool on_cpu;
-  Tensor scale;   // from the embeddings to the points
+  bool on_cpu, scales;
+  Tensor scale;   // from the embeddings to the points; 1 unless `scales`
   Tensor poison;  // 0, or NaN: of a single sample nothing else is read
   Tensor nearest, planes, distances;
 
   Side(const Tensor& embeddings, const Samples& samples)
-      : samples(samples), count(samples.count), on_cpu(embeddings.is_cpu()) {
-    find_planes(embeddings);
+      : samples(samples),
+        count(samples.count),
+        on_cpu(embeddings.is_cpu()),
+        scales(!on_cpu || embeddings.scalar_type() == at::kDouble) {
+    on_cpu ? find_planes_on_cpu(embeddings) : find_planes(embeddings);
     if (samples.left_out.defined()) leave_out();
   }
 
-  void find_planes(const Tensor& embeddings) {
+  // Centred, and of mean square 1.
+  Tensor scaled_points(const Tensor& embeddings) {
     const Tensor x = centred(embeddings, samples), size = samples.over_power(x.norm().square_(), 1).sqrt_();
     scale = at::where(size > 0, size.reciprocal(), at::ones_like(size));
-    x.mul_(scale);
+    return x.mul_(scale);
+  }
+
+  // From the points as they are, unless they are float64: the squares of others neither overflow nor underflow there.
+  void find_planes_on_cpu(const Tensor& embeddings) {
+    const at::TensorOptions options = embeddings.options().dtype(at::kDouble);
+    const Tensor x = scales ? scaled_points(embeddings) : embeddings;
+    if (!scales) scale = at::ones({}, options);
+    nearest = scale.mul(kNearest).square_();
+    const int64_t pitch = relation_pitch(count), width = x.size(1), panels = pitch / kRelationTile;
+    const Tensor packed = at::empty({pitch, width}, options), poisons = at::empty({panels}, options);
+    const Tensor left_out = samples.left_out.defined() ? samples.left_out.contiguous() : Tensor();
+    const RelationPanels points{count,
+                                width,
+                                pitch,
+                                {x.const_data_ptr(), 0, x.stride(0), x.stride(1), dtype_of(x)},
+                                left_out.defined() ? left_out.const_data_ptr<bool>() : nullptr,
+                                packed.mutable_data_ptr<double>(),
+                                poisons.mutable_data_ptr<double>()};
+    run(x.device(), points, panels, width * kRelationTile, relation_panels_cpu, nullptr);
+    poison = poisons.sum();
+    planes = at::empty({2, pitch, pitch}, options);
+    distances = at::empty({count}, options);
+    const RelationSquares squares{width, pitch, packed.const_data_ptr<double>(), planes.mutable_data_ptr<double>()};
+    run(x.device(), squares, squares.parts(), pitch * width, relation_squares_cpu, nullptr);
+    const RelationPlanes rows{count,
+                              width,
+                              pitch,
+                              nullptr,
+                              nullptr,
+                              nearest.const_data_ptr<double>(),
+                              planes.mutable_data_ptr(),
+                              distances.mutable_data_ptr<double>()};
+    run(x.device(), rows, pitch, 8 * pitch, relation_planes_cpu, nullptr);
+  }
+
+  void find_planes(const Tensor& embeddings) {
+    const Tensor x = scaled_points(embeddings);
     poison = x.sum().mul_(0);
     nearest = scale.mul(kNearest).square_();
     const int64_t pitch = relation_pitch(count);
-    planes = at::empty({on_cpu ? 2 : 3, pitch, pitch}, x.options().dtype(on_cpu ? at::kDouble : at::kFloat));
+    planes = at::empty({3, pitch, pitch}, x.options().dtype(at::kFloat));
     distances = at::empty({count}, x.options());
     const Tensor gram = x.mm(x.t());
     const RelationPlanes args{count,
@@ -91,17 +133,35 @@ struct Side {
     distances = distance.sum(1);
   }
 
+  Tensor gradient_on_cpu(const Tensor& x, const Tensor& factors) const {
+    const Tensor found = at::empty(x.sizes(), x.options().dtype(at::kFloat));
+    const Tensor left_out = samples.left_out.defined() ? samples.left_out.contiguous() : Tensor();
+    const RelationGradient args{count,
+                                x.size(1),
+                                {x.const_data_ptr(), 0, x.stride(0), x.stride(1), dtype_of(x)},
+                                left_out.defined() ? left_out.const_data_ptr<bool>() : nullptr,
+                                factors.const_data_ptr<double>(),
+                                found.mutable_data_ptr<float>()};
+    run(x.device(), args, count > 0 ? args.parts() : 0, count * count, relation_gradient_cpu, nullptr);
+    return found;
+  }
+
   Tensor mean_distance() const {
     const Tensor mean = samples.over_pairs(distances.sum());
     if (samples.n.defined()) return at::where(samples.n > 1, mean, at::ones_like(mean));
     return count > 1 ? mean : at::ones_like(mean);
   }
 
-  // factor·Σ_j pull_ij·(x_i − x_j), in the embeddings.
-  Tensor gradient(const Tensor& embeddings, const Tensor& pull, const Tensor& factor) const {
-    const Tensor x = centred(embeddings, samples).mul_(scale), towards = pull.mm(x);
-    x.mul_(pull.sum(1, true)).sub_(towards).mul_(factor * scale);
-    return samples.left_out.defined() ? x.masked_fill_(samples.left_out.unsqueeze(1), 0) : x;  // NaN of another is none
+  // factor·Σ_j pull_ij·(x_i − x_j), in the embeddings, as a product of (the sums of the rows − pull) with the points.
+  // It takes the place of `pull`.
+  Tensor gradient(const Tensor& embeddings, const Tensor& pull, const Tensor& factor, at::ScalarType dtype) const {
+    const Tensor sums = pull.sum(1);
+    pull.neg_().diagonal().copy_(sums);
+    pull.mul_(factor * scale);
+    if (on_cpu && dtype == at::kFloat) return gradient_on_cpu(embeddings, pull);
+    const Tensor found = pull.mm(centred(embeddings, samples).mul_(scale));
+    if (samples.left_out.defined()) found.masked_fill_(samples.left_out.unsqueeze(1), 0);  // NaN of another is none
+    return found.to(dtype);
   }
 };
 
@@ -160,7 +220,7 @@ std::tuple<Tensor, Tensor> relation_forward(const Tensor& student, const Tensor&
   const Tensor loss = (found.loss + s.poison + t.poison).to(dtype);
   s.planes.reset(), t.planes.reset();
   if (!write_gradient) return {loss, at::empty({0}, student.options().dtype(dtype))};
-  return {loss, s.gradient(student, found.pull, found.factor).to(dtype)};
+  return {loss, s.gradient(student, found.pull, found.factor, dtype)};
 }
 
 struct Relation : public torch::autograd::Function<Relation> {
@@ -238,7 +298,7 @@ std::tuple<Tensor, std::vector<Tensor>> relation_peers_forward(TensorList points
   const double share = 1.0 / static_cast<double>(students - 1);
   for (int64_t k = 0; k < students; ++k) {
     const Tensor none = at::empty({0}, points[k].options().dtype(dtype));
-    gradients.push_back(needs[k] ? sides[k].gradient(points[k], pulls[k], at::full_like(losses[k], share)).to(dtype)
+    gradients.push_back(needs[k] ? sides[k].gradient(points[k], pulls[k], at::full_like(losses[k], share), dtype)
                                  : none);
     pulls[k].reset();
   }

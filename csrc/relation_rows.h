@@ -5,40 +5,138 @@ namespace mtkd_fast {
 namespace MTKD_ISA {
 
 #include "vec.h"
+//
+#include "tile.h"
 
-// ‖x_i − x_j‖² from the Gram matrix; from the points themselves where that would lose more than half the digits.
-inline double squared_distance(const RelationPlanes& p, int64_t i, int64_t j) {
-  const double* g = p.gram;
-  const double both = g[i * p.count + i] + g[j * p.count + j], squared = both - 2 * g[i * p.count + j];
-  if (squared > 1e-8 * both) return squared;
-  double sum = 0;
-  for (int64_t d = 0; d < p.width; ++d) {
-    const double difference = p.x[i * p.width + d] - p.x[j * p.width + d];
-    sum += difference * difference;
-  }
-  return sum;
+using Doubles = Vec<double>;
+constexpr int kL = kLanes<double>;
+constexpr int kPanelRegisters = kRelationTile / kL;
+
+inline Doubles square_root(Doubles x) {
+#if MTKD_VEC_BYTES == 64
+  return _mm512_sqrt_pd(x);
+#elif MTKD_VEC_BYTES == 32
+  return _mm256_sqrt_pd(x);
+#else
+  for (int i = 0; i < kL; ++i) x[i] = std::sqrt(x[i]);
+  return x;
+#endif
 }
 
-inline double distance_of(double squared, double nearest) { return std::sqrt(squared < nearest ? nearest : squared); }
+// ------------------------------------------------------------------------------------------------------------
+// distances
 
+// A panel, a square of numbers at a time.
+inline void panel(const RelationPanels& args, int64_t p) {
+  constexpr int kColumns = 64;
+  alignas(64) double rows[kRelationTile][kColumns] = {};
+  double* to = args.panels + p * args.width * kRelationTile;
+  Doubles poison{};
+  for (int64_t begin = 0; begin < args.width; begin += kColumns) {
+    const int count = static_cast<int>(std::min<int64_t>(kColumns, args.width - begin));
+    const double* row[kRelationTile];
+    for (int r = 0; r < kRelationTile; ++r) {
+      const int64_t i = p * kRelationTile + r;
+      const bool reads = i < args.count && !(args.left_out && args.left_out[i]);
+      row[r] = reads ? read_tile(args.points, i * args.points.inner_stride, begin, count, rows[r]) : rows[r];
+    }
+    for (int c = 0; c < count; c += kL) {
+      const int here = std::min(kL, count - c);
+      for (int r = 0; r < kRelationTile; r += kL) {
+        Doubles square[kL];
+        for (int u = 0; u < kL; ++u) {
+          square[u] = load_part(row[r + u] + c, here);
+          poison += square[u] * 0.0;
+        }
+        transpose<double>(square);
+        for (int u = 0; u < here; ++u) store(to + (begin + c + u) * kRelationTile + r, square[u]);
+      }
+    }
+  }
+  args.poison[p] = sum_of<double>(poison);
+}
+
+inline void panels(const RelationPanels& args, int64_t begin, int64_t end) {
+  for (int64_t p = begin; p < end; ++p) panel(args, p);
+}
+
+// D of all pairs of two panels: as many of its rows at a time as registers hold, 2 operations a coordinate and pair.
+inline void squares_of_panels(const double* a, const double* b, int64_t width,
+                              double (&out)[kRelationTile][kRelationTile]) {
+  constexpr int kRows = MTKD_VEC_BYTES == 64 ? 8 : MTKD_VEC_BYTES == 32 ? 2 : 1;
+  for (int row = 0; row < kRelationTile; row += kRows) {
+    Doubles sums[kRows][kPanelRegisters] = {};
+    for (int64_t d = 0; d < width; ++d) {
+      const double *x = a + d * kRelationTile + row, *y = b + d * kRelationTile;
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+        for (int c = 0; c < kPanelRegisters; ++c) {
+          const Doubles difference = x[r] - load(y + c * kL);
+          sums[r][c] += difference * difference;
+        }
+      }
+    }
+    for (int r = 0; r < kRows; ++r)
+      for (int c = 0; c < kPanelRegisters; ++c) store(&out[row + r][c * kL], sums[r][c]);
+  }
+}
+
+inline void squares_of_row(const RelationSquares& args, int64_t i) {
+  alignas(64) double tile[kRelationTile][kRelationTile];
+  const int64_t panel = args.width * kRelationTile;
+  for (int64_t j = i; j < args.pitch / kRelationTile; ++j) {
+    squares_of_panels(args.panels + i * panel, args.panels + j * panel, args.width, tile);
+    double* here = args.squared + (i * args.pitch + j) * kRelationTile;
+    double* mirrored = args.squared + (j * args.pitch + i) * kRelationTile;
+    for (int r = 0; r < kRelationTile; ++r) {
+      for (int c = 0; c < kRelationTile; ++c) {
+        here[r * args.pitch + c] = tile[r][c];
+        mirrored[r * args.pitch + c] = tile[c][r];
+      }
+    }
+  }
+}
+
+inline void squares(const RelationSquares& args, int64_t begin, int64_t end) {
+  for (int64_t part = begin; part < end; ++part) {
+    const int64_t other = args.pitch / kRelationTile - 1 - part;
+    squares_of_row(args, part);
+    if (other > part) squares_of_row(args, other);
+  }
+}
+
+// A mask of the columns from j on that are pairs of sample i.
+inline Integers<double> pairs_of(int64_t i, int64_t j, int64_t count) {
+  Integers<double> column{};
+  for (int u = 0; u < kL; ++u) column[u] = u;
+  column += j;
+  return column < count && column != i;
+}
+
+inline Doubles distance_of(Doubles squared, double nearest) {  // NaN stays NaN
+  return square_root(squared < nearest ? Doubles{} + nearest : squared);
+}
+
+// Row by row: what is no pair becomes 0, and r and the sums of the distances are made.
 inline void planes(const RelationPlanes& args, int64_t begin, int64_t end) {
-  const int64_t plane = args.pitch * args.pitch;
   for (int64_t i = begin; i < end; ++i) {
     double* squared = static_cast<double*>(args.planes) + i * args.pitch;
-    double* inverse = squared + plane;
-    std::fill_n(squared, args.pitch, 0.0);
-    std::fill_n(inverse, args.pitch, 0.0);
-    if (i >= args.count) continue;
-    double sum = 0;
-    for (int64_t j = 0; j < args.count; ++j) {
-      if (j == i) continue;
-      squared[j] = squared_distance(args, i, j);
-      inverse[j] = squared[j] > 0 ? std::sqrt(0.5 / squared[j]) : squared[j];  // 0 stays 0, NaN stays NaN
-      sum += distance_of(squared[j], *args.nearest);
+    double* inverse = squared + args.pitch * args.pitch;
+    Doubles sum{};
+    for (int64_t j = 0; j < args.pitch; j += kL) {
+      const auto pair = pairs_of(i, j, i < args.count ? args.count : 0);
+      const Doubles d = pair ? load(squared + j) : Doubles{};
+      store(squared + j, d);
+      store(inverse + j, d > 0.0 ? square_root(0.5 / d) : d);  // 0 stays 0, NaN stays NaN
+      sum += pair ? distance_of(d, *args.nearest) : Doubles{};
     }
-    args.distances[i] = sum;
+    if (i < args.count) args.distances[i] = sum_of<double>(sum);
   }
 }
+
+// ---------------------------------------------------------------------------------------------------------------
+// angles
 
 // One side of the triangles on the pair (i, j).
 struct Edge {
@@ -119,25 +217,91 @@ inline void angle(const RelationAngle& args, int64_t begin, int64_t end) {
   }
 }
 
+// -------------------------------------------------------------------------------------------------------- distance
+// loss
+
 inline void distance(const RelationDistance& args, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const double* student = static_cast<const double*>(args.student) + i * args.pitch;
     const double* teacher = static_cast<const double*>(args.teacher) + i * args.pitch;
-    double loss = 0, weighted = 0;
-    if (args.pull) args.pull[i * args.count + i] = 0;
-    for (int64_t j = 0; j < args.count; ++j) {
-      if (student[j] < 0 && args.pull) args.pull[i * args.count + j] = 0;
-      if (j == i || student[j] < 0) continue;
-      const double d = distance_of(student[j], *args.student_nearest);
-      const double d_t = distance_of(teacher[j], *args.teacher_nearest);
-      const double e = d / *args.student_mean - d_t / *args.teacher_mean, h = clipped(e);
-      loss += h * (e - 0.5 * h);
-      weighted += h * d;
-      if (args.pull) args.pull[i * args.count + j] = student[j] < *args.student_nearest ? 0 : (h - *args.drag) / d;
+    Doubles loss{}, weighted{};
+    for (int64_t j = 0; j < args.count; j += kL) {
+      const Doubles squared = load(student + j);
+      const auto pair = pairs_of(i, j, args.count) && !(squared < 0.0);
+      const Doubles d = distance_of(squared, *args.student_nearest);
+      const Doubles d_t = distance_of(load(teacher + j), *args.teacher_nearest);
+      const Doubles e = d / *args.student_mean - d_t / *args.teacher_mean, h = clipped(e);
+      if (args.pull) {
+        const Doubles pull = pair && !(squared < *args.student_nearest) ? (h - *args.drag) / d : Doubles{};
+        store_part(args.pull + i * args.count + j, pull, static_cast<int>(std::min<int64_t>(kL, args.count - j)));
+      } else {
+        loss += pair ? h * (e - 0.5 * h) : Doubles{};
+        weighted += pair ? h * d : Doubles{};
+      }
     }
     if (args.pull) continue;
-    args.loss[i] = loss;
-    args.weighted[i] = weighted;
+    args.loss[i] = sum_of<double>(loss);
+    args.weighted[i] = sum_of<double>(weighted);
+  }
+}
+
+// -------------------------------------------------------------------------------------------------------------
+// gradient
+
+// As many rows of a product at a time as registers hold.
+constexpr int kProductRows = MTKD_VEC_BYTES == 64 ? 8 : MTKD_VEC_BYTES == 32 ? 2 : 1;
+
+// Rows [i, i + kProductRows) of factors·x, x [count, 16]; rows past the last one are copies of it.
+inline void product(const RelationGradient& args, int64_t i, const double* x,
+                    double (&out)[kProductRows][kRelationTile]) {
+  const double* row[kProductRows];
+  for (int r = 0; r < kProductRows; ++r) row[r] = args.factors + std::min(i + r, args.count - 1) * args.count;
+  Doubles sums[kProductRows][kPanelRegisters] = {};
+  for (int64_t j = 0; j < args.count; ++j) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kProductRows; ++r) {
+#pragma GCC unroll 8
+      for (int c = 0; c < kPanelRegisters; ++c) sums[r][c] += row[r][j] * load(x + j * kRelationTile + c * kL);
+    }
+  }
+  for (int r = 0; r < kProductRows; ++r)
+    for (int c = 0; c < kPanelRegisters; ++c) store(&out[r][c * kL], sums[r][c]);
+}
+
+// x_j − x_0 of 16 columns, x_0 the first point that counts; 0 in points that are left out.
+inline void pack_columns(const RelationGradient& args, int64_t begin, int count, double* x) {
+  alignas(64) double tile[kRelationTile] = {}, origin[kRelationTile] = {};
+  bool first = true;
+  for (int64_t j = 0; j < args.count; ++j, x += kRelationTile) {
+    std::fill_n(x, kRelationTile, 0.0);
+    if (args.left_out && args.left_out[j]) continue;
+    const double* from = read_tile(args.points, j * args.points.inner_stride, begin, count, tile);
+    if (first) std::copy_n(from, count, origin);
+    first = false;
+    for (int c = 0; c < count; ++c) x[c] = from[c] - origin[c];
+  }
+}
+
+inline void gradient(const RelationGradient& args, int64_t begin, int64_t end) {
+  struct Free {
+    void operator()(double* p) const { std::free(p); }
+  };
+  const size_t bytes = args.count * kRelationTile * sizeof(double);
+  const std::unique_ptr<double, Free> x(static_cast<double*>(std::aligned_alloc(64, bytes)));
+  if (!x) throw std::bad_alloc();
+  for (int64_t part = begin; part < end; ++part) {
+    const int64_t column = part * kRelationTile;
+    const int columns = static_cast<int>(std::min<int64_t>(kRelationTile, args.width - column));
+    pack_columns(args, column, columns, x.get());
+    for (int64_t i = 0; i < args.count; i += kProductRows) {
+      alignas(64) double out[kProductRows][kRelationTile];
+      product(args, i, x.get(), out);
+      for (int r = 0; r < kProductRows && i + r < args.count; ++r) {
+        const bool zero = args.left_out && args.left_out[i + r];  // NaN of another is none
+        float* to = args.gradient + (i + r) * args.width + column;
+        for (int c = 0; c < columns; ++c) to[c] = zero ? 0.0f : static_cast<float>(out[r][c]);
+      }
+    }
   }
 }
 

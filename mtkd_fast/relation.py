@@ -42,8 +42,8 @@ def rkd_angle_loss(
 
     Arguments, gradient and errors as in :func:`rkd_distance_loss`. Where j or k coincides with i the cosine is 0 and
     has no gradient. Needs O(B²) memory and O(B² D + B³) time: neither the B×B×D differences nor the B×B×B angles of the
-    published form exist. Through a centred Gram matrix in float64, so that tight clusters lose no digits; on a GPU the
-    B³ cosines are float32, of distances that two float32 numbers hold.
+    published form exist. From distances in float64, on a GPU through a centred Gram matrix, so that tight clusters lose
+    no digits; there the B³ cosines are float32, of distances that two float32 numbers hold.
 
     Source: Park et al., CVPR 2019 (arXiv 1904.05068; code: github.com/lenscloth/RKD).
 

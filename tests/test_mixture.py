@@ -247,6 +247,25 @@ def test_without_grad_nothing_is_kept(backend):
     assert not backend.ensemble_probabilities(teachers, weights=w).requires_grad
 
 
+@pytest.mark.parametrize("n_classes", [3000, 30000, 70001])
+def test_long_rows_in_and_out_of_cache(n_classes):
+    """The exponentials of a row are kept as long as they fit a cache, relative to the maximum so far."""
+    student, teachers, w = draw(n_teachers=2, rows=(3,), c=n_classes)
+    teachers[0][1, :1500] = -INF
+    teachers[0][0, 1024:2048] += 100
+    teachers[1][2, 2048:] -= 100
+    found = []
+    for implementation, dtype in (("cpp", F32), ("reference", F64)):
+        leaves = [x.to(dtype).requires_grad_() for x in (student, w)]
+        of_teachers = [t.to(dtype) for t in teachers]
+        given = dict(temperature=2.0, implementation=implementation)
+        value = mixture_divergence(leaves[0], of_teachers, weights=leaves[1], **given)
+        probabilities = ensemble_probabilities(of_teachers, weights=w.to(dtype), **given)
+        found.append([value, probabilities, *torch.autograd.grad(value.sum(), leaves)])
+    for got, right in zip(*found, strict=True):
+        assert (got - right).abs().max() < 1e-6 * right.abs().max()
+
+
 def test_many_rows_in_several_threads():
     student, teachers, w = draw(rows=(3000,), c=17)
     got = mixture_divergence(student, teachers, weights=w, temperature=2.0)

@@ -248,12 +248,12 @@ def test_gradcheck_of_relations_to_peers(fused64):
 
 
 def test_one_side_a_student(fused):
-    """Three students: three Gram matrices, where pair by pair there are twenty-four."""
+    """Three students: three Gram matrices at most, where pair by pair there are twenty-four."""
     points = [torch.randn(5, 3, device=fused.device, requires_grad=True) for _ in range(3)]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
         losses = relations_to_peers(points, row_mask=None, angle_weight=1.0, implementation=fused.implementation)
         losses.sum().backward()
-    assert sum(event.name == "aten::mm" for event in seen.events()) == 3 + 3, "a Gram matrix and a gradient a student"
+    assert sum(event.name == "aten::mm" for event in seen.events()) <= 3 + 3, "a Gram matrix and a gradient a student"
 
 
 @each

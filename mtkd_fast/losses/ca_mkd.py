@@ -105,9 +105,9 @@ class CAMKDLoss(DistillationLoss):
             )
         for k, head in enumerate(heads):
             checks.logits_like(f"head_logits[{k}]", head, student_logits, "student_logits")
-        weights = self._feature_weights(heads, target) * share_of_rows(target, compute_dtype(*adapted, *wanted))
-        hint = hint_loss(adapted, wanted, weights=weights, reduction="sum", implementation=self.implementation)
-        return loss + self.hint_weight * share * hint
+        factor = share_of_rows(target, compute_dtype(*adapted, *wanted)) * (self.hint_weight * share)
+        weights = self._feature_weights(heads, target) * factor
+        return loss + hint_loss(adapted, wanted, weights=weights, reduction="sum", implementation=self.implementation)
 
     def _feature_weights(self, head_logits: list[Tensor], target: Tensor) -> Tensor:
         """v [K, N]."""

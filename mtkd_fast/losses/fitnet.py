@@ -90,8 +90,8 @@ class FitNetKDLoss(DistillationLoss):
             hint = hint_loss(
                 adapted,
                 wanted,
-                weights=share.expand(len(teachers), -1),
+                weights=(share * self.hint_weight).expand(len(teachers), -1),
                 reduction="sum",
                 implementation=self.implementation,
             )
-        return loss + self.hint_weight * hint
+        return loss + hint

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mtkd_fast.reference.kd import compute_dtype
-from mtkd_fast.schemas.library import declare, declare_pass
+from mtkd_fast.schemas.library import declare, declare_cpu_pass, declare_pass
 
 
 def kept_numbers(distance: str) -> int:
@@ -21,6 +21,19 @@ def fake_hint_forward(student: list[Tensor], teacher: list[Tensor], weights: Ten
 def fake_hint_backward(
     student: list[Tensor], teacher: list[Tensor], weights: Tensor, kept: Tensor, needs: list[bool], distance: str
 ) -> list[Tensor]:
+    return fake_gradients(student, teacher, needs)
+
+
+def fake_hint_fused_forward(
+    student: list[Tensor], teacher: list[Tensor], weights: Tensor | None, distance: str, reduction: str,
+    needs: list[bool],
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    shape = student[0].shape[:1] if reduction == "none" else ()
+    loss = student[0].new_empty(shape, dtype=compute_dtype(*student, *teacher))
+    return loss, fake_gradients(student, teacher, needs)
+
+
+def fake_gradients(student: list[Tensor], teacher: list[Tensor], needs: list[bool]) -> list[Tensor]:
     """In the memory layout of the features, where a pair shares one that is dense; else contiguous."""
 
     def gradient(f: Tensor, g: Tensor) -> Tensor:
@@ -40,4 +53,9 @@ declare_pass(
     "hint_backward(Tensor[] student, Tensor[] teacher, Tensor weights, Tensor kept, bool[] needs, str distance)"
     " -> Tensor[]",
     fake_hint_backward,
+)
+declare_cpu_pass(
+    "hint_fused_forward(Tensor[] student, Tensor[] teacher, Tensor? weights, str distance, str reduction, bool[] needs)"
+    " -> (Tensor loss, Tensor[] gradients)",
+    fake_hint_fused_forward,
 )
