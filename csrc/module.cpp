@@ -1,4 +1,5 @@
-// The module mtkd_fast._C: facts about the build. Importing it also registers the ops (kd_ops.cpp and its kin).
+// The module mtkd_fast._C: facts about the build, and the short way into the op `kd`. Importing it also registers the
+// ops (kd_ops.cpp and its kin).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -6,6 +7,7 @@
 #include <vector>
 
 #include "cpu_capability.h"
+#include "kd_python.h"
 
 namespace py = pybind11;
 using namespace mtkd_fast;
@@ -32,4 +34,5 @@ PYBIND11_MODULE(_C, m) {
       if (names[i] == name) return set_cpu_capability(static_cast<CPUCapability>(i));
     throw py::value_error("this processor does not run '" + name + "'");
   });
+  add_kd(m.ptr());
 }

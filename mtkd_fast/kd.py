@@ -4,10 +4,28 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mtkd_fast import checks, dispatch
 from mtkd_fast.reference import kd as reference
 from mtkd_fast.reference.kd import KDStats
+
+# The short way on the CPU (csrc/kd_python.cpp): the loss, or None for a call that wants what follows.
+_kd_at_once = getattr(dispatch._C, "kd_at_once", None)
+
+
+def _is_plain(beta, row_weights, num_items, class_dim, return_stats, implementation) -> bool:
+    """Whether the arguments that the short way does not take have their defaults, and nothing traces the call."""
+    return (
+        beta is None
+        and row_weights is None
+        and num_items is None
+        and class_dim == -1
+        and return_stats is False
+        and (implementation is None or implementation == "cpp")
+        and forward_ad._current_level < 0
+        and not torch.compiler.is_compiling()
+    )
 
 
 def multi_teacher_kd_loss(
@@ -86,6 +104,13 @@ def multi_teacher_kd_loss(
     >>> student.grad.shape
     torch.Size([8, 10])
     """
+    if _kd_at_once is not None and _is_plain(beta, row_weights, num_items, class_dim, return_stats, implementation):
+        loss = _kd_at_once(
+            student_logits, teacher_logits, target, weights, temperature, temperature_squared, divergence, kd_weight,
+            ce_weight, label_smoothing, ignore_index, reduction,
+        )  # fmt: skip
+        if loss is not None:
+            return loss
     student = checks.student_logits(student_logits, class_dim)
     teachers = checks.teacher_logits(teacher_logits, student, class_dim)
     labels = checks.target(target, student)
