@@ -5,6 +5,8 @@ namespace MTKD_ISA {
 
 #include "vec.h"
 //
+#include "halves.h"
+//
 #include "tile.h"
 //
 #include "distance_sums.h"

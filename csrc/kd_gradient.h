@@ -185,22 +185,47 @@ T* in_place(const Gradient&, const Block<T>&, Across<T>, int64_t) {
   return nullptr;
 }
 
+template <typename T, typename At>
+void student_gradient_with_label(const KDArgs<T>& args, const Block<T>& block, At at, const Sweep<T>& sweep,
+                                 int64_t begin, int count, Scratch<T>& scratch, T* to) {
+  student_gradient(args, block, at, sweep, begin, count, scratch, to);
+  if (args.ce_weight != 0 || args.divergence == Divergence::dkd)
+    for_each_place(block, at, block.target, begin, count,
+                   [&](int row, int64_t place) { to[place] -= block.student.label[row]; });
+}
+
+// Neighbouring rows are put in order first and go past the caches together.
+template <typename T>
+void stream_gradient(const KDArgs<T>& args, const Block<T>& block, const Sweep<T>& sweep, Scratch<T>& scratch,
+                     const Gradient& gradient) {
+  T* rows[kLanes<T>];
+  for (int64_t begin = 0; begin < scratch.line(); begin += kTileColumns) {
+    const int count = tile_count(scratch.line(), begin);
+    T* const line = scratch.out.values;
+    student_gradient_with_label(args, block, Across<T>(), sweep, begin, count, scratch, line);
+    for (int r = 0; r < block.rows; ++r) rows[r] = scratch.staged() + r * args.classes + begin / kLanes<T>;
+    write_squares(block, rows, count / kLanes<T>, line);
+  }
+  stream_tile(static_cast<T*>(gradient.data) + block.start(gradient, 0), block.rows * static_cast<int>(args.classes),
+              scratch.staged());
+}
+
 template <typename T>
 void write_student_gradient(const KDArgs<T>& args, const Block<T>& block, const Sweep<T>& sweep, Scratch<T>& scratch,
                             const Gradient& gradient) {
-  const bool hard = args.ce_weight != 0, apart = args.divergence == Divergence::dkd;
+  const bool is_zero = args.ce_weight == 0 && !any_of(block.student.used.all() != 0);
+  if (scratch.across() && scratch.streams && block.near.span == block.rows && !is_zero)
+    return stream_gradient(args, block, sweep, scratch, gradient);
   for_each_line(block, scratch.across(), kEveryRow, [&](auto at) {
-    if (!hard && !any_of(at.of(block.student.used) != 0)) return zero_line(args, block, at, gradient);
+    if (args.ce_weight == 0 && !any_of(at.of(block.student.used) != 0)) return zero_line(args, block, at, gradient);
     for (int64_t begin = 0; begin < scratch.line(); begin += kTileColumns) {
       const int count = tile_count(scratch.line(), begin);
       T* const there = in_place(gradient, block, at, begin);
-      T* const to = there && !scratch.streams ? there : scratch.out.values;
-      student_gradient(args, block, at, sweep, begin, count, scratch, to);
-      if (hard || apart)
-        for_each_place(block, at, block.target, begin, count,
-                       [&](int row, int64_t place) { to[place] -= block.student.label[row]; });
+      const bool streams = scratch.streams && there != nullptr;
+      T* const to = there && !streams ? there : scratch.out.values;
+      student_gradient_with_label(args, block, at, sweep, begin, count, scratch, to);
       if (to == there) continue;
-      if (scratch.streams)
+      if (streams)
         stream_tile(there, count, to);
       else
         write_line(gradient, block, at, begin, count, to);

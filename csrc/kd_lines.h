@@ -75,15 +75,6 @@ void write_planes(const Gradient& to, const Block<T>& block, int64_t first, int 
   }
 }
 
-// Neighbouring rows two blocks on.
-template <typename T>
-void prefetch_rows(const Logits& x, const Block<T>& block) {
-  if (x.class_stride != 1 || block.near.span != block.rows) return;
-  const int64_t rows = kLanes<T> * x.inner_stride, bytes = element_bytes(x.dtype);
-  const char* next = static_cast<const char*>(x.data) + (block.start(x, 0) + 2 * rows) * bytes;
-  for (int64_t i = 0; i < rows * bytes; i += 64) __builtin_prefetch(next + i, 0, 2);
-}
-
 // At most kStripClasses classes.
 template <typename T, typename Reads>
 void read_rows(const Logits& x, const Block<T>& block, int64_t first, int classes, T* to, Reads reads) {
@@ -122,7 +113,6 @@ const T* read_line(const Logits& x, const Block<T>& block, Across<T>, int64_t be
   if (lies_in_planes(x) && block.near.span > 0) {
     read_planes(x, block, first, classes, to, reads);
   } else {
-    if (first == 0) prefetch_rows(x, block);
     for (int c = 0; c < classes; c += kStripClasses<T>)
       read_rows(x, block, first + c, std::min(kStripClasses<T>, classes - c), to + c * kLanes<T>, reads);
   }
@@ -131,13 +121,9 @@ const T* read_line(const Logits& x, const Block<T>& block, Across<T>, int64_t be
   return to;
 }
 
+// Classes [first, first + classes) of every row, row r to rows[r].
 template <typename T>
-void write_rows(const Gradient& to, const Block<T>& block, int64_t first, int classes, const T* from) {
-  Tile<T> strip;
-  const bool native = to.class_stride == 1 && to.dtype == kNative<T>;
-  T* rows[kLanes<T>];
-  for (int r = 0; r < block.rows; ++r)
-    rows[r] = native ? static_cast<T*>(to.data) + block.start(to, r) + first : strip.values + r * kStripClasses<T>;
+void write_squares(const Block<T>& block, T* const* rows, int classes, const T* from) {
   for (int c = 0; c < classes; c += kLanes<T>) {
     const int count = std::min(kLanes<T>, classes - c);
     Vec<T> square[kLanes<T>];
@@ -150,6 +136,16 @@ void write_rows(const Gradient& to, const Block<T>& block, int64_t first, int cl
     else
       for (int r = 0; r < block.rows; ++r) store_part(rows[r] + c, square[r], count);
   }
+}
+
+template <typename T>
+void write_rows(const Gradient& to, const Block<T>& block, int64_t first, int classes, const T* from) {
+  Tile<T> strip;
+  const bool native = to.class_stride == 1 && to.dtype == kNative<T>;
+  T* rows[kLanes<T>];
+  for (int r = 0; r < block.rows; ++r)
+    rows[r] = native ? static_cast<T*>(to.data) + block.start(to, r) + first : strip.values + r * kStripClasses<T>;
+  write_squares(block, rows, classes, from);
   for (int r = 0; r < block.rows && !native; ++r)
     write_tile(to, block.start(to, r), first, classes, strip.values + r * kStripClasses<T>);
 }

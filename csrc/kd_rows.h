@@ -18,6 +18,8 @@ namespace MTKD_ISA {
 //
 #include "dkd.h"
 //
+#include "halves.h"
+//
 #include "tile.h"
 //
 #include "kd_block.h"
@@ -199,7 +201,7 @@ void backward_rows(const KDBackward<T>& args, Scratch<T>& scratch, int64_t begin
 // Everything of the op on the CPU, a range of rows at a time.
 template <typename T>
 void forward(const KDForward<T>& args, int64_t begin, int64_t end) {
-  const bool streams = streams_gradient<T>(args.gradient, args.rows, args.classes);
+  const bool streams = streams_gradient(args, args.gradient);
   Scratch<T> scratch(args, end - begin, /*gradient=*/args.gradient.data != nullptr, streams);
   forward_rows(args, scratch, begin, end);
   stream_fence();
@@ -207,7 +209,7 @@ void forward(const KDForward<T>& args, int64_t begin, int64_t end) {
 
 template <typename T>
 void backward(const KDBackward<T>& args, int64_t begin, int64_t end) {
-  const bool streams = streams_gradient<T>(args.student_gradient, args.rows, args.classes);
+  const bool streams = streams_gradient(args, args.student_gradient);
   Scratch<T> scratch(args, end - begin, /*gradient=*/false, streams);
   backward_rows(args, scratch, begin, end);
   stream_fence();

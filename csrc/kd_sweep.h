@@ -20,14 +20,18 @@ struct Ahead {
 };
 
 // Two tiles ahead in the row (one is too short a time for a memory that is busy), then on to the next block's row.
+// Across, two blocks ahead; pixels look ahead as they are read (kd_lines.h).
 template <typename T>
 Ahead ahead_of(const KDArgs<T>& args, const Logits& x, int rows, int64_t begin, bool across) {
   constexpr int64_t kDistance = 2;
+  const auto data = reinterpret_cast<uintptr_t>(x.data);
+  if (x.class_stride != 1) return {data, 0};
+  const int bytes = element_bytes(x.dtype);
+  if (across) return {data + kDistance * kLanes<T> * x.inner_stride * bytes, bytes};
   const int64_t tile = begin / kTileColumns + kDistance, tiles = (args.classes + kTileColumns - 1) / kTileColumns;
   const int64_t rows_on = std::max<int64_t>(rows, tiles == 1 ? kDistance : 1);
   const int64_t in_next = std::min(tile - tiles, tiles - 1) * kTileColumns + rows_on * x.inner_stride;
-  const int bytes = across || x.class_stride != 1 ? 0 : element_bytes(x.dtype);
-  return {reinterpret_cast<uintptr_t>(x.data) + (tile < tiles ? tile * kTileColumns : in_next) * bytes, bytes};
+  return {data + (tile < tiles ? tile * kTileColumns : in_next) * bytes, bytes};
 }
 
 // Calls step(at, bundle, careful) for all vectors of a tile. A vector needs care if it may hold −inf.

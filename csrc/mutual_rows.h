@@ -15,6 +15,8 @@ namespace MTKD_ISA {
 //
 #include "row_formulas.h"
 //
+#include "halves.h"
+//
 #include "tile.h"
 //
 #include "tile_end.h"

@@ -6,6 +6,8 @@ namespace MTKD_ISA {
 
 #include "vec.h"
 //
+#include "halves.h"
+//
 #include "tile.h"
 
 using Doubles = Vec<double>;

@@ -14,41 +14,6 @@ constexpr int element_bytes(DType dtype) { return dtype == DType::f64 ? 8 : dtyp
 template <typename T>
 constexpr DType kNative = sizeof(T) == sizeof(float) ? DType::f32 : DType::f64;
 
-template <typename To, typename From>
-inline To bits_of(From x) {
-  static_assert(sizeof(To) == sizeof(From), "same size");
-  To y;
-  __builtin_memcpy(&y, &x, sizeof(y));
-  return y;
-}
-
-// The 16-bit formats, exactly. Branch-free, so that the loops over a tile vectorise.
-inline float from_bf16(uint16_t x) { return bits_of<float>(static_cast<uint32_t>(x) << 16); }
-
-inline float from_f16(uint16_t x) {
-  const uint32_t magnitude = x & 0x7FFFu, sign = (x & 0x8000u) << 16;
-  const float value = bits_of<float>(magnitude << 13) * 0x1p112f;  // rebiases the exponent, subnormals included
-  const uint32_t special = magnitude >= 0x7C00u ? 0x7F800000u : 0u;
-  return bits_of<float>(bits_of<uint32_t>(value) | special | sign);
-}
-
-// Round to nearest even; NaN stays NaN.
-inline uint16_t to_bf16(float value) {
-  const uint32_t x = bits_of<uint32_t>(value);
-  const uint32_t rounded = (x + 0x7FFF + ((x >> 16) & 1)) >> 16, nan = (x >> 16) | 0x40;
-  return static_cast<uint16_t>((x & 0x7FFFFFFF) > 0x7F800000 ? nan : rounded);
-}
-
-inline uint16_t to_f16(float value) {
-  const uint32_t x = bits_of<uint32_t>(value), sign = (x >> 16) & 0x8000, magnitude = x & 0x7FFFFFFF;
-  const uint32_t normal = (magnitude - 0x38000000 + 0xFFF + ((magnitude >> 13) & 1)) >> 13;
-  const uint32_t subnormal = bits_of<uint32_t>(bits_of<float>(magnitude) + 0.5f) - 0x3F000000;  // the sum rounds
-  uint32_t half = magnitude < 0x38800000 ? subnormal : normal;
-  half = magnitude >= 0x477FF000 ? 0x7C00 : half;  // past 65504
-  half = magnitude > 0x7F800000 ? 0x7E00 : half;
-  return static_cast<uint16_t>(sign | half);
-}
-
 template <typename T>
 inline T widen_one(const void* row, DType dtype, int64_t at) {
   switch (dtype) {
@@ -77,10 +42,10 @@ inline void widen(const void* row, DType dtype, int64_t at, int count, T* __rest
       for (int i = 0; i < count; ++i) to[i] = static_cast<T>(f64[i]);
       break;
     case DType::bf16:
-      for (int i = 0; i < count; ++i) to[i] = from_bf16(half[i]);
+      widen_bf16(half, count, to);
       break;
     case DType::f16:
-      for (int i = 0; i < count; ++i) to[i] = from_f16(half[i]);
+      widen_f16(half, count, to);
       break;
   }
 }
@@ -145,10 +110,10 @@ void write_tile(void* out, DType dtype, int64_t at, int count, const T* __restri
       for (int i = 0; i < count; ++i) static_cast<double*>(out)[at + i] = static_cast<double>(from[i]);
       break;
     case DType::bf16:
-      for (int i = 0; i < count; ++i) static_cast<uint16_t*>(out)[at + i] = to_bf16(static_cast<float>(from[i]));
+      narrow_bf16(from, count, static_cast<uint16_t*>(out) + at);
       break;
     case DType::f16:
-      for (int i = 0; i < count; ++i) static_cast<uint16_t*>(out)[at + i] = to_f16(static_cast<float>(from[i]));
+      narrow_f16(from, count, static_cast<uint16_t*>(out) + at);
       break;
   }
 }
@@ -193,11 +158,11 @@ constexpr int64_t kStreamBytes = 8 << 20;
 constexpr int64_t kStreamColumns = 512;
 
 template <typename T>
-bool streams_gradient(DType dtype, int64_t rows, int64_t classes) {
-  return dtype == kNative<T> && classes >= kStreamColumns && rows * classes * int64_t{sizeof(T)} >= kStreamBytes;
+bool outgrows_caches(int64_t rows, int64_t classes) {
+  return rows * classes * int64_t{sizeof(T)} >= kStreamBytes;
 }
 
 template <typename T>
-bool streams_gradient(const Gradient& of, int64_t rows, int64_t classes) {
-  return of.data != nullptr && of.class_stride == 1 && streams_gradient<T>(of.dtype, rows, classes);
+bool streams_gradient(DType dtype, int64_t rows, int64_t classes) {
+  return dtype == kNative<T> && classes >= kStreamColumns && outgrows_caches<T>(rows, classes);
 }
