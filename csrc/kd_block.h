@@ -169,6 +169,12 @@ struct Block {
     return outer[row] * x.outer_stride + inner[row] * x.inner_stride;
   }
   bool reads(int k, int row) const { return !(skips_zero_weights && teacher[k].weight[row] == 0); }
+  template <typename Reads>
+  bool all_read(Reads reads) const {
+    for (int row = 0; row < rows; ++row)
+      if (!reads(row)) return false;
+    return true;
+  }
   bool reads_some(int k) const {
     for (int row = 0; row < rows; ++row)
       if (reads(k, row)) return true;

@@ -194,30 +194,35 @@ void student_gradient_with_label(const KDArgs<T>& args, const Block<T>& block, A
                    [&](int row, int64_t place) { to[place] -= block.student.label[row]; });
 }
 
-// Neighbouring rows are put in order first and go past the caches together.
+// Neighbouring short rows are put in order first, then cast past the caches or rounded as one piece.
 template <typename T>
-void stream_gradient(const KDArgs<T>& args, const Block<T>& block, const Sweep<T>& sweep, Scratch<T>& scratch,
+void write_one_piece(const KDArgs<T>& args, const Block<T>& block, const Sweep<T>& sweep, Scratch<T>& scratch,
                      const Gradient& gradient) {
-  T* rows[kLanes<T>];
+  alignas(64) T piece[kLanes<T> * kShortRow];
+  const int classes = static_cast<int>(args.classes);
   for (int64_t begin = 0; begin < scratch.line(); begin += kTileColumns) {
     const int count = tile_count(scratch.line(), begin);
-    T* const line = scratch.out.values;
-    student_gradient_with_label(args, block, Across<T>(), sweep, begin, count, scratch, line);
-    for (int r = 0; r < block.rows; ++r) rows[r] = scratch.staged() + r * args.classes + begin / kLanes<T>;
-    write_squares(block, rows, count / kLanes<T>, line);
+    student_gradient_with_label(args, block, Across<T>(), sweep, begin, count, scratch, scratch.out.values);
+    T* rows[kLanes<T>];
+    for (int r = 0; r < block.rows; ++r) rows[r] = piece + r * classes + begin / kLanes<T>;
+    write_squares(block, rows, count / kLanes<T>, scratch.out.values);
   }
-  stream_tile(static_cast<T*>(gradient.data) + block.start(gradient, 0), block.rows * static_cast<int>(args.classes),
-              scratch.staged());
+  const int64_t start = block.start(gradient, 0);
+  if (scratch.streams)
+    stream_tile(static_cast<T*>(gradient.data) + start, block.rows * classes, piece);
+  else
+    write_tile(gradient.data, gradient.dtype, start, block.rows * classes, piece);
 }
 
 template <typename T>
 void write_student_gradient(const KDArgs<T>& args, const Block<T>& block, const Sweep<T>& sweep, Scratch<T>& scratch,
                             const Gradient& gradient) {
-  const bool is_zero = args.ce_weight == 0 && !any_of(block.student.used.all() != 0);
-  if (scratch.across() && scratch.streams && block.near.span == block.rows && !is_zero)
-    return stream_gradient(args, block, sweep, scratch, gradient);
+  const bool hard = args.ce_weight != 0, converts = gradient.dtype != kNative<T>;
+  if (scratch.across() && args.classes <= kShortRow && is_one_piece(gradient, block, args.classes) &&
+      (scratch.streams || converts) && (hard || any_of(block.student.used.all() != 0)))
+    return write_one_piece(args, block, sweep, scratch, gradient);
   for_each_line(block, scratch.across(), kEveryRow, [&](auto at) {
-    if (args.ce_weight == 0 && !any_of(at.of(block.student.used) != 0)) return zero_line(args, block, at, gradient);
+    if (!hard && !any_of(at.of(block.student.used) != 0)) return zero_line(args, block, at, gradient);
     for (int64_t begin = 0; begin < scratch.line(); begin += kTileColumns) {
       const int count = tile_count(scratch.line(), begin);
       T* const there = in_place(gradient, block, at, begin);

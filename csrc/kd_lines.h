@@ -75,22 +75,13 @@ void write_planes(const Gradient& to, const Block<T>& block, int64_t first, int 
   }
 }
 
-// At most kStripClasses classes.
-template <typename T, typename Reads>
-void read_rows(const Logits& x, const Block<T>& block, int64_t first, int classes, T* to, Reads reads) {
-  Tile<T> strip;
-  const T* rows[kLanes<T>];
-  int readable = 0;
-  for (int r = 0; r < kLanes<T>; ++r) {
-    const bool is_read = r < block.rows && reads(r);
-    T* const widened = strip.values + r * kStripClasses<T>;
-    rows[r] = is_read ? read_tile(x, block.start(x, r), first, classes, widened) : nullptr;
-    readable += is_read;
-  }
+// `classes` classes of every row, row r from rows[r], which is null if it is not read.
+template <typename T>
+void read_squares(const T* const* rows, bool all, int classes, T* to) {
   for (int c = 0; c < classes; c += kLanes<T>) {
     const int count = std::min(kLanes<T>, classes - c);
     Vec<T> square[kLanes<T>];
-    if (readable == kLanes<T>)
+    if (all)
 #pragma GCC unroll 16
       for (int r = 0; r < kLanes<T>; ++r) square[r] = load_part(rows[r] + c, count);
     else
@@ -105,6 +96,37 @@ void read_rows(const Logits& x, const Block<T>& block, int64_t first, int classe
   }
 }
 
+// At most kStripClasses classes.
+template <typename T, typename Reads>
+void read_rows(const Logits& x, const Block<T>& block, int64_t first, int classes, T* to, Reads reads) {
+  Tile<T> strip;
+  const T* rows[kLanes<T>];
+  int readable = 0;
+  for (int r = 0; r < kLanes<T>; ++r) {
+    const bool is_read = r < block.rows && reads(r);
+    T* const widened = strip.values + r * kStripClasses<T>;
+    rows[r] = is_read ? read_tile(x, block.start(x, r), first, classes, widened) : nullptr;
+    readable += is_read;
+  }
+  read_squares(rows, readable == kLanes<T>, classes, to);
+}
+
+// Whether the rows of the block are one piece of memory.
+template <typename T, typename Tensor>
+bool is_one_piece(const Tensor& x, const Block<T>& block, int64_t classes) {
+  return x.class_stride == 1 && x.inner_stride == classes && block.near.span == block.rows;
+}
+
+// Whole rows, widened as one piece.
+template <typename T>
+void widen_rows(const Logits& x, const Block<T>& block, int classes, T* to) {
+  alignas(64) T piece[kLanes<T> * kShortRow];
+  const T* rows[kLanes<T>];
+  widen(x.data, x.dtype, block.start(x, 0), block.rows * classes, piece);
+  for (int r = 0; r < kLanes<T>; ++r) rows[r] = r < block.rows ? piece + r * classes : nullptr;
+  read_squares(rows, block.rows == kLanes<T>, classes, to);
+}
+
 // Classes [begin, begin + count)/kLanes of the block.
 template <typename T, typename Reads>
 const T* read_line(const Logits& x, const Block<T>& block, Across<T>, int64_t begin, int count, T* to, Reads reads) {
@@ -112,6 +134,9 @@ const T* read_line(const Logits& x, const Block<T>& block, Across<T>, int64_t be
   const int classes = count / kLanes<T>;
   if (lies_in_planes(x) && block.near.span > 0) {
     read_planes(x, block, first, classes, to, reads);
+  } else if (x.dtype != kNative<T> && classes <= kShortRow && is_one_piece(x, block, classes) &&
+             block.all_read(reads)) {
+    widen_rows(x, block, classes, to);
   } else {
     for (int c = 0; c < classes; c += kStripClasses<T>)
       read_rows(x, block, first + c, std::min(kStripClasses<T>, classes - c), to + c * kLanes<T>, reads);

@@ -17,8 +17,8 @@ bool affordable(const KDArgs<T>& args, int64_t rows, int64_t bytes) {
 template <typename T>
 bool goes_across(const KDArgs<T>& args, int64_t rows) {
   const int64_t bytes = args.classes * kLanes<T> * int64_t{sizeof(T)} * (args.teachers + 2);
-  return args.classes <= kShortRow ||
-         (lies_in_planes(args.student) && (bytes <= kBlockBytes || affordable(args, rows, bytes)));
+  if (bytes <= kBlockBytes) return args.classes <= kShortRow || lies_in_planes(args.student);
+  return lies_in_planes(args.student) && affordable(args, rows, bytes);
 }
 
 // Whether a gradient goes past the caches: rows that are long, or short and dense, so that a block of them is one
@@ -26,7 +26,7 @@ bool goes_across(const KDArgs<T>& args, int64_t rows) {
 template <typename T>
 bool streams_gradient(const KDArgs<T>& args, const Gradient& of) {
   if (of.data == nullptr || of.class_stride != 1 || of.dtype != kNative<T>) return false;
-  const bool dense = args.classes <= kShortRow && of.inner_stride == args.classes;
+  const bool dense = goes_across(args, args.rows) && of.inner_stride == args.classes;
   return (dense || args.classes >= kStreamColumns) && outgrows_caches<T>(args.rows, args.classes);
 }
 
@@ -60,15 +60,14 @@ class Scratch {
     lines_ = lines;
     const int64_t per_tile = lines * tile_pitch_, student = lines * student_pitch_;
     const int64_t teachers = keeps_ ? args.teachers * lines * pitch : tile_pitch_;
-    const int64_t maxima = (args.teachers + 1) * lines * tiles_, staged = across_ && this->streams ? line_ : 0;
-    const size_t bytes = (2 * per_tile + student + teachers + staged + maxima) * number;
+    const int64_t maxima = (args.teachers + 1) * lines * tiles_;
+    const size_t bytes = (2 * per_tile + student + teachers + maxima) * number;
     memory_.reset(static_cast<T*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
     if (!memory_) throw std::bad_alloc();
     shifted_ = memory_.get() + per_tile;
     student_exps_ = shifted_ + per_tile;
     teacher_exps_ = student_exps_ + student;
-    staged_ = teacher_exps_ + teachers;
-    max_at_ = staged_ + staged;
+    max_at_ = teacher_exps_ + teachers;
   }
 
   // Whether row n may join the block. Pixels that do not count lie between those that do, but not too many.
@@ -94,9 +93,6 @@ class Scratch {
     return teacher_exps_ + (k * lines_ + line) * teacher_pitch_ + (keeps_ ? begin : 0);
   }
 
-  // Rows of a gradient in the order in which they lie.
-  T* staged() { return staged_; }
-
   // The largest logit when the tile passed by, which they are relative to; not yet that of the row.
   T& student_max_at(int line, int64_t begin) { return max_at_[line * tiles_ + tile_of(begin)]; }
   T& teacher_max_at(int k, int line, int64_t begin) {
@@ -121,5 +117,5 @@ class Scratch {
   int64_t rows_, lines_, tile_pitch_, student_pitch_, teacher_pitch_;
   bool keeps_;
   std::unique_ptr<T, Free> memory_;
-  T *shifted_, *student_exps_, *teacher_exps_, *staged_, *max_at_;
+  T *shifted_, *student_exps_, *teacher_exps_, *max_at_;
 };
