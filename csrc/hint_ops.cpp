@@ -272,6 +272,7 @@ Tensor as_samples(const Tensor& gradient) {
 
 bool is_one(const Tensor& upstream) {
   if (is_traced(upstream) || upstream.dim() > 0 || !upstream.is_cpu()) return false;
+  if (upstream.is_neg() || upstream._is_zerotensor()) return false;  // its memory says otherwise
   return upstream.scalar_type() == at::kDouble ? *upstream.const_data_ptr<double>() == 1
                                                : *upstream.const_data_ptr<float>() == 1;
 }

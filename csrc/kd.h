@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 #include "divergences.h"
 #include "row_stats.h"
@@ -132,6 +133,14 @@ void kd_backward_cpu(const KDBackward<float>&, int64_t begin, int64_t end);
 void kd_backward_cpu(const KDBackward<double>&, int64_t begin, int64_t end);
 void kd_rescale_cpu(const KDRescale<float>&, int64_t begin, int64_t end);
 void kd_rescale_cpu(const KDRescale<double>&, int64_t begin, int64_t end);
+
+// CPU, fewer long rows than threads: all rows, the columns of each in `parts`. in_parallel(n, body) calls body(0) to
+// body(n − 1), side by side.
+using InParallel = std::function<void(int, const std::function<void(int)>&)>;
+void kd_forward_columns_cpu(const KDForward<float>&, int parts, const InParallel& in_parallel);
+void kd_forward_columns_cpu(const KDForward<double>&, int parts, const InParallel& in_parallel);
+void kd_backward_columns_cpu(const KDBackward<float>&, int parts, const InParallel& in_parallel);
+void kd_backward_columns_cpu(const KDBackward<double>&, int parts, const InParallel& in_parallel);
 
 // CUDA, float accumulation: every row, on `stream` (a cudaStream_t). Null, or what went wrong.
 bool kd_fits_on_chip(const KDArgs<float>&, WeightRule, int device);

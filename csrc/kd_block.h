@@ -125,6 +125,7 @@ struct Near {
 template <typename T>
 struct Block {
   int rows = 0;
+  int64_t classes;                             // of a row
   int64_t n[kLanes<T>];                        // which rows
   int64_t outer[kLanes<T>], inner[kLanes<T>];  // where they are: a division a row, 20 cycles, not one a tensor
   int64_t target[kLanes<T>];                   // −1: none
@@ -139,6 +140,7 @@ struct Block {
   TeacherNumbers<T> teacher[kMaxTeachers];
 
   void add(const KDArgs<T>& args, int64_t row) {
+    classes = args.classes;
     n[rows] = row;
     outer[rows] = row < args.inner ? 0 : row / args.inner;
     inner[rows] = row < args.inner ? row : row % args.inner;

@@ -9,7 +9,9 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <optional>
 #include <type_traits>
+#include <vector>
 
 #include "cpu_capability.h"
 #include "kd.h"
@@ -30,6 +32,18 @@ void kd_backward_cpu(const KDBackward<float>& args, int64_t begin, int64_t end) 
 }
 void kd_backward_cpu(const KDBackward<double>& args, int64_t begin, int64_t end) {
   MTKD_IN_INSTRUCTION_SET(backward, args, begin, end);
+}
+void kd_forward_columns_cpu(const KDForward<float>& args, int parts, const InParallel& in_parallel) {
+  MTKD_IN_INSTRUCTION_SET(forward_columns, args, parts, in_parallel);
+}
+void kd_forward_columns_cpu(const KDForward<double>& args, int parts, const InParallel& in_parallel) {
+  MTKD_IN_INSTRUCTION_SET(forward_columns, args, parts, in_parallel);
+}
+void kd_backward_columns_cpu(const KDBackward<float>& args, int parts, const InParallel& in_parallel) {
+  MTKD_IN_INSTRUCTION_SET(backward_columns, args, parts, in_parallel);
+}
+void kd_backward_columns_cpu(const KDBackward<double>& args, int parts, const InParallel& in_parallel) {
+  MTKD_IN_INSTRUCTION_SET(backward_columns, args, parts, in_parallel);
 }
 void kd_rescale_cpu(const KDRescale<float>& args, int64_t begin, int64_t end) {
   MTKD_IN_INSTRUCTION_SET(rescale, args, begin, end);

@@ -58,16 +58,17 @@ Vec<T> student_cross_entropy(const KDForward<T>& args, const States<T>& s) {
   return (1 - args.label_smoothing) * hard + args.label_smoothing * uniform;
 }
 
-// Weights and losses; the loss of a row is before its weight.
-template <typename T>
-Vec<T> finish_block(const KDForward<T>& args, const Sweep<T>& sweep, Block<T>& block, Scratch<T>& scratch) {
+// Weights and losses; the loss of a row is before its weight. sum_of_elements() sweeps once more for the divergences
+// that are sums over the classes.
+template <typename T, typename SumElements>
+Vec<T> finish_block(const KDForward<T>& args, const Sweep<T>& sweep, Block<T>& block, SumElements sum_of_elements) {
   Vec<T> loss{};
   if (args.divergence == Divergence::dkd) set_targets_apart(args, sweep, block);
   if (args.kd_scale != 0) {
     finish_teachers(args, sweep, block);
     if (args.rule == WeightRule::confidence) confidence_weights(block.teacher, args.teachers);
     if (args.rule == WeightRule::entropy) entropy_weights(block.teacher, args.teachers);
-    if (is_elementwise(args.divergence)) sum_elements(args, block, sweep, scratch);
+    if (is_elementwise(args.divergence)) sum_of_elements();
     for (int k = 0; k < args.teachers; ++k) {
       const Vec<T> weight = block.teacher[k].weight.all();
       loss += weight == 0 ? Vec<T>{} : args.kd_scale * weight * block.teacher[k].divergence.all();

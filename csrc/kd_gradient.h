@@ -67,27 +67,37 @@ void gradient_of_kept(const KDArgs<T>& args, const Block<T>& block, At at, const
   for (; i < count; i += kL) store_part(to + i, gradient(i, Bundle<T, 1>{}).of[0], std::min(kL, count - i));
 }
 
+// What comes next of a line that is read again: from the last cache, where it has been since the first sweep.
+template <typename T, typename At>
+Ahead ahead_of_line(const KDArgs<T>& args, const Logits& x, const Block<T>& block, At at, int64_t begin) {
+  return ahead_of(args, x, block.rows, begin, kIsAcross<T, At>).of_row(block.start(x, at.line));
+}
+
 // share += factor·e^{(t−max)/τ} (forward KL), or weight·log p (reverse KL, where −inf counts as 0: see
 // mean_divergence).
 template <typename T, typename At>
 void add_share(const Vectors<T>& tile, const KDArgs<T>& args, const Block<T>& block, At at, int k,
-               const Sweep<T>& sweep, T* share) {
+               const Sweep<T>& sweep, Ahead ahead, T* share) {
   const TeacherNumbers<T>& teacher = block.teacher[k];
   const auto max = offset_of(at.of(block.teacher_state[k].max)), weight = at.of(teacher.weight);
   if (args.divergence != Divergence::reverse_kl) {
     const auto factor = at.of(teacher.factor);
-    const auto used = [&](Vec<T> x) { return if_used<T>(weight, x); };
-    for_each_vector(tile, false, [&](int i, auto x, auto) {
-      store(share + i, load_bundle<x.size>(share + i) + each(used, sweep.exp(x - max) * factor));
+    const TemperedExp<T> exp = sweep.exp;
+    for_each_vector(tile, false, [=](int i, auto x, auto) {
+      ahead.prefetch<x.size>(i);
+      const auto more = each([=](Vec<T> x) { return if_used<T>(weight, x); }, exp(x - max) * factor);
+      store(share + i, load_bundle<x.size>(share + i) + more);
     });
   } else {
     const auto log_sum = at.of(teacher.log_sum);
-    const auto weighted = [&](Vec<T> scaled) {
+    const T inv_t = sweep.inv_t;
+    const auto weighted = [=](Vec<T> scaled) {
       const Vec<T> log_p = scaled == -infinity<T>() ? Vec<T>{} : scaled - log_sum;
       return if_used<T>(weight, weight * log_p);
     };
-    for_each_vector(tile, false, [&](int i, auto x, auto) {
-      store(share + i, load_bundle<x.size>(share + i) + each(weighted, (x - max) * sweep.inv_t));
+    for_each_vector(tile, false, [=](int i, auto x, auto) {
+      ahead.prefetch<x.size>(i);
+      store(share + i, load_bundle<x.size>(share + i) + each(weighted, (x - max) * inv_t));
     });
   }
 }
@@ -108,7 +118,8 @@ void share_of_teachers(const KDArgs<T>& args, const Block<T>& block, At at, cons
       continue;
     }
     const T* t = read_line(args.teacher[k], block, at, begin, count, scratch.widened(0), used);
-    add_share(Vectors<T>(t, count), args, block, at, k, sweep, share);
+    const Ahead ahead = ahead_of_line(args, args.teacher[k], block, at, begin);
+    add_share(Vectors<T>(t, count), args, block, at, k, sweep, ahead, share);
   }
 }
 
@@ -123,19 +134,27 @@ void gradient_of_logits(const KDArgs<T>& args, const Block<T>& block, At at, con
   const auto max = offset_of(at.of(block.student_state.max));
   const T* share = scratch.share.values;
   const bool reverse = args.divergence == Divergence::reverse_kl;
+  const Ahead ahead = ahead_of_line(args, args.student, block, at, begin);
+  const TemperedExp<T> exp = sweep.exp;
+  const T inv_t = sweep.inv_t;
   const T* s = read_line(args.student, block, at, begin, count, scratch.widened(0), kEveryRow);
-  const auto put = [&](int i, Vec<T> x, Vec<T> e, Vec<T> e1) {
-    const Vec<T> scaled = x * sweep.inv_t, log_q = scaled == -infinity<T>() ? Vec<T>{} : scaled - log_sum;
-    Vec<T> gradient = reverse ? soft * e * (total_weight * log_q - load(share + i) - mean) : soft * e - load(share + i);
-    if constexpr (kAtOne == AtOne::unused)
-      gradient = if_used<T>(used, gradient);
-    else
-      gradient += hard * e1 + constant;
-    store_part(to + i, gradient, std::min(kLanes<T>, count - i));
+  const auto soft_part = [=](Vec<T> x, Vec<T> e, Vec<T> share) -> Vec<T> {
+    if (!reverse) return soft * e - share;
+    const Vec<T> scaled = x * inv_t, log_q = scaled == -infinity<T>() ? Vec<T>{} : scaled - log_sum;
+    return soft * e * (total_weight * log_q - share - mean);
   };
-  for_each_vector(Vectors<T>(s, count), false, [&](int i, auto x, auto) {
-    const auto shifted = x - max, e = sweep.exp(shifted), e1 = exp_at_one<kAtOne>(e, shifted);
-    for (int v = 0; v < x.size; ++v) put(i + v * kLanes<T>, shifted.of[v], e.of[v], e1.of[v]);
+  for_each_vector(Vectors<T>(s, count), false, [=](int i, auto x, auto) {
+    ahead.prefetch<x.size>(i);
+    const auto shifted = x - max, e = exp(shifted);
+    auto gradient = each(soft_part, shifted, e, load_bundle<x.size>(share + i));
+    if constexpr (kAtOne == AtOne::unused)
+      gradient = each([=](Vec<T> x) { return if_used<T>(used, x); }, gradient);
+    else
+      gradient = gradient + exp_at_one<kAtOne>(e, shifted) * hard + constant;
+    if (x.size > 1)
+      store(to + i, gradient);
+    else
+      store_part(to + i, gradient.of[0], std::min(kLanes<T>, count - i));
   });
 }
 
@@ -218,8 +237,8 @@ template <typename T>
 void write_student_gradient(const KDArgs<T>& args, const Block<T>& block, const Sweep<T>& sweep, Scratch<T>& scratch,
                             const Gradient& gradient) {
   const bool hard = args.ce_weight != 0, converts = gradient.dtype != kNative<T>;
-  if (scratch.across() && args.classes <= kShortRow && is_one_piece(gradient, block, args.classes) &&
-      (scratch.streams || converts) && (hard || any_of(block.student.used.all() != 0)))
+  if (scratch.across() && args.classes <= kShortRow && is_one_piece(gradient, block) && (scratch.streams || converts) &&
+      (hard || any_of(block.student.used.all() != 0)))
     return write_one_piece(args, block, sweep, scratch, gradient);
   for_each_line(block, scratch.across(), kEveryRow, [&](auto at) {
     if (!hard && !any_of(at.of(block.student.used) != 0)) return zero_line(args, block, at, gradient);

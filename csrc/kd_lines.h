@@ -113,8 +113,8 @@ void read_rows(const Logits& x, const Block<T>& block, int64_t first, int classe
 
 // Whether the rows of the block are one piece of memory.
 template <typename T, typename Tensor>
-bool is_one_piece(const Tensor& x, const Block<T>& block, int64_t classes) {
-  return x.class_stride == 1 && x.inner_stride == classes && block.near.span == block.rows;
+bool is_one_piece(const Tensor& x, const Block<T>& block) {
+  return x.class_stride == 1 && x.inner_stride == block.classes && block.near.span == block.rows;
 }
 
 // Whole rows, widened as one piece.
@@ -134,7 +134,7 @@ const T* read_line(const Logits& x, const Block<T>& block, Across<T>, int64_t be
   const int classes = count / kLanes<T>;
   if (lies_in_planes(x) && block.near.span > 0) {
     read_planes(x, block, first, classes, to, reads);
-  } else if (x.dtype != kNative<T> && classes <= kShortRow && is_one_piece(x, block, classes) &&
+  } else if (x.dtype != kNative<T> && classes == block.classes && classes <= kShortRow && is_one_piece(x, block) &&
              block.all_read(reads)) {
     widen_rows(x, block, classes, to);
   } else {

@@ -40,6 +40,22 @@ Gradient fill(KDArgs<T>& args, const Tensor& student, TensorList teachers, const
   return wanted ? gradient_of(gradient, grid, teachers.size() + 1) : Gradient{};
 }
 
+constexpr int64_t kPartColumns = 8192;  // of a part, at least: some 5 µs of work
+
+// How many parts the columns of a row are shared out in, where there are fewer rows than threads.
+template <typename Args>
+int column_parts(const at::Device& device, const Args& args) {
+  if (!device.is_cpu() || args.rows == 0 || args.rows >= at::get_num_threads() || at::in_parallel_region()) return 1;
+  if (args.student.class_stride != 1) return 1;
+  return static_cast<int>(std::min<int64_t>(at::get_num_threads(), args.classes / kPartColumns));
+}
+
+void in_parallel(int count, const std::function<void(int)>& body) {
+  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(static_cast<int>(i));
+  });
+}
+
 void check_labels(const Tensor& target, int64_t classes, int64_t ignore_index) {
   const int64_t* labels = target.const_data_ptr<int64_t>();
   for (int64_t n = 0; n < target.numel(); ++n)
@@ -104,8 +120,11 @@ std::tuple<Tensor, Tensor, Tensor> kd_forward(const Tensor& student, TensorList 
     Tensor row_stats = at::empty({RowStats{args.teachers}.size(args.divergence), args.rows}, options);
     args.row_loss = row_loss.mutable_data_ptr<T>();
     args.row_stats = row_stats.mutable_data_ptr<T>();
-    run<KDForward<T>>(student.device(), args, args.rows, args.classes * (args.teachers + 1), kd_forward_cpu,
-                      MTKD_CUDA_LAUNCHER(kd_forward_cuda));
+    if (const int parts = column_parts(student.device(), args); parts > 1)
+      kd_forward_columns_cpu(args, parts, in_parallel);
+    else
+      run<KDForward<T>>(student.device(), args, args.rows, args.classes * (args.teachers + 1), kd_forward_cpu,
+                        MTKD_CUDA_LAUNCHER(kd_forward_cuda));
 
     if (none) return {row_loss.view(student.sizes().slice(0, student.dim() - 1)), row_stats, gradient};
     return {reduced_loss<T>(row_loss, items), row_stats, gradient};
@@ -154,8 +173,11 @@ std::vector<Tensor> kd_backward(const Tensor& student, TensorList teachers, cons
       args.upstream_stride = up.stride(0);
     }
 
-    run<KDBackward<T>>(student.device(), args, args.rows, args.classes * (args.teachers + 1), kd_backward_cpu,
-                       MTKD_CUDA_LAUNCHER(kd_backward_cuda));
+    if (const int parts = column_parts(student.device(), args); parts > 1)
+      kd_backward_columns_cpu(args, parts, in_parallel);
+    else
+      run<KDBackward<T>>(student.device(), args, args.rows, args.classes * (args.teachers + 1), kd_backward_cpu,
+                         MTKD_CUDA_LAUNCHER(kd_backward_cuda));
     return gradients;
   });
 }
@@ -184,6 +206,7 @@ void rescale_into(const Tensor& gradient, const Tensor& upstream, const Tensor& 
 
 Tensor kd_rescale(const Tensor& gradient, const Tensor& upstream, const Tensor& scale) {
   Tensor out = at::empty_like(gradient);
+  if (out.is_cpu()) ask_for_huge_pages(out);
   rescale_into(gradient, upstream, scale, out);
   return out;
 }

@@ -8,7 +8,9 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <algorithm>
 #include <cmath>
+#include <initializer_list>
 #include <limits>
 #include <string_view>
 
@@ -34,8 +36,9 @@ double number_of(PyObject* x) {
   if (PyFloat_CheckExact(x)) return PyFloat_AS_DOUBLE(x);
   if (!PyLong_CheckExact(x)) return NAN;
   const double value = PyLong_AsDouble(x);
-  if (PyErr_Occurred()) PyErr_Clear();
-  return value;
+  if (!PyErr_Occurred()) return value;
+  PyErr_Clear();  // too large
+  return NAN;
 }
 
 // A name of Python's own, empty if it is something else.

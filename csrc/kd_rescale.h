@@ -12,12 +12,19 @@ struct Rescale {
 
   void row(int64_t n) {
     const Gradient &g = args.gradient, out{args.out, 0, 0, g.class_stride, g.dtype};
-    if (in_place() && upstream(n) == 1) return;
+    const T by = upstream(n);
+    if (in_place() && by == 1) return;
+    if (args.scale[n] == 0) return zero_row<T>(out, start(n), args.classes);
+    const bool native = g.class_stride == 1 && g.dtype == kNative<T>;
     for (int64_t begin = 0; begin < args.classes; begin += kTileColumns) {
       const int count = tile_count(args.classes, begin);
       const T* x = read_tile(Logits{g.data, 0, 0, g.class_stride, g.dtype}, start(n), begin, count, tile.values);
-      for (int i = 0; i < count; ++i) tile.values[i] = args.scale[n] != 0 ? x[i] * upstream(n) : T(0);
-      write_tile(out, start(n), begin, count, tile.values);
+      T* const to = native ? static_cast<T*>(args.out) + start(n) + begin : tile.values;
+      for (int i = 0; i < count; i += kLanes<T>) {
+        const int part = std::min(kLanes<T>, count - i);
+        store_part(to + i, load_part(x + i, part) * by, part);
+      }
+      if (!native) write_tile(out, start(n), begin, count, to);
     }
   }
 

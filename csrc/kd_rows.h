@@ -97,29 +97,40 @@ void write_stats(const KDForward<T>& args, const Block<T>& block, int row) {
   out[at.student_ce() * rows] = args.ce_weight != 0 ? block.student.cross_entropy[row] : T(0);
 }
 
+// Keeps what has become of the block's rows.
 template <typename T>
-void forward_block(const KDForward<T>& args, const Sweep<T>& sweep, Block<T>& block, Scratch<T>& scratch) {
-  if (scratch.across()) block.find_near();
-  start_teachers(args, block);
-  sweep_block(args, block, sweep, scratch);
-  Lanes<T> loss;
-  loss = finish_block(args, sweep, block, scratch);
+void settle_block(const KDForward<T>& args, Block<T>& block, const Lanes<T>& loss) {
   for (int row = 0; row < block.rows; ++row) {
     const T row_weight = args.row_weights ? args.row_weights[block.n[row]] : T(1);
     block.scale[row] = args.items ? row_weight / *args.items : row_weight;
     args.row_loss[block.n[row]] = row_weight * loss[row];
     write_stats(args, block, row);
   }
+}
+
+template <typename T>
+void forward_block(const KDForward<T>& args, const Sweep<T>& sweep, Block<T>& block, Scratch<T>& scratch) {
+  if (scratch.across()) block.find_near();
+  start_teachers(args, block);
+  sweep_block(args, block, sweep, scratch);
+  Lanes<T> loss;
+  loss = finish_block(args, sweep, block, [&] { sum_elements(args, block, sweep, scratch); });
+  settle_block(args, block, loss);
   if (args.gradient.data == nullptr) return;
   gradient_factors(args, sweep, block);
   write_student_gradient(args, block, sweep, scratch, args.gradient);
 }
 
 template <typename T>
-void forward_rows(const KDForward<T>& args, Scratch<T>& scratch, int64_t begin, int64_t end) {
+Sweep<T> forward_sweep(const KDForward<T>& args) {
   const bool soft = args.kd_scale != 0;
   const bool teacher_weights = soft && (args.rule == WeightRule::confidence || args.rule == WeightRule::entropy);
-  const Sweep<T> sweep(args, args.ce_weight != 0, teacher_weights, soft && args.rule == WeightRule::entropy);
+  return Sweep<T>(args, args.ce_weight != 0, teacher_weights, soft && args.rule == WeightRule::entropy);
+}
+
+template <typename T>
+void forward_rows(const KDForward<T>& args, Scratch<T>& scratch, int64_t begin, int64_t end) {
+  const Sweep<T> sweep = forward_sweep(args);
   Block<T> block;
   const auto finish = [&] {
     if (block.rows > 0) forward_block(args, sweep, block, scratch);
@@ -157,12 +168,16 @@ void read_stats(const KDBackward<T>& args, Block<T>& block, int row, T scale) {
 }
 
 template <typename T>
-void backward_block(const KDBackward<T>& args, const Sweep<T>& sweep, Block<T>& block, Scratch<T>& scratch) {
-  if (scratch.across()) block.find_near();
+void prepare_gradients(const KDBackward<T>& args, const Sweep<T>& sweep, Block<T>& block) {
   for (int k = 0; k < args.teachers; ++k)
     for (int lane = block.rows; lane < kLanes<T>; ++lane) block.teacher[k].weight[lane] = 0;
   if (args.divergence == Divergence::dkd) set_targets_apart(args, sweep, block);
   gradient_factors(args, sweep, block);
+}
+
+template <typename T>
+void write_gradients(const KDBackward<T>& args, const Sweep<T>& sweep, Block<T>& block, Scratch<T>& scratch) {
+  if (scratch.across()) block.find_near();
   if (args.student_gradient.data) write_student_gradient(args, block, sweep, scratch, args.student_gradient);
   for (int k = 0; k < args.teachers; ++k)
     if (args.teacher_gradient[k]) write_teacher_gradient(args, block, k, sweep, scratch);
@@ -181,7 +196,10 @@ void backward_rows(const KDBackward<T>& args, Scratch<T>& scratch, int64_t begin
   const T* scales = args.row_stats + RowStats{args.teachers}.scale() * args.rows;
   block.skips_zero_weights = true;
   const auto finish = [&] {
-    if (block.rows > 0) backward_block(args, sweep, block, scratch);
+    if (block.rows > 0) {
+      prepare_gradients(args, sweep, block);
+      write_gradients(args, sweep, block, scratch);
+    }
     block.rows = 0;
   };
   for (int64_t n = begin; n < end; ++n) {
@@ -196,6 +214,8 @@ void backward_rows(const KDBackward<T>& args, Scratch<T>& scratch, int64_t begin
   finish();
 }
 
+#include "kd_columns.h"
+//
 #include "kd_rescale.h"
 
 // Everything of the op on the CPU, a range of rows at a time.

@@ -102,8 +102,8 @@ class Scratch {
  private:
   int64_t tile_of(int64_t begin) const { return across_ ? 0 : begin / kTileColumns; }
 
-  // From row to row: whole groups of four vectors, as share_of_kept takes them, and one more, because rows of exactly
-  // 4 KB would all map to the same sets of the cache.
+  // From row to row: whole groups of four vectors, as gradient_of_kept takes them, and one more, because rows of
+  // exactly 4 KB would all map to the same sets of the cache.
   static int64_t pitch_of(int64_t columns) {
     constexpr int64_t kGroup = 4 * kLanes<T>;
     return (columns + kGroup - 1) / kGroup * kGroup + kLanes<T>;

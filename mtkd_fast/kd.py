@@ -20,6 +20,7 @@ def _is_plain(beta, row_weights, num_items, class_dim, return_stats, implementat
         beta is None
         and row_weights is None
         and num_items is None
+        and type(class_dim) is int
         and class_dim == -1
         and return_stats is False
         and (implementation is None or implementation == "cpp")

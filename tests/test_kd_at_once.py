@@ -107,13 +107,19 @@ def test_errors_are_those_of_the_long_way(inputs, change, message):
     [
         {"temperature": 0.0}, {"temperature": float("nan")}, {"temperature": True}, {"kd_weight": float("inf")},
         {"label_smoothing": 1.5}, {"reduction": "all"}, {"weights": "best"}, {"divergence": "kl"},
-        {"ignore_index": 1.0}, {"temperature_squared": 1}, {"ce_weight": "1"}, {"implementation": "fast"},
+        {"ignore_index": 1.0}, {"class_dim": -1.0}, {"temperature_squared": 1}, {"ce_weight": "1"},
+        {"implementation": "fast"},
     ],
     ids=str,
 )  # fmt: skip
 def test_bad_options_raise(inputs, options):
     with pytest.raises((ValueError, TypeError), match=next(iter(options))):
         multi_teacher_kd_loss(*inputs, **options)
+
+
+def test_an_integer_beyond_every_double_raises(inputs):
+    with pytest.raises(OverflowError):
+        multi_teacher_kd_loss(*inputs, kd_weight=10**400)
 
 
 def test_a_torch_function_mode_sees_the_call(inputs):

@@ -76,6 +76,15 @@ def test_trap_24_any_strides(backend, side, layout):
     check(backend, student, [teacher], temperature=2.0, wants=("student", "teachers"))
 
 
+@pytest.mark.parametrize(("n_classes", "step"), [(128, 64), (100, 36), (100, 64), (40, 8), (10, 3)])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "tvd"])
+def test_trap_24_rows_that_overlap(backend, n_classes, step, divergence):
+    """A sliding window: row n + 1 begins within row n, perhaps where a tile of it ends."""
+    (track,) = draw(backend, step * 32 + n_classes, n=1, dtype=BF16)
+    (student,) = draw(backend, 33, n_classes, n=1)
+    check(backend, student, [track.unfold(0, n_classes, step)], divergence=divergence)
+
+
 def test_trap_24_every_class_the_same_memory(backend):
     student, teacher = draw(backend, 5, 33)
     check(backend, student, [teacher[:, :1].expand(5, 33)])
