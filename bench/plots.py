@@ -6,6 +6,7 @@ Each is drawn where a run has at least two points of it. Nothing is drawn withou
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from . import results
@@ -127,22 +128,12 @@ def gradients(cell: dict, name: str) -> float | None:
     return peak and peak / cell["gradient_bytes"]
 
 
-def time_against_teachers(plt, run: dict, cells: Sequence[dict]):
-    lines = along(cells, "teachers", "classes")
-    figure = panels(plt, lines, "teachers", "C =", milliseconds, (EAGER, COMPILE, OURS, COPY))
+def time_against(plt, run: dict, cells: Sequence[dict], axis: str, other: str, said: str):
+    figure = panels(plt, along(cells, axis, other), axis, said, milliseconds, (EAGER, COMPILE, OURS, COPY))
     if figure is None:
         return None
     figure.axes[0].set(yscale="log", ylabel="milliseconds")
-    return finished(figure, run, "Loss + gradient against the number of teachers, float32", 4)
-
-
-def time_against_classes(plt, run: dict, cells: Sequence[dict]):
-    lines = along(cells, "classes", "teachers")
-    figure = panels(plt, lines, "classes", "K =", milliseconds, (EAGER, COMPILE, OURS, COPY))
-    if figure is None:
-        return None
-    figure.axes[0].set(yscale="log", ylabel="milliseconds")
-    return finished(figure, run, "Loss + gradient against the number of classes, float32", 4)
+    return finished(figure, run, f"Loss + gradient against the number of {axis}, float32", 4)
 
 
 def memory_against_teachers(plt, run: dict, cells: Sequence[dict]):
@@ -205,8 +196,8 @@ def contenders(plt, run: dict, _: Sequence[dict]):
 
 
 PICTURES = {
-    "time-teachers": time_against_teachers,
-    "time-classes": time_against_classes,
+    "time-teachers": partial(time_against, axis="teachers", other="classes", said="C ="),
+    "time-classes": partial(time_against, axis="classes", other="teachers", said="K ="),
     "memory-teachers": memory_against_teachers,
     "floor": share_of_the_floor,
     "contenders": contenders,

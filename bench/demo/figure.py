@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
-from .. import report
+from .. import plots, report
 from . import experiment
 from .experiment import SplitResult
 from .models import RECIPES
@@ -19,20 +19,7 @@ from .training import ARMS
 GREY, BLUE, ORANGE, GREEN, RED = "#8a8f98", "#3b6fb6", "#e08e2b", "#2e8b6f", "#c8553d"
 ARM_COLOURS = dict(zip(ARMS, (GREY, BLUE, ORANGE, GREEN), strict=True))
 LOSS_COLOURS = (GREY, BLUE, GREEN)
-STYLE = {
-    "font.size": 10,
-    "axes.titlesize": 11.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#555b66",
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": "#e6e8eb",
-    "legend.frameon": False,
-}
+STYLE = {**plots.STYLE, "font.size": 10, "axes.titlesize": 11.5, "axes.titlepad": 10}
 
 
 def draw(results: list[SplitResult], watch_every: int, costs: list[dict], path: Path) -> None:

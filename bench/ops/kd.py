@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mtkd_fast import multi_teacher_kd_loss
 
-from ..case import Anchor, Case, Exact, Inputs, Loss, blocks, generator, upcast
-from .logits import SHARP, random_logits
+from ..case import Anchor, Exact, Inputs, Loss, blocks, generator, upcast
+from .logits import SHARP, Ensemble, random_logits
 
 
 class Objective(NamedTuple):
@@ -35,32 +35,16 @@ LABEL_LOGIT = 12.0
 
 
 @dataclass(frozen=True)
-class KD(Case):
+class KD(Ensemble):
     op = "kd"
     OBJECTIVES = tuple(OBJECTIVES)
 
     objective: str = "confidence"
-    rows: int = 256
-    classes: int = 100
-    teachers: int = 3
-    dtype: torch.dtype = torch.float32
-
-    @property
-    def shape(self) -> str:
-        return f"{self.rows}×{self.classes} K={self.teachers}"
-
-    @property
-    def gradient_bytes(self) -> int:
-        return self.rows * self.classes * self.dtype.itemsize
 
     @property
     def number_bytes(self) -> int:
         """Statistics of rows and teachers in float32 (``RowStats`` in csrc/kd.h): at most 7 K + 5 a row."""
         return (7 * self.teachers + 5) * self.rows * 4
-
-    def minimal_bytes(self, gradient: bool = True) -> int:
-        """(K+2)·N·C elements, or K+1 without the gradient."""
-        return (self.teachers + 1 + gradient) * self.gradient_bytes
 
     def inputs(self, device: str, seed: int = 0) -> Inputs:
         """Teachers sharper than the student, and sure of the label in half of the rows."""

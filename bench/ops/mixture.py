@@ -9,39 +9,23 @@ from torch import Tensor
 
 from mtkd_fast import mixture_divergence
 
-from ..case import Case, Exact, Inputs, Loss, blocks, generator, upcast
-from .logits import SHARP, random_logits, random_weights
+from ..case import Exact, Inputs, Loss, blocks, generator, upcast
+from .logits import SHARP, Ensemble, random_logits, random_weights
 
 TEMPERATURE = 5.0
 
 
 @dataclass(frozen=True)
-class Mixture(Case):
+class Mixture(Ensemble):
     op = "mixture"
     OBJECTIVES = ("divergence",)
 
     objective: str = "divergence"
-    rows: int = 256
-    classes: int = 100
-    teachers: int = 3
-    dtype: torch.dtype = torch.float32
-
-    @property
-    def shape(self) -> str:
-        return f"{self.rows}×{self.classes} K={self.teachers}"
-
-    @property
-    def gradient_bytes(self) -> int:
-        return self.rows * self.classes * self.dtype.itemsize
 
     @property
     def number_bytes(self) -> int:
         """Weights, their gradient, and the sums of rows and teachers, in float32."""
         return (6 * self.teachers + 8) * self.rows * 4
-
-    def minimal_bytes(self, gradient: bool = True) -> int:
-        """(K+2)·N·C elements: student and teachers read, the student's gradient written."""
-        return (self.teachers + 1 + gradient) * self.gradient_bytes
 
     def inputs(self, device: str, seed: int = 0) -> Inputs:
         g = generator(device, seed)
