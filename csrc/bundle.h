@@ -62,3 +62,13 @@ MTKD_INLINE void add_to(Vec<T>& sum, const Bundle<T, N>& x) {
 #pragma GCC unroll 4
   for (int i = 0; i < N; ++i) sum += x.of[i];
 }
+
+template <typename V>
+MTKD_INLINE void raise_to(V& max, const V& x) {
+  max = larger_of(max, x);
+}
+template <typename T, int N>
+MTKD_INLINE void raise_to(Vec<T>& max, const Bundle<T, N>& x) {
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) max = larger_of(max, x.of[i]);
+}

@@ -4,6 +4,9 @@
 // How e^{x} follows from e^{x/τ}: its τ-th power for τ = 1, 2, 4, its own exponential for other τ.
 enum class AtOne { unused, same, square, fourth, own };
 
+// Whether the student's gradient is a weighted sum of exponentials; else it takes logarithms too.
+inline bool weighs_exps(Divergence divergence) { return expectation_of(divergence) == Expectation::teacher; }
+
 template <typename T>
 AtOne at_one(T temperature, bool used) {
   if (!used) return AtOne::unused;
@@ -136,6 +139,7 @@ struct Block {
 
   States<T> student_state, teacher_state[kMaxTeachers];
   StudentTile<T> student_tile;
+  Lanes<T> student_reference, teacher_reference[kMaxTeachers];  // what the exponentials are relative to, by now
   StudentNumbers<T> student;
   TeacherNumbers<T> teacher[kMaxTeachers];
 
@@ -212,7 +216,7 @@ struct Gathered {
   }
 
  private:
-  const bool across_, alone_;
+  bool across_, alone_;
 };
 
 // What the exponentials of a teacher and of the student weigh in the student's gradient; at a target that stands apart

@@ -52,7 +52,7 @@ void move_gradients(KDBackward<T>& args, int64_t column) {
 
 // `count` parts of whole tiles each, but for the last.
 template <typename T, typename Args>
-std::vector<ColumnPart<T, Args>> column_parts(const Args& args, int count, bool gradient, bool streams) {
+std::vector<ColumnPart<T, Args>> column_parts(const Args& args, int count, Exps exps, bool streams) {
   const int64_t tiles = (args.classes + kTileColumns - 1) / kTileColumns;
   std::vector<ColumnPart<T, Args>> parts(count);
   for (int i = 0; i < count; ++i) {
@@ -64,7 +64,7 @@ std::vector<ColumnPart<T, Args>> column_parts(const Args& args, int count, bool 
     move_to_column(part.args.student, part.begin);
     for (int k = 0; k < args.teachers; ++k) move_to_column(part.args.teacher[k], part.begin);
     move_gradients(part.args, part.begin);
-    part.scratch.emplace(part.args, 1, gradient, streams);
+    part.scratch.emplace(part.args, 1, exps, Behind<T>(), streams);
   }
   return parts;
 }
@@ -179,7 +179,7 @@ void for_each_part_of(Parts& parts, const InParallel& in_parallel, Body body) {
 template <typename T>
 void forward_columns(const KDForward<T>& args, int count, const InParallel& in_parallel) {
   const bool streams = streams_gradient(args, args.gradient);
-  auto parts = column_parts<T>(args, count, /*gradient=*/args.gradient.data != nullptr, streams);
+  auto parts = column_parts<T>(args, count, args.gradient.data ? Exps::kept : Exps::unused, streams);
   const Sweep<T> sweep = forward_sweep(args);
   Block<T> row;
   for (int64_t n = 0; n < args.rows; ++n) {
@@ -193,7 +193,7 @@ void forward_columns(const KDForward<T>& args, int count, const InParallel& in_p
 template <typename T>
 void backward_columns(const KDBackward<T>& args, int count, const InParallel& in_parallel) {
   const bool streams = streams_gradient(args, args.student_gradient);
-  auto parts = column_parts<T>(args, count, /*gradient=*/false, streams);
+  auto parts = column_parts<T>(args, count, Exps::computed_again, streams);
   const Sweep<T> sweep(args, args.ce_weight != 0, false, false);
   const T* scales = args.row_stats + RowStats{args.teachers}.scale() * args.rows;
   Block<T> row;

@@ -1,48 +1,106 @@
 // The second sweep over the columns: gradients of a block, a line at a time. It takes the exponentials that the first
 // has kept, or computes them again from rows that are in cache by then. Included once per instruction set.
 
-// How a tile's exponentials come to be relative to the row's maximum, which was found later. Across, a line is one
-// tile.
+// What the exponentials of a line's tile are relative to. Across, a line is one tile.
 template <typename T>
-T catch_up(T max_then, T max, T inv_t) {
-  return max_then == max ? T(1) : exp_of((max_then - max) * inv_t);
+T reference_at(const Lanes<T>& of_block, Along<T> at, int tensor, int64_t begin, Scratch<T>& scratch) {
+  return scratch.one_tile() ? of_block[at.line] : scratch.reference(tensor, begin);
 }
 template <typename T>
-T catch_up(T, Vec<T>, T) {
+Vec<T> reference_at(const Lanes<T>& of_block, Across<T>, int, int64_t, Scratch<T>&) {
+  return of_block.all();
+}
+
+// How they come to be relative to the row's maximum, which was found later.
+template <typename T>
+T catch_up(T reference, T max, T inv_t) {
+  return reference == max ? T(1) : exp_of(splat((reference - max) * inv_t))[0];
+}
+template <typename T>
+T catch_up(Vec<T>, Vec<T>, T) {
   return 1;
 }
 
-// The teachers whose exponentials were kept and weigh in a line's gradient.
+// Where no forward has chosen other references.
+template <typename T>
+void refer_to_maxima(const KDArgs<T>& args, Block<T>& block, Scratch<T>& scratch) {
+  const auto refer = [&](int tensor, const Lanes<T>& max, Lanes<T>& reference) {
+    reference = max.all();
+    for (int64_t begin = 0; !scratch.one_tile() && begin < args.classes; begin += kTileColumns)
+      scratch.reference(tensor, begin) = max[0];
+  };
+  refer(0, block.student_state.max, block.student_reference);
+  for (int k = 0; k < args.teachers; ++k) refer(k + 1, block.teacher_state[k].max, block.teacher_reference[k]);
+}
+
+// What comes next of a row that is read again, last tile first: from the nearest cache that it has stayed in.
+template <typename T>
+Ahead tile_before(const Logits& x, const Block<T>& block, Along<T> at, int64_t begin) {
+  const int bytes = element_bytes(x.dtype);
+  return Ahead{reinterpret_cast<uintptr_t>(x.data) + (begin - kTileColumns) * bytes, bytes}.of_row(
+      block.start(x, at.line));
+}
+template <typename T>
+Ahead tile_before(const Logits& x, const Block<T>&, Across<T>, int64_t) {
+  return {reinterpret_cast<uintptr_t>(x.data), 0};
+}
+
+// The exponentials of a tile once more.
+template <typename T, typename At>
+void compute_exps(const KDArgs<T>& args, const Block<T>& block, At at, const Sweep<T>& sweep, int64_t begin, int count,
+                  Scratch<T>& scratch) {
+  const auto compute = [&](const Logits& x, auto reference, auto reads, T* to) {
+    const auto less = offset_of(reference);
+    const TemperedExp<T> exp = sweep.exp;
+    const Ahead ahead = tile_before(x, block, at, begin);
+    const T* values = read_line(x, block, at, begin, count, scratch.widened(0), reads);
+    for_each_vector(Vectors<T>(values, count), false, [=](int i, auto x, auto) {
+      ahead.prefetch<x.size>(i);
+      store(to + i, exp(x - less));
+    });
+  };
+  compute(args.student, reference_at(block.student_reference, at, 0, begin, scratch), kEveryRow,
+          scratch.student_exps(at.line, begin));
+  for (int k = 0; k < args.teachers; ++k) {
+    if (!any_of(at.of(block.teacher[k].weight) != 0)) continue;
+    const auto used = [&](int row) { return block.teacher[k].weight[row] != 0; };
+    compute(args.teacher[k], reference_at(block.teacher_reference[k], at, k + 1, begin, scratch), used,
+            scratch.teacher_exps(k, at.line, begin));
+  }
+}
+
+// The teachers that weigh in a line's gradient.
 template <typename T, typename Number>
-struct KeptTeachers {
+struct UsedTeachers {
   const T* exps[kMaxTeachers];
   Number factor[kMaxTeachers], weight[kMaxTeachers];
   int used = 0;
 
   template <typename At>
-  KeptTeachers(const KDArgs<T>& args, const Block<T>& block, At at, T inv_t, int64_t begin, Scratch<T>& scratch) {
+  UsedTeachers(const KDArgs<T>& args, const Block<T>& block, At at, T inv_t, int64_t begin, Scratch<T>& scratch) {
     for (int k = 0; k < args.teachers; ++k) {
       weight[used] = at.of(block.teacher[k].weight);
       if (!any_of(weight[used] != 0)) continue;
-      const Number max = offset_of(at.of(block.teacher_state[k].max));
-      factor[used] = at.of(block.teacher[k].factor) * catch_up(scratch.teacher_max_at(k, at.line, begin), max, inv_t);
+      const Number reference = reference_at(block.teacher_reference[k], at, k + 1, begin, scratch);
+      factor[used] = at.of(block.teacher[k].factor) * catch_up<T>(reference, at.of(block.teacher_state[k].max), inv_t);
       exps[used++] = scratch.teacher_exps(k, at.line, begin);
     }
   }
 };
 
-// The gradient of a tile from kept exponentials (forward KL and dkd), `count` numbers to `to`: four registers pass
-// by the teachers at a time.
+// The gradient of a tile from its exponentials (forward KL and dkd), `count` numbers to `to`: four registers pass by
+// the teachers at a time.
 template <typename T, AtOne kAtOne, typename At>
-void gradient_of_kept(const KDArgs<T>& args, const Block<T>& block, At at, const Sweep<T>& sweep, int64_t begin,
+void gradient_of_exps(const KDArgs<T>& args, const Block<T>& block, At at, const Sweep<T>& sweep, int64_t begin,
                       int count, Scratch<T>& scratch, T* to) {
   using Number = decltype(at.of(block.scale));
   constexpr int kL = kLanes<T>;
   const StudentNumbers<T>& g = block.student;
-  const KeptTeachers<T, Number> teachers(args, block, at, sweep.inv_t, begin, scratch);
-  const Number soft = at.of(g.soft), hard = at.of(g.hard), constant = at.of(g.constant), used = at.of(g.used),
-               max = offset_of(at.of(block.student_state.max));
-  const T late = catch_up(scratch.student_max_at(at.line, begin), max, sweep.inv_t);
+  const UsedTeachers<T, Number> teachers(args, block, at, sweep.inv_t, begin, scratch);
+  const Number reference = reference_at(block.student_reference, at, 0, begin, scratch),
+               max = at.of(block.student_state.max), soft = at.of(g.soft) * catch_up<T>(reference, max, sweep.inv_t),
+               hard = at.of(g.hard) * catch_up<T>(reference, max, T(1)), constant = at.of(g.constant),
+               used = at.of(g.used), less = offset_of(reference);
   const T* exps = scratch.student_exps(at.line, begin);
   const T* s = nullptr;
   if constexpr (kAtOne == AtOne::own) {
@@ -57,9 +115,9 @@ void gradient_of_kept(const KDArgs<T>& args, const Block<T>& block, At at, const
       const auto used = [&](Vec<T> x) { return if_used<T>(teachers.weight[k], x); };
       share = share + each(used, load_bundle<N>(teachers.exps[k] + i) * teachers.factor[k]);
     }
-    const Bundle<T, N> e = load_bundle<N>(exps + i) * late, soft_part = e * soft - share;
+    const Bundle<T, N> e = load_bundle<N>(exps + i), soft_part = e * soft - share;
     if constexpr (kAtOne == AtOne::unused) return each([&](Vec<T> x) { return if_used<T>(used, x); }, soft_part);
-    const Bundle<T, N> x = kAtOne == AtOne::own ? load_bundle<N>(s + i) - max : e;
+    const Bundle<T, N> x = kAtOne == AtOne::own ? load_bundle<N>(s + i) - less : e;
     return soft_part + exp_at_one<kAtOne>(e, x) * hard + constant;
   };
   int i = 0;
@@ -67,39 +125,20 @@ void gradient_of_kept(const KDArgs<T>& args, const Block<T>& block, At at, const
   for (; i < count; i += kL) store_part(to + i, gradient(i, Bundle<T, 1>{}).of[0], std::min(kL, count - i));
 }
 
-// What comes next of a line that is read again: from the last cache, where it has been since the first sweep.
+// share += weight·log p, where −inf counts as 0: see mean_divergence.
 template <typename T, typename At>
-Ahead ahead_of_line(const KDArgs<T>& args, const Logits& x, const Block<T>& block, At at, int64_t begin) {
-  return ahead_of(args, x, block.rows, begin, kIsAcross<T, At>).of_row(block.start(x, at.line));
-}
-
-// share += factor·e^{(t−max)/τ} (forward KL), or weight·log p (reverse KL, where −inf counts as 0: see
-// mean_divergence).
-template <typename T, typename At>
-void add_share(const Vectors<T>& tile, const KDArgs<T>& args, const Block<T>& block, At at, int k,
-               const Sweep<T>& sweep, Ahead ahead, T* share) {
+void add_share(const Vectors<T>& tile, const Block<T>& block, At at, int k, T inv_t, Ahead ahead, T* share) {
   const TeacherNumbers<T>& teacher = block.teacher[k];
-  const auto max = offset_of(at.of(block.teacher_state[k].max)), weight = at.of(teacher.weight);
-  if (args.divergence != Divergence::reverse_kl) {
-    const auto factor = at.of(teacher.factor);
-    const TemperedExp<T> exp = sweep.exp;
-    for_each_vector(tile, false, [=](int i, auto x, auto) {
-      ahead.prefetch<x.size>(i);
-      const auto more = each([=](Vec<T> x) { return if_used<T>(weight, x); }, exp(x - max) * factor);
-      store(share + i, load_bundle<x.size>(share + i) + more);
-    });
-  } else {
-    const auto log_sum = at.of(teacher.log_sum);
-    const T inv_t = sweep.inv_t;
-    const auto weighted = [=](Vec<T> scaled) {
-      const Vec<T> log_p = scaled == -infinity<T>() ? Vec<T>{} : scaled - log_sum;
-      return if_used<T>(weight, weight * log_p);
-    };
-    for_each_vector(tile, false, [=](int i, auto x, auto) {
-      ahead.prefetch<x.size>(i);
-      store(share + i, load_bundle<x.size>(share + i) + each(weighted, (x - max) * inv_t));
-    });
-  }
+  const auto max = offset_of(at.of(block.teacher_state[k].max)), weight = at.of(teacher.weight),
+             log_sum = at.of(teacher.log_sum);
+  const auto weighted = [=](Vec<T> scaled) {
+    const Vec<T> log_p = scaled == -infinity<T>() ? Vec<T>{} : scaled - log_sum;
+    return if_used<T>(weight, weight * log_p);
+  };
+  for_each_vector(tile, false, [=](int i, auto x, auto) {
+    ahead.prefetch<x.size>(i);
+    store(share + i, load_bundle<x.size>(share + i) + each(weighted, (x - max) * inv_t));
+  });
 }
 
 // The teachers' share of the student's gradient, in scratch.share.
@@ -118,12 +157,12 @@ void share_of_teachers(const KDArgs<T>& args, const Block<T>& block, At at, cons
       continue;
     }
     const T* t = read_line(args.teacher[k], block, at, begin, count, scratch.widened(0), used);
-    const Ahead ahead = ahead_of_line(args, args.teacher[k], block, at, begin);
-    add_share(Vectors<T>(t, count), args, block, at, k, sweep, ahead, share);
+    const Ahead ahead = tile_before(args.teacher[k], block, at, begin);
+    add_share(Vectors<T>(t, count), block, at, k, sweep.inv_t, ahead, share);
   }
 }
 
-// The gradient of a tile from the logits, `count` numbers to `to`.
+// The gradient of a tile from the logits (reverse KL and the sums over the classes), `count` numbers to `to`.
 template <typename T, AtOne kAtOne, typename At>
 void gradient_of_logits(const KDArgs<T>& args, const Block<T>& block, At at, const Sweep<T>& sweep, int64_t begin,
                         int count, Scratch<T>& scratch, T* to) {
@@ -134,7 +173,7 @@ void gradient_of_logits(const KDArgs<T>& args, const Block<T>& block, At at, con
   const auto max = offset_of(at.of(block.student_state.max));
   const T* share = scratch.share.values;
   const bool reverse = args.divergence == Divergence::reverse_kl;
-  const Ahead ahead = ahead_of_line(args, args.student, block, at, begin);
+  const Ahead ahead = tile_before(args.student, block, at, begin);
   const TemperedExp<T> exp = sweep.exp;
   const T inv_t = sweep.inv_t;
   const T* s = read_line(args.student, block, at, begin, count, scratch.widened(0), kEveryRow);
@@ -161,10 +200,10 @@ void gradient_of_logits(const KDArgs<T>& args, const Block<T>& block, At at, con
 template <typename T, AtOne kAtOne, typename At>
 void student_gradient(const KDArgs<T>& args, const Block<T>& block, At at, const Sweep<T>& sweep, int64_t begin,
                       int count, Scratch<T>& scratch, T* to) {
-  if (scratch.keeps())
-    gradient_of_kept<T, kAtOne>(args, block, at, sweep, begin, count, scratch, to);
-  else
-    gradient_of_logits<T, kAtOne>(args, block, at, sweep, begin, count, scratch, to);
+  if (!weighs_exps(args.divergence))
+    return gradient_of_logits<T, kAtOne>(args, block, at, sweep, begin, count, scratch, to);
+  if (!scratch.keeps(begin)) compute_exps(args, block, at, sweep, begin, count, scratch);
+  gradient_of_exps<T, kAtOne>(args, block, at, sweep, begin, count, scratch, to);
 }
 
 template <typename T, typename At>
@@ -228,7 +267,7 @@ void write_one_piece(const KDArgs<T>& args, const Block<T>& block, const Sweep<T
   }
   const int64_t start = block.start(gradient, 0);
   if (scratch.streams)
-    stream_tile(static_cast<T*>(gradient.data) + start, block.rows * classes, piece);
+    stream_tile(gradient.data, gradient.dtype, start, block.rows * classes, piece);
   else
     write_tile(gradient.data, gradient.dtype, start, block.rows * classes, piece);
 }
@@ -242,16 +281,16 @@ void write_student_gradient(const KDArgs<T>& args, const Block<T>& block, const 
     return write_one_piece(args, block, sweep, scratch, gradient);
   for_each_line(block, scratch.across(), kEveryRow, [&](auto at) {
     if (!hard && !any_of(at.of(block.student.used) != 0)) return zero_line(args, block, at, gradient);
-    for (int64_t begin = 0; begin < scratch.line(); begin += kTileColumns) {
+    // Backwards: the end of a long row is still in the nearest caches.
+    for (int64_t begin = (scratch.line() - 1) / kTileColumns * kTileColumns; begin >= 0; begin -= kTileColumns) {
       const int count = tile_count(scratch.line(), begin);
-      T* const there = in_place(gradient, block, at, begin);
-      const bool streams = scratch.streams && there != nullptr;
-      T* const to = there && !streams ? there : scratch.out.values;
+      const bool streams = scratch.streams && !scratch.across();
+      T* const there = streams ? nullptr : in_place(gradient, block, at, begin);
+      T* const to = there ? there : scratch.out.values;
       student_gradient_with_label(args, block, at, sweep, begin, count, scratch, to);
-      if (to == there) continue;
       if (streams)
-        stream_tile(there, count, to);
-      else
+        stream_tile(gradient.data, gradient.dtype, block.start(gradient, at.line) + begin, count, to);
+      else if (!there)
         write_line(gradient, block, at, begin, count, to);
     }
   });

@@ -24,6 +24,8 @@ namespace MTKD_ISA {
 //
 #include "kd_block.h"
 //
+#include "kd_behind.h"
+//
 #include "kd_scratch.h"
 //
 #include "kd_lines.h"
@@ -111,6 +113,7 @@ void settle_block(const KDForward<T>& args, Block<T>& block, const Lanes<T>& los
 template <typename T>
 void forward_block(const KDForward<T>& args, const Sweep<T>& sweep, Block<T>& block, Scratch<T>& scratch) {
   if (scratch.across()) block.find_near();
+  scratch.start(block.n[0]);
   start_teachers(args, block);
   sweep_block(args, block, sweep, scratch);
   Lanes<T> loss;
@@ -178,6 +181,7 @@ void prepare_gradients(const KDBackward<T>& args, const Sweep<T>& sweep, Block<T
 template <typename T>
 void write_gradients(const KDBackward<T>& args, const Sweep<T>& sweep, Block<T>& block, Scratch<T>& scratch) {
   if (scratch.across()) block.find_near();
+  refer_to_maxima(args, block, scratch);
   if (args.student_gradient.data) write_student_gradient(args, block, sweep, scratch, args.student_gradient);
   for (int k = 0; k < args.teachers; ++k)
     if (args.teacher_gradient[k]) write_teacher_gradient(args, block, k, sweep, scratch);
@@ -222,7 +226,9 @@ void backward_rows(const KDBackward<T>& args, Scratch<T>& scratch, int64_t begin
 template <typename T>
 void forward(const KDForward<T>& args, int64_t begin, int64_t end) {
   const bool streams = streams_gradient(args, args.gradient);
-  Scratch<T> scratch(args, end - begin, /*gradient=*/args.gradient.data != nullptr, streams);
+  const bool gradient = args.gradient.data != nullptr;
+  const Behind<T> behind = gradient ? Behind<T>(args, args.gradient, end) : Behind<T>();
+  Scratch<T> scratch(args, end - begin, gradient ? Exps::kept : Exps::unused, behind, streams);
   forward_rows(args, scratch, begin, end);
   stream_fence();
 }
@@ -230,7 +236,7 @@ void forward(const KDForward<T>& args, int64_t begin, int64_t end) {
 template <typename T>
 void backward(const KDBackward<T>& args, int64_t begin, int64_t end) {
   const bool streams = streams_gradient(args, args.student_gradient);
-  Scratch<T> scratch(args, end - begin, /*gradient=*/false, streams);
+  Scratch<T> scratch(args, end - begin, Exps::computed_again, Behind<T>(), streams);
   backward_rows(args, scratch, begin, end);
   stream_fence();
 }

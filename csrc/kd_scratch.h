@@ -1,9 +1,10 @@
 // What a thread keeps in cache while it works on a block of rows: for the teachers the student's part of the tile, for
-// the gradient the exponentials of the first sweep, which then need only be weighed. Included once per instruction set.
+// the gradient the exponentials of the first sweep, which then need only be weighed. Rows of several tiles keep them
+// elsewhere (kd_behind.h). Included once per instruction set.
 
 constexpr int64_t kBlockBytes = 128 << 10;  // of a block of short rows
-constexpr int64_t kKeptBytes = 4 << 20;     // of a long row; past it, the exponentials are computed again
-constexpr int64_t kKeptShare = 8;           // and so they are if they took more than this part of the gradient's memory
+constexpr int64_t kKeptBytes = 4 << 20;     // of pixels with many classes
+constexpr int64_t kKeptShare = 8;           // of the gradient's memory at most, the inverse
 constexpr int64_t kShortRow = 128;  // classes up to which rows are worked on across (kd_block.h), wherever they lie
 
 // Whether what a thread keeps of `rows` rows, beyond a block of short ones, is little beside their gradient.
@@ -25,10 +26,13 @@ bool goes_across(const KDArgs<T>& args, int64_t rows) {
 // piece.
 template <typename T>
 bool streams_gradient(const KDArgs<T>& args, const Gradient& of) {
-  if (of.data == nullptr || of.class_stride != 1 || of.dtype != kNative<T>) return false;
+  if (of.data == nullptr || of.class_stride != 1 || !can_stream<T>(of.dtype)) return false;
   const bool dense = goes_across(args, args.rows) && of.inner_stride == args.classes;
-  return (dense || args.classes >= kStreamColumns) && outgrows_caches<T>(args.rows, args.classes);
+  return (dense || args.classes >= kStreamColumns) && outgrows_caches(of.dtype, args.rows, args.classes);
 }
+
+// What becomes of the exponentials of the first sweep, where the student's gradient weighs them.
+enum class Exps { unused, kept, computed_again };
 
 template <typename T>
 class Scratch {
@@ -39,36 +43,36 @@ class Scratch {
   const bool streams;  // the student's gradient goes past the caches: a row at a time, or neighbouring rows together
 
   // For a thread that has `rows` rows to do.
-  Scratch(const KDArgs<T>& args, int64_t rows, bool gradient, bool streams)
+  Scratch(const KDArgs<T>& args, int64_t rows, Exps exps, const Behind<T>& behind, bool streams)
       : across_(goes_across(args, rows)),
         streams(streams),
         in_planes_(across_ && lies_in_planes(args.student)),
+        keeps_(exps == Exps::kept && weighs_exps(args.divergence)),
         line_(across_ ? args.classes * kLanes<T> : args.classes),
-        tiles_(across_ ? 1 : (args.classes + kTileColumns - 1) / kTileColumns) {
-    const int64_t pitch = pitch_of(line_), number = sizeof(T);
-    const int64_t line_bytes = pitch * (args.teachers + 2) * number;
+        tiles_(across_ ? 1 : (args.classes + kTileColumns - 1) / kTileColumns),
+        tile_pitch_(pitch_of(one_tile() ? line_ : kTileColumns)),
+        behind_bytes_((args.teachers + 1) * tile_pitch_ * int64_t{sizeof(T)}),
+        behind_(behind) {
+    const int64_t line_bytes = tile_pitch_ * (args.teachers + 2) * int64_t{sizeof(T)};
     const int64_t fitting = std::clamp<int64_t>(kBlockBytes / line_bytes, 1, std::min<int64_t>(kLanes<T>, rows));
-    const int64_t lines = one_tile() && !across_ ? fitting : 1;
-    rows_ = across_ ? kLanes<T> : lines;
-    // The others weigh logarithms, which come from the logits.
-    keeps_ = gradient && expectation_of(args.divergence) == Expectation::teacher &&
-             (one_tile() || affordable(args, rows, line_bytes));
-    tile_pitch_ = one_tile() ? pitch : pitch_of(kTileColumns);
-    student_pitch_ = keeps_ ? pitch : tile_pitch_;
-    teacher_pitch_ = keeps_ ? pitch : 0;
+    lines_ = one_tile() && !across_ ? fitting : 1;
+    rows_ = across_ ? kLanes<T> : lines_;
+    teacher_pitch_ = exps != Exps::unused && weighs_exps(args.divergence) ? tile_pitch_ : 0;
 
-    lines_ = lines;
-    const int64_t per_tile = lines * tile_pitch_, student = lines * student_pitch_;
-    const int64_t teachers = keeps_ ? args.teachers * lines * pitch : tile_pitch_;
-    const int64_t maxima = (args.teachers + 1) * lines * tiles_;
-    const size_t bytes = (2 * per_tile + student + teachers + maxima) * number;
+    const int64_t per_tile = lines_ * tile_pitch_;
+    const int64_t teachers = teacher_pitch_ ? args.teachers * per_tile : tile_pitch_;
+    const int64_t references = one_tile() ? 0 : tiles_ * (args.teachers + 1);
+    const size_t bytes = (3 * per_tile + teachers + references) * sizeof(T);
     memory_.reset(static_cast<T*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
     if (!memory_) throw std::bad_alloc();
     shifted_ = memory_.get() + per_tile;
     student_exps_ = shifted_ + per_tile;
-    teacher_exps_ = student_exps_ + student;
-    max_at_ = teacher_exps_ + teachers;
+    teacher_exps_ = student_exps_ + per_tile;
+    references_ = teacher_exps_ + teachers;
   }
+
+  // What the exponentials of a tile are relative to, of a row of several; tensor 0 is the student.
+  T& reference(int tensor, int64_t begin) { return references_[tensor * tiles_ + begin / kTileColumns]; }
 
   // Whether row n may join the block. Pixels that do not count lie between those that do, but not too many.
   bool has_room(const Block<T>& block, int64_t n, int64_t inner) const {
@@ -76,7 +80,12 @@ class Scratch {
     return block.rows < rows_ && n - block.n[0] < 2 * kLanes<T> && n / inner == block.outer[0];
   }
 
-  bool keeps() const { return keeps_; }
+  // Before a block whose first row is n.
+  void start(int64_t n) {
+    if (keeps_ && !one_tile()) behind_.start(n, tiles_, behind_bytes_);
+  }
+
+  bool keeps(int64_t begin) const { return keeps_ && (one_tile() || begin < behind_.columns()); }
   bool across() const { return across_; }
   bool one_tile() const { return tiles_ == 1; }
   int64_t line() const { return line_; }  // numbers
@@ -86,21 +95,20 @@ class Scratch {
   T* widened(int line) { return memory_.get() + line * tile_pitch_; }
   T* shifted(int line) { return shifted_ + line * tile_pitch_; }  // s − max
 
-  // e^{(x−max)/τ} of the tile at `begin`, kept or of the current tile only; those of the teachers overwrite each other
-  // if they are not kept.
-  T* student_exps(int line, int64_t begin) { return student_exps_ + line * student_pitch_ + (keeps_ ? begin : 0); }
-  T* teacher_exps(int k, int line, int64_t begin) {
-    return teacher_exps_ + (k * lines_ + line) * teacher_pitch_ + (keeps_ ? begin : 0);
+  // e^{(x−reference)/τ} of the tile at `begin`, kept or of the current tile only; those of the teachers overwrite each
+  // other if they are not used.
+  T* student_exps(int line, int64_t begin) {
+    if (goes_behind(begin)) return behind_.tile(begin, behind_bytes_);
+    return student_exps_ + line * tile_pitch_ + in_line(begin);
   }
-
-  // The largest logit when the tile passed by, which they are relative to; not yet that of the row.
-  T& student_max_at(int line, int64_t begin) { return max_at_[line * tiles_ + tile_of(begin)]; }
-  T& teacher_max_at(int k, int line, int64_t begin) {
-    return max_at_[((k + 1) * lines_ + line) * tiles_ + tile_of(begin)];
+  T* teacher_exps(int k, int line, int64_t begin) {
+    if (goes_behind(begin)) return behind_.tile(begin, behind_bytes_) + (k + 1) * tile_pitch_;
+    return teacher_exps_ + (k * lines_ + line) * teacher_pitch_ + in_line(begin);
   }
 
  private:
-  int64_t tile_of(int64_t begin) const { return across_ ? 0 : begin / kTileColumns; }
+  int64_t in_line(int64_t begin) const { return one_tile() ? begin : 0; }
+  bool goes_behind(int64_t begin) const { return !one_tile() && keeps(begin); }
 
   // From row to row: whole groups of four vectors, as gradient_of_kept takes them, and one more, because rows of
   // exactly 4 KB would all map to the same sets of the cache.
@@ -112,10 +120,10 @@ class Scratch {
   struct Free {
     void operator()(T* p) const { std::free(p); }
   };
-  const bool in_planes_;
-  const int64_t line_, tiles_;
-  int64_t rows_, lines_, tile_pitch_, student_pitch_, teacher_pitch_;
-  bool keeps_;
+  const bool in_planes_, keeps_;
+  const int64_t line_, tiles_, tile_pitch_, behind_bytes_;  // behind: a tile of all tensors
+  Behind<T> behind_;
+  int64_t rows_, lines_, teacher_pitch_;
   std::unique_ptr<T, Free> memory_;
-  T *shifted_, *student_exps_, *teacher_exps_, *max_at_;
+  T *shifted_, *student_exps_, *teacher_exps_, *references_;
 };

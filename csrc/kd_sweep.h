@@ -1,6 +1,9 @@
 // The first sweep over the columns: the states of a block of rows. Included once per instruction set.
 //
 // One exponential per element (two where τ is not 1, 2 or 4 and a weight rule or the hard label wants T = 1).
+//
+// Exponentials are relative to the largest logit of the row's first tile. In the tiles that follow the maximum is found
+// on the way: only where it lies far above, the row's states are raised and the tile is swept again.
 
 // The columns that this tensor is asked for next, fetched towards L2 while these are worked on: the K + 1 rows are too
 // many short streams for the hardware to foresee.
@@ -64,66 +67,70 @@ inline void for_each_part(const Vectors<T>& x, Body body) {
   }
 }
 
-// One tensor's part of a tile: the block's lines, and the maxima of its rows. All rows' maxima come before anything
-// that waits for them.
+// One tensor's part of a tile: the block's lines.
 template <typename T>
 struct TileLines {
   int64_t start[kLanes<T>];  // where a row begins
   Vectors<T> line[kLanes<T>];
-  Lanes<T> max;  // NaN is not seen
 
   template <typename Reads>
   TileLines(const Logits& x, const Block<T>& block, int64_t begin, int count, Scratch<T>& scratch, Reads reads) {
     const bool across = scratch.across();
     const int numbers = across ? count * kLanes<T> : count;
-    Gathered<T> maxima(block, across, reads, -infinity<T>());
     for_each_line(block, across, reads, [&](auto at) {
       const int r = at.line;
       start[r] = block.start(x, r);
       line[r].fill(read_line(x, block, at, begin, numbers, scratch.widened(r), reads), numbers);
-      maxima.of[r] = largest(line[r]);
     });
-    max = maxima.largest_of_rows();
+  }
+
+  // The largest logit of each row. NaN is not seen.
+  template <typename Reads>
+  Vec<T> maxima(const Block<T>& block, bool across, Reads reads) const {
+    Gathered<T> of(block, across, reads, -infinity<T>());
+    for_each_line(block, across, reads, [&](auto at) { of.of[at.line] = largest(line[at.line]); });
+    return of.largest_of_rows();
   }
 
  private:
-  // Of whole vectors, in four chains: one would wait for every comparison.
+  // In four chains: one would wait for every comparison.
   static Vec<T> largest(const Vectors<T>& x) {
     constexpr int kL = kLanes<T>;
     Vec<T> high[4];
     for (Vec<T>& h : high) h = splat(-infinity<T>());
-    const auto raise = [&](Vec<T>& h, Vec<T> v) { h = v > h ? v : h; };
     int i = 0;
     for (; i + 4 * kL <= x.whole; i += 4 * kL)
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) raise(high[j], load(x.values + i + j * kL));
-    for (; i < x.whole; i += kL) raise(high[0], load(x.values + i));
-    if (x.rest) raise(high[1], x.last);
-    raise(high[0], high[1]);
-    raise(high[2], high[3]);
-    raise(high[0], high[2]);
+      for (int j = 0; j < 4; ++j) raise_to(high[j], load(x.values + i + j * kL));
+    for (; i < x.whole; i += kL) raise_to(high[0], load(x.values + i));
+    if (x.rest) raise_to(high[1], x.last);
+    raise_to(high[0], high[1]);
+    raise_to(high[2], high[3]);
+    raise_to(high[0], high[2]);
     return high[0];
   }
 };
 
-// The rows' states, ready for a tile: raised to its maximum; `before` classes have been absorbed. Only rows of several
-// tiles come here more than once, and those are alone in their block.
+// How far above its reference a maximum may lie: sums lose no more digits to it than an exponential has to spare.
+constexpr int kFar = 4;
+
 template <typename T>
-Raise<T> prepare(States<T>& states, const Lanes<T>& tile_max, int64_t begin, int64_t before, T inv_t) {
-  if (begin == 0) {
-    states.clear();
-    states.max = tile_max.all();
-  }
-  if (begin == 0 || !(tile_max[0] > states.max[0])) return {};
-  const Raise<T> by(states.max[0], tile_max[0], inv_t);
-  SoftmaxState<T> state{states.max[0],  states.sum[0],   states.sum1[0],
+bool is_far(const Lanes<T>& reference, Vec<T> tile_max) {
+  return tile_max[0] - reference[0] > kFar;
+}
+
+// Raises the row of a block of one to a maximum far above; `before` classes have been absorbed.
+template <typename T>
+Raise<T> raise_row(States<T>& states, Lanes<T>& reference, T max, int64_t before, T inv_t) {
+  const Raise<T> by(reference[0], max, inv_t);
+  SoftmaxState<T> state{reference[0],   states.sum[0],   states.sum1[0],
                         states.dot1[0], states.total[0], static_cast<T>(before)};
-  raise(state, tile_max[0], by);
-  states.max[0] = state.max;
+  raise(state, max, by);
   states.sum[0] = state.sum;
   states.sum1[0] = state.sum1;
   states.dot1[0] = state.dot1;
   states.total[0] = state.total;
+  reference = splat(max);
   return by;
 }
 
@@ -156,38 +163,43 @@ void add_total(Lanes<T>& to, const Block<T>& block, Across<T>, const Vectors<T>&
       to[row] = total_without(s.values + row, kLanes<T>, s.whole / kLanes<T>, block.apart[row], T(max[row]));
 }
 
-template <typename T, AtOne kAtOne>
-void absorb_student(const KDArgs<T>& args, Block<T>& block, const Sweep<T>& sweep, int64_t begin, int count,
-                    Scratch<T>& scratch) {
-  const TileLines<T> tile(args.student, block, begin, count, scratch, kEveryRow);
-  States<T>& states = block.student_state;
-  block.student_tile.sum_before = begin == 0 ? T(0) : states.sum[0];
-  block.student_tile.raise = prepare(states, tile.max, begin, begin - block.apart_in(0, 0, begin), sweep.inv_t);
-  Lanes<T> offset;
-  offset = offset_of(states.max.all());
-  const Ahead next = ahead_of(args, args.student, block.rows, begin, scratch.across());
-  const bool across = scratch.across();
-  Gathered<T> sums(block, across, kEveryRow), sums1(block, across, kEveryRow);
+// What a tile adds to the student's rows.
+template <typename T>
+struct StudentSums {
+  Gathered<T> max, sum, sum1;
+  Lanes<T> total;
 
+  StudentSums(const Block<T>& block, bool across)
+      : max(block, across, kEveryRow, -infinity<T>()), sum(block, across, kEveryRow), sum1(block, across, kEveryRow) {
+    total = Vec<T>{};
+  }
+};
+
+template <typename T, AtOne kAtOne>
+StudentSums<T> student_sums(const TileLines<T>& tile, const Block<T>& block, const Sweep<T>& sweep, int64_t begin,
+                            const Ahead& next, Scratch<T>& scratch) {
+  StudentSums<T> sums(block, scratch.across());
+  Lanes<T> offset;
+  offset = offset_of(block.student_reference.all());
   for_each_line(block, scratch.across(), kEveryRow, [&](auto at) {
     const int line = at.line;
     const Vectors<T>& s = tile.line[line];
     const Ahead ahead = next.of_row(tile.start[line]);
-    const auto max = at.of(offset);
+    const auto less = at.of(offset);
     T* shifted = scratch.shifted(line);
     T* exps = scratch.student_exps(line, begin);
-    scratch.student_max_at(line, begin) = states.max[line];
     const TemperedExp<T> exp = sweep.exp;
     const int whole = s.whole;
-    Vec<T> all{}, all1{}, total{};
+    Vec<T> max = splat(-infinity<T>()), all{}, all1{}, total{};
     for_each_part(s, [&](const Vectors<T>& part, int from) {
       Vec<T> sum{}, sum1{};
-      for_each_vector(part, false, [=, &sum, &sum1, &total](int i, auto x, auto) {
+      for_each_vector(part, false, [=, &max, &sum, &sum1, &total](int i, auto x, auto) {
         i += from;
         ahead.prefetch<x.size>(i);
-        const auto shift = x - max, e = exp(shift);
+        const auto shift = x - less, e = exp(shift);
         store(shifted + i, shift);
         store(exps + i, e);
+        raise_to(max, x);
         add_to(sum, e);
         if constexpr (kAtOne != AtOne::unused) {
           add_to(sum1, exp_at_one<kAtOne>(e, shift));
@@ -197,16 +209,47 @@ void absorb_student(const KDArgs<T>& args, Block<T>& block, const Sweep<T>& swee
       all += sum;
       all1 += sum1;
     });
-    sums.of[line] = all;
-    sums1.of[line] = all1;
-    if constexpr (kAtOne != AtOne::unused) {
-      add_total(states.total, block, at, s, begin, total, max);
-      for_each_place(block, at, block.target, begin, s.whole + s.rest,
-                     [&](int row, int64_t place) { states.label[row] = s.values[place]; });
-    }
+    sums.max.of[line] = max;
+    sums.sum.of[line] = all;
+    sums.sum1.of[line] = all1;
+    if constexpr (kAtOne != AtOne::unused) add_total(sums.total, block, at, s, begin, total, less);
   });
-  states.sum = states.sum.all() + sums.sum_of_rows();
-  if constexpr (kAtOne != AtOne::unused) states.sum1 = states.sum1.all() + sums1.sum_of_rows();
+  return sums;
+}
+
+template <typename T, AtOne kAtOne>
+void absorb_student(const KDArgs<T>& args, Block<T>& block, const Sweep<T>& sweep, int64_t begin, int count,
+                    Scratch<T>& scratch) {
+  const bool across = scratch.across();
+  const TileLines<T> tile(args.student, block, begin, count, scratch, kEveryRow);
+  States<T>& states = block.student_state;
+  Lanes<T>& reference = block.student_reference;
+  if (begin == 0) {
+    states.clear();
+    states.max = reference = tile.maxima(block, across, kEveryRow);
+  }
+  const Ahead next = ahead_of(args, args.student, block.rows, begin, across);
+  block.student_tile = {Raise<T>(), states.sum[0]};
+  StudentSums<T> sums = student_sums<T, kAtOne>(tile, block, sweep, begin, next, scratch);
+  if (begin > 0) {
+    const Vec<T> max = sums.max.largest_of_rows();
+    if (is_far(reference, max)) {
+      const int64_t before = begin - block.apart_in(0, 0, begin);
+      block.student_tile.raise = raise_row(states, reference, max[0], before, sweep.inv_t);
+      sums = student_sums<T, kAtOne>(tile, block, sweep, begin, next, scratch);
+    }
+    states.max = larger_of(states.max.all(), max);
+  }
+  if (!scratch.one_tile()) scratch.reference(0, begin) = reference[0];
+  states.sum = states.sum.all() + sums.sum.sum_of_rows();
+  if constexpr (kAtOne == AtOne::unused) return;
+  states.sum1 = states.sum1.all() + sums.sum1.sum_of_rows();
+  states.total = states.total.all() + sums.total.all();
+  for_each_line(block, across, kEveryRow, [&](auto at) {
+    const Vectors<T>& s = tile.line[at.line];
+    for_each_place(block, at, block.target, begin, s.whole + s.rest,
+                   [&](int row, int64_t place) { states.label[row] = s.values[place]; });
+  });
 }
 
 // cross_term of row_stats.h for every element, where x − y, shifted both, is e's ratio. Careless ones are not finite
@@ -229,9 +272,10 @@ MTKD_INLINE Bundle<T, N> cross_terms(const Bundle<T, N>& dx, const Bundle<T, N>&
 // What a line of a teacher's tile adds to its row's state, a part in each lane.
 template <typename T>
 struct TeacherSums {
-  Vec<T> sum{}, sum1{}, dot1{}, cross{};
+  Vec<T> max = splat(-infinity<T>()), sum{}, sum1{}, dot1{}, cross{};
 
   void operator+=(const TeacherSums& more) {
+    max = larger_of(max, more.max);
     sum += more.sum;
     sum1 += more.sum1;
     dot1 += more.dot1;
@@ -240,8 +284,8 @@ struct TeacherSums {
 };
 
 // The exponentials of a line and its sums.
-template <typename T, Expectation kExpectation, AtOne kAtOne, bool kEntropy, typename Max>
-MTKD_INLINE TeacherSums<T> teacher_sums(const Vectors<T>& t, Max max, const T* student_shifted, const T* student_exps,
+template <typename T, Expectation kExpectation, AtOne kAtOne, bool kEntropy, typename Less>
+MTKD_INLINE TeacherSums<T> teacher_sums(const Vectors<T>& t, Less less, const T* student_shifted, const T* student_exps,
                                         TemperedExp<T> exp, Ahead ahead, bool careful, T* exps) {
   constexpr bool kForward = kExpectation == Expectation::teacher;
   TeacherSums<T> sums;
@@ -251,8 +295,9 @@ MTKD_INLINE TeacherSums<T> teacher_sums(const Vectors<T>& t, Max max, const T* s
     for_each_vector(part, careful, [=, &of](int i, auto x, auto careful) {
       i += from;
       ahead.prefetch<x.size>(i);
-      const auto dt = x - max, e = exp(dt);
+      const auto dt = x - less, e = exp(dt);
       store(exps + i, e);
+      raise_to(of.max, x);
       add_to(of.sum, e);
       if constexpr (kExpectation != Expectation::none) {
         const auto ds = load_bundle<x.size>(student_shifted + i);
@@ -273,57 +318,89 @@ MTKD_INLINE TeacherSums<T> teacher_sums(const Vectors<T>& t, Max max, const T* s
   return sums;
 }
 
+// The same of all lines of a tile.
+template <typename T>
+struct GatheredSums {
+  Gathered<T> max, sum, sum1, dot1, cross;
+
+  template <typename Reads>
+  GatheredSums(const Block<T>& block, bool across, Reads reads)
+      : max(block, across, reads, -infinity<T>()),
+        sum(block, across, reads),
+        sum1(block, across, reads),
+        dot1(block, across, reads),
+        cross(block, across, reads) {}
+
+  void set(int line, const TeacherSums<T>& of) {
+    max.of[line] = of.max;
+    sum.of[line] = of.sum;
+    sum1.of[line] = of.sum1;
+    dot1.of[line] = of.dot1;
+    cross.of[line] = of.cross;
+  }
+};
+
 // A tile of teacher k, and the cross sum with the student's.
 template <typename T, Expectation kExpectation, AtOne kAtOne, bool kEntropy>
 void absorb_teacher(const KDArgs<T>& args, Block<T>& block, int k, const Sweep<T>& sweep, int64_t begin, int count,
                     Scratch<T>& scratch) {
   const auto reads = [&](int row) { return block.reads(k, row); };
   if (!block.reads_some(k)) return;
+  constexpr bool kCrosses = kExpectation != Expectation::none;
   const bool across = scratch.across();
   const TileLines<T> tile(args.teacher[k], block, begin, count, scratch, reads);
   States<T>& states = block.teacher_state[k];
+  Lanes<T>& reference = block.teacher_reference[k];
+  if (begin == 0) {
+    states.clear();
+    states.max = reference = tile.maxima(block, across, reads);
+  }
   const StudentTile<T>& student = block.student_tile;
   const T sum_before = states.sum[0];
-  const Raise<T> raise = prepare(states, tile.max, begin, begin, sweep.inv_t);
-  if (begin > 0 && kExpectation != Expectation::none)
-    states.cross[0] = kExpectation == Expectation::teacher
-                          ? raise_cross(states.cross[0], sum_before, raise, student.raise)
-                          : raise_cross(states.cross[0], student.sum_before, student.raise, raise);
-  Lanes<T> offset;
-  offset = offset_of(states.max.all());
+  Raise<T> raise;
   const Ahead next = ahead_of(args, args.teacher[k], block.rows, begin, across);
-  Gathered<T> sum(block, across, reads), sum1(block, across, reads), dot1(block, across, reads),
-      cross(block, across, reads);
+  GatheredSums<T> sums(block, across, reads);
+  Vec<T> crossed{};
 
   const auto sweep_lines = [&](bool careful) {
+    Lanes<T> offset;
+    offset = offset_of(reference.all());
     for_each_line(block, across, reads, [&](auto at) {
       const int line = at.line;
       const Ahead ahead = next.of_row(tile.start[line]);
-      scratch.teacher_max_at(k, line, begin) = states.max[line];
-      const TeacherSums<T> of = teacher_sums<T, kExpectation, kAtOne, kEntropy>(
-          tile.line[line], at.of(offset), scratch.shifted(line), scratch.student_exps(line, begin), sweep.exp, ahead,
-          careful, scratch.teacher_exps(k, line, begin));
-      sum.of[line] = of.sum;
-      sum1.of[line] = of.sum1;
-      dot1.of[line] = of.dot1;
-      cross.of[line] = of.cross;
-      if constexpr (kAtOne != AtOne::unused)
-        for_each_place(block, at, block.target, begin, tile.line[line].whole + tile.line[line].rest,
-                       [&](int row, int64_t place) { states.label[row] = tile.line[line].values[place]; });
+      sums.set(line, teacher_sums<T, kExpectation, kAtOne, kEntropy>(
+                         tile.line[line], at.of(offset), scratch.shifted(line), scratch.student_exps(line, begin),
+                         sweep.exp, ahead, careful, scratch.teacher_exps(k, line, begin)));
     });
+    if constexpr (kCrosses) crossed = sums.cross.sum_of_rows();
   };
   sweep_lines(false);
-  if constexpr (kExpectation != Expectation::none) {
-    Vec<T> crossed = cross.sum_of_rows();
-    if (any_of(crossed - crossed != 0)) {
-      sweep_lines(true);
-      crossed = cross.sum_of_rows();
+  if (begin > 0) {
+    const Vec<T> max = sums.max.largest_of_rows();
+    if (is_far(reference, max)) {
+      raise = raise_row(states, reference, max[0], begin, sweep.inv_t);
+      sweep_lines(false);
     }
+    states.max = larger_of(states.max.all(), max);
+  }
+  if constexpr (kCrosses) {
+    if (any_of(crossed - crossed != 0)) sweep_lines(true);
+    if (begin > 0)
+      states.cross[0] = kExpectation == Expectation::teacher
+                            ? raise_cross(states.cross[0], sum_before, raise, student.raise)
+                            : raise_cross(states.cross[0], student.sum_before, student.raise, raise);
     states.cross = states.cross.all() + crossed;
   }
-  states.sum = states.sum.all() + sum.sum_of_rows();
-  if constexpr (kAtOne != AtOne::unused) states.sum1 = states.sum1.all() + sum1.sum_of_rows();
-  if constexpr (kEntropy) states.dot1 = states.dot1.all() + dot1.sum_of_rows();
+  if (!scratch.one_tile()) scratch.reference(k + 1, begin) = reference[0];
+  states.sum = states.sum.all() + sums.sum.sum_of_rows();
+  if constexpr (kEntropy) states.dot1 = states.dot1.all() + sums.dot1.sum_of_rows();
+  if constexpr (kAtOne == AtOne::unused) return;
+  states.sum1 = states.sum1.all() + sums.sum1.sum_of_rows();
+  for_each_line(block, across, reads, [&](auto at) {
+    const Vectors<T>& t = tile.line[at.line];
+    for_each_place(block, at, block.target, begin, t.whole + t.rest,
+                   [&](int row, int64_t place) { states.label[row] = t.values[place]; });
+  });
 }
 
 template <typename T>
@@ -362,17 +439,37 @@ AbsorbTeacher<T> teacher_absorber(Expectation expectation, AtOne at_one, bool en
   __builtin_unreachable();
 }
 
+// Makes the sums of a row of several tiles relative to its maxima.
+template <typename T>
+void settle_row(const KDForward<T>& args, Block<T>& block, const Sweep<T>& sweep) {
+  const auto settle = [&](States<T>& states, Lanes<T> reference) {
+    return raise_row(states, reference, states.max[0], args.classes - block.apart_in(0, 0, args.classes), sweep.inv_t);
+  };
+  const T student_sum = block.student_state.sum[0];
+  const Raise<T> by_s = settle(block.student_state, block.student_reference);
+  for (int k = 0; k < args.teachers; ++k) {
+    if (args.kd_scale == 0 || !block.reads_some(k)) continue;
+    States<T>& states = block.teacher_state[k];
+    const T sum = states.sum[0];
+    const Raise<T> by_t = settle(states, block.teacher_reference[k]);
+    states.cross[0] = expectation_of(args.divergence) == Expectation::student
+                          ? raise_cross(states.cross[0], student_sum, by_s, by_t)
+                          : raise_cross(states.cross[0], sum, by_t, by_s);
+  }
+}
+
 // Every state of the block's rows: the student's tile stays in cache while the K teachers pass by.
 template <typename T>
 void sweep_block(const KDForward<T>& args, Block<T>& block, const Sweep<T>& sweep, Scratch<T>& scratch) {
   const AbsorbStudent<T> absorb_s = student_absorber<T>(sweep.student_at_one);
   const AbsorbTeacher<T> absorb_t =
       teacher_absorber<T>(expectation_of(args.divergence), sweep.teacher_at_one, sweep.entropy);
-  assert(block.rows == 1 || scratch.one_tile());  // see prepare
+  assert(block.rows == 1 || scratch.one_tile());  // see raise_row
   for (int64_t begin = 0; begin < args.classes; begin += scratch.tile_columns()) {
     const int count = static_cast<int>(std::min(args.classes - begin, scratch.tile_columns()));
     absorb_s(args, block, sweep, begin, count, scratch);
     for (int k = 0; k < args.teachers; ++k)
       if (args.kd_scale != 0) absorb_t(args, block, k, sweep, begin, count, scratch);
   }
+  if (!scratch.one_tile()) settle_row(args, block, sweep);
 }

@@ -53,7 +53,7 @@ class Output {
   }
   void end(int count) const {
     if (streams_)
-      stream_tile(static_cast<T*>(data_) + at_, count, tile_);
+      stream_tile(data_, dtype_, at_, count, tile_);
     else if (dtype_ != kNative<T>)
       write_tile(data_, dtype_, at_, count, tile_);
   }

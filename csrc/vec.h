@@ -125,6 +125,12 @@ inline Vec<T> splat(T x) {
   return x - Vec<T>{};
 }
 
+// The larger of two, lane by lane; NaN of y is not seen.
+template <typename V>
+inline V larger_of(V x, V y) {
+  return y > x ? y : x;
+}
+
 // A constant as a T, which is a number or, one in every lane, a register of them.
 template <typename T>
 inline T number(double x) {
