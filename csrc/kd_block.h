@@ -123,6 +123,7 @@ struct Near {
   bool whole;          // kLanes neighbours
   Integers<T> place;   // of each row
   Integers<T> row[2];  // of each place, kLanes where there is none; undefined of whole blocks
+  Integers<T> target;  // where a line has each row's target; the row itself, of class 0, if it has none
 };
 
 template <typename T>
@@ -132,7 +133,8 @@ struct Block {
   int64_t n[kLanes<T>];                        // which rows
   int64_t outer[kLanes<T>], inner[kLanes<T>];  // where they are: a division a row, 20 cycles, not one a tensor
   int64_t target[kLanes<T>];                   // −1: none
-  int64_t apart[kLanes<T>];                    // the target, if the divergence leaves it out of its sums, else −1
+  bool some_apart = false;                     // the divergence leaves the targets out of its sums
+  int64_t apart[kLanes<T>];                    // the target, if so, else −1
   Lanes<T> scale;                              // row weight / items, times the upstream in the backward
   bool skips_zero_weights = false;             // a teacher of weight 0 is not read
   Near<T> near;
@@ -149,11 +151,14 @@ struct Block {
     outer[rows] = row < args.inner ? 0 : row / args.inner;
     inner[rows] = row < args.inner ? row : row % args.inner;
     target[rows] = args.target ? args.target[row] : -1;
-    apart[rows] = args.divergence == Divergence::dkd ? target[rows] : -1;
+    some_apart = args.divergence == Divergence::dkd;
+    apart[rows] = some_apart ? target[rows] : -1;
     ++rows;
   }
 
   void find_near() {
+    for (int r = 0; r < kLanes<T>; ++r)
+      near.target[r] = (r < rows && target[r] >= 0 ? static_cast<int>(target[r]) * kLanes<T> : 0) + r;
     near.span = 0;
     near.whole = false;
     const int64_t span = n[rows - 1] - n[0] + 1;
@@ -174,6 +179,7 @@ struct Block {
   int64_t start(const Tensor& x, int row) const {
     return outer[row] * x.outer_stride + inner[row] * x.inner_stride;
   }
+  bool reads_all(int k) const { return !(skips_zero_weights && any_of(teacher[k].weight.all() == 0)); }
   bool reads(int k, int row) const { return !(skips_zero_weights && teacher[k].weight[row] == 0); }
   template <typename Reads>
   bool all_read(Reads reads) const {
@@ -182,6 +188,7 @@ struct Block {
     return true;
   }
   bool reads_some(int k) const {
+    if (!skips_zero_weights) return true;
     for (int row = 0; row < rows; ++row)
       if (reads(k, row)) return true;
     return false;
@@ -198,7 +205,8 @@ struct Gathered {
   Vec<T> of[kLanes<T>];
 
   template <typename Reads>
-  Gathered(const Block<T>& block, bool across, Reads reads, T nothing = 0) : across_(across), alone_(block.rows == 1) {
+  Gathered(const Block<T>& block, bool across, const Reads& reads, T nothing = 0)
+      : across_(across), alone_(block.rows == 1) {
     if (across_ || alone_) return;
     for (int r = 0; r < kLanes<T>; ++r)
       if (r >= block.rows || !reads(r)) of[r] = splat(nothing);

@@ -68,11 +68,7 @@ void sum_elements(const KDArgs<T>& args, Block<T>& block, At at, const Sweep<T>&
 
 template <typename T>
 void sum_elements(const KDArgs<T>& args, Block<T>& block, const Sweep<T>& sweep, Scratch<T>& scratch) {
-  block.student.log_sum = log_of(block.student_state.sum.all());
-  for (int k = 0; k < args.teachers; ++k) {
-    block.teacher[k].log_sum = log_of(block.teacher_state[k].sum.all());
-    block.teacher[k].divergence = block.teacher[k].slope = Vec<T>{};
-  }
+  for (int k = 0; k < args.teachers; ++k) block.teacher[k].divergence = block.teacher[k].slope = Vec<T>{};
   with_elementwise(args.divergence, [&](auto kind) {
     for_each_line(block, scratch.across(), kEveryRow,
                   [&](auto at) { sum_elements<decltype(kind)::value>(args, block, at, sweep, scratch); });

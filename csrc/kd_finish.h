@@ -5,7 +5,7 @@
 template <typename T>
 void finish_teachers(const KDForward<T>& args, const Sweep<T>& sweep, Block<T>& block) {
   const bool apart = args.divergence == Divergence::dkd;
-  const Vec<T> sum_s = block.student_state.sum.all(), log_s = log_of(sum_s);
+  const Vec<T> sum_s = block.student_state.sum.all(), log_s = block.student.log_sum.all();
   for (int k = 0; k < args.teachers; ++k) {
     const States<T>& state = block.teacher_state[k];
     TeacherNumbers<T>& numbers = block.teacher[k];
@@ -14,6 +14,7 @@ void finish_teachers(const KDForward<T>& args, const Sweep<T>& sweep, Block<T>& 
                           ? kl_from_sums(cross, sum_s, log_s, sum, log_t, sweep.inv_t)
                           : kl_from_sums(cross, sum, log_t, sum_s, log_s, sweep.inv_t);
     const Vec<T> divergence = apart ? decoupled_divergence(args, block, k, kl) : kl;
+    numbers.log_sum = log_t;
     numbers.divergence = block.skips_zero_weights && numbers.weight.all() == 0 ? Vec<T>{} : divergence;
     if (args.rule == WeightRule::confidence)
       numbers.signal =
@@ -63,6 +64,7 @@ Vec<T> student_cross_entropy(const KDForward<T>& args, const States<T>& s) {
 template <typename T, typename SumElements>
 Vec<T> finish_block(const KDForward<T>& args, const Sweep<T>& sweep, Block<T>& block, SumElements sum_of_elements) {
   Vec<T> loss{};
+  block.student.log_sum = log_of(block.student_state.sum.all());
   if (args.divergence == Divergence::dkd) set_targets_apart(args, sweep, block);
   if (args.kd_scale != 0) {
     finish_teachers(args, sweep, block);
@@ -101,7 +103,6 @@ void gradient_factors(const KDArgs<T>& args, const Sweep<T>& sweep, Block<T>& bl
     TeacherNumbers<T>& teacher = block.teacher[k];
     const Vec<T> w = teacher.weight.all();
     const GradientShare<T> share = gradient_share(args, block, k, Vec<T>(per_logit * w));
-    teacher.log_sum = log_of(block.teacher_state[k].sum.all());
     teacher.factor = w == 0 ? Vec<T>{} : share.of_teacher;
     used += w == 0 ? Vec<T>{} : splat(T(1));
     total_weight += w;
@@ -111,7 +112,6 @@ void gradient_factors(const KDArgs<T>& args, const Sweep<T>& sweep, Block<T>& bl
   }
   StudentNumbers<T>& g = block.student;
   g.used = used;
-  g.log_sum = log_of(sum_s);
   g.soft = used == 0 ? Vec<T>{} : (reverse ? per_logit : soft) / sum_s;
   if (apart) g.soft = sum_s == 0 ? (soft == 0 ? Vec<T>{} : number<Vec<T>>(NAN)) : g.soft.all();
   g.label = at_target;

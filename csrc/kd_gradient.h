@@ -248,8 +248,7 @@ void student_gradient_with_label(const KDArgs<T>& args, const Block<T>& block, A
                                  int64_t begin, int count, Scratch<T>& scratch, T* to) {
   student_gradient(args, block, at, sweep, begin, count, scratch, to);
   if (args.ce_weight != 0 || args.divergence == Divergence::dkd)
-    for_each_place(block, at, block.target, begin, count,
-                   [&](int row, int64_t place) { to[place] -= block.student.label[row]; });
+    subtract_at_targets(block, at, begin, count, block.student.label, to);
 }
 
 // Neighbouring short rows are put in order first, then cast past the caches or rounded as one piece.

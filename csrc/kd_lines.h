@@ -3,9 +3,10 @@
 
 constexpr auto kEveryRow = [](int) { return true; };
 
-// Calls body(at) for every line of the block that is read.
+// Calls body(at) for every line of the block that is read. What is called goes by reference: a copy of what it has just
+// captured, a register at a time, would stall.
 template <typename T, typename Reads, typename Body>
-void for_each_line(const Block<T>& block, bool across, Reads reads, Body body) {
+MTKD_INLINE void for_each_line(const Block<T>& block, bool across, const Reads& reads, const Body& body) {
   if (across) return body(Across<T>());
   for (int row = 0; row < block.rows; ++row)
     if (reads(row)) body(Along<T>{row});
@@ -117,12 +118,12 @@ bool is_one_piece(const Tensor& x, const Block<T>& block) {
   return x.class_stride == 1 && x.inner_stride == block.classes && block.near.span == block.rows;
 }
 
-// Whole rows, widened as one piece.
+// Whole rows, read as one piece.
 template <typename T>
-void widen_rows(const Logits& x, const Block<T>& block, int classes, T* to) {
-  alignas(64) T piece[kLanes<T> * kShortRow];
+void read_piece(const Logits& x, const Block<T>& block, int classes, T* to) {
+  alignas(64) T widened[kLanes<T> * kShortRow];
+  const T* const piece = read_tile(x, block.start(x, 0), 0, block.rows * classes, widened);
   const T* rows[kLanes<T>];
-  widen(x.data, x.dtype, block.start(x, 0), block.rows * classes, piece);
   for (int r = 0; r < kLanes<T>; ++r) rows[r] = r < block.rows ? piece + r * classes : nullptr;
   read_squares(rows, block.rows == kLanes<T>, classes, to);
 }
@@ -134,14 +135,13 @@ const T* read_line(const Logits& x, const Block<T>& block, Across<T>, int64_t be
   const int classes = count / kLanes<T>;
   if (lies_in_planes(x) && block.near.span > 0) {
     read_planes(x, block, first, classes, to, reads);
-  } else if (x.dtype != kNative<T> && classes == block.classes && classes <= kShortRow && is_one_piece(x, block) &&
-             block.all_read(reads)) {
-    widen_rows(x, block, classes, to);
+  } else if (classes == block.classes && classes <= kShortRow && is_one_piece(x, block) && block.all_read(reads)) {
+    read_piece(x, block, classes, to);
   } else {
     for (int c = 0; c < classes; c += kStripClasses<T>)
       read_rows(x, block, first + c, std::min(kStripClasses<T>, classes - c), to + c * kLanes<T>, reads);
   }
-  for (int row = 0; row < block.rows; ++row)
+  for (int row = 0; block.some_apart && row < block.rows; ++row)
     if (block.apart_in(row, first, classes)) to[(block.apart[row] - first) * kLanes<T> + row] = -infinity<T>();
   return to;
 }
@@ -201,4 +201,25 @@ void for_each_place(const Block<T>& block, Across<T>, const int64_t* columns, in
     const int64_t place = columns[row] * kLanes<T> + row - begin;
     if (place >= 0 && place < count) visit(row, place);
   }
+}
+
+// The logits at the targets of a line that are in the tile at `begin`; the other rows' numbers stay.
+template <typename T>
+void read_targets(const Block<T>& block, Along<T> at, int64_t begin, const Vectors<T>& x, Lanes<T>& labels) {
+  const int64_t place = block.target[at.line] - begin;
+  if (place >= 0 && place < x.whole + x.rest) labels[at.line] = x.values[place];
+}
+template <typename T>
+void read_targets(const Block<T>& block, Across<T>, int64_t, const Vectors<T>& x, Lanes<T>& labels) {
+  labels = gather(x.values, block.near.target);
+}
+
+// Subtracts a number of each row at its target in the tile.
+template <typename T, typename At>
+void subtract_at_targets(const Block<T>& block, At at, int64_t begin, int count, const Lanes<T>& less, T* from) {
+  if (kIsAcross<T, At> && count == block.classes * kLanes<T>) {
+    const Integers<T> places = block.near.target;
+    return scatter(from, places, Vec<T>(gather(from, places) - less.all()));
+  }
+  for_each_place(block, at, block.target, begin, count, [&](int row, int64_t place) { from[place] -= less[row]; });
 }

@@ -80,8 +80,6 @@ void write_stats(const KDForward<T>& args, const Block<T>& block, int row) {
   const RowStats at{args.teachers};
   T* out = args.row_stats + block.n[row];
   const int64_t rows = args.rows;
-  out[at.scale() * rows] = block.scale[row];
-  if (!args.keep_stats) return;
   for (int k = 0; k < args.teachers; ++k) {
     const TeacherNumbers<T>& teacher = block.teacher[k];
     const bool read = args.kd_scale != 0 && block.reads(k, row);
@@ -102,12 +100,22 @@ void write_stats(const KDForward<T>& args, const Block<T>& block, int row) {
 // Keeps what has become of the block's rows.
 template <typename T>
 void settle_block(const KDForward<T>& args, Block<T>& block, const Lanes<T>& loss) {
-  for (int row = 0; row < block.rows; ++row) {
-    const T row_weight = args.row_weights ? args.row_weights[block.n[row]] : T(1);
-    block.scale[row] = args.items ? row_weight / *args.items : row_weight;
-    args.row_loss[block.n[row]] = row_weight * loss[row];
-    write_stats(args, block, row);
+  Lanes<T> weight, weighted;
+  weight = splat(T(1));
+  for (int row = 0; args.row_weights && row < block.rows; ++row) weight[row] = args.row_weights[block.n[row]];
+  block.scale = args.items ? weight.all() / *args.items : weight.all();
+  weighted = weight.all() * loss.all();
+  T* const scales = args.row_stats + RowStats{args.teachers}.scale() * args.rows;
+  if (block.rows == kLanes<T> && block.n[kLanes<T> - 1] - block.n[0] == kLanes<T> - 1) {  // neighbours
+    store(args.row_loss + block.n[0], weighted.all());
+    store(scales + block.n[0], block.scale.all());
+  } else {
+    for (int row = 0; row < block.rows; ++row) {
+      args.row_loss[block.n[row]] = weighted[row];
+      scales[block.n[row]] = block.scale[row];
+    }
   }
+  for (int row = 0; args.keep_stats && row < block.rows; ++row) write_stats(args, block, row);
 }
 
 template <typename T>
@@ -174,6 +182,8 @@ template <typename T>
 void prepare_gradients(const KDBackward<T>& args, const Sweep<T>& sweep, Block<T>& block) {
   for (int k = 0; k < args.teachers; ++k)
     for (int lane = block.rows; lane < kLanes<T>; ++lane) block.teacher[k].weight[lane] = 0;
+  block.student.log_sum = log_of(block.student_state.sum.all());
+  for (int k = 0; k < args.teachers; ++k) block.teacher[k].log_sum = log_of(block.teacher_state[k].sum.all());
   if (args.divergence == Divergence::dkd) set_targets_apart(args, sweep, block);
   gradient_factors(args, sweep, block);
 }

@@ -55,7 +55,7 @@ MTKD_INLINE void for_each_vector(const Vectors<T>& x, bool careful, Step step) {
 // Calls body(part, at) for stretches of a line, which starts at number `at` of it. Sums of stretches are summed: a
 // class after the other, those of many would lose digits.
 template <typename T, typename Body>
-inline void for_each_part(const Vectors<T>& x, Body body) {
+MTKD_INLINE void for_each_part(const Vectors<T>& x, const Body& body) {
   constexpr int kPart = 64 * kLanes<T>;
   Vectors<T> part = x;
   for (int at = 0; at == 0 || at < x.whole; at += kPart) {
@@ -74,7 +74,7 @@ struct TileLines {
   Vectors<T> line[kLanes<T>];
 
   template <typename Reads>
-  TileLines(const Logits& x, const Block<T>& block, int64_t begin, int count, Scratch<T>& scratch, Reads reads) {
+  TileLines(const Logits& x, const Block<T>& block, int64_t begin, int count, Scratch<T>& scratch, const Reads& reads) {
     const bool across = scratch.across();
     const int numbers = across ? count * kLanes<T> : count;
     for_each_line(block, across, reads, [&](auto at) {
@@ -86,7 +86,7 @@ struct TileLines {
 
   // The largest logit of each row. NaN is not seen.
   template <typename Reads>
-  Vec<T> maxima(const Block<T>& block, bool across, Reads reads) const {
+  Vec<T> maxima(const Block<T>& block, bool across, const Reads& reads) const {
     Gathered<T> of(block, across, reads, -infinity<T>());
     for_each_line(block, across, reads, [&](auto at) { of.of[at.line] = largest(line[at.line]); });
     return of.largest_of_rows();
@@ -158,7 +158,7 @@ void add_total(Lanes<T>& to, const Block<T>& block, Along<T> at, const Vectors<T
 template <typename T>
 void add_total(Lanes<T>& to, const Block<T>& block, Across<T>, const Vectors<T>& s, int64_t, Vec<T> total, Vec<T> max) {
   to = total;
-  for (int row = 0; row < block.rows; ++row)
+  for (int row = 0; block.some_apart && row < block.rows; ++row)
     if (block.apart[row] >= 0)
       to[row] = total_without(s.values + row, kLanes<T>, s.whole / kLanes<T>, block.apart[row], T(max[row]));
 }
@@ -245,11 +245,8 @@ void absorb_student(const KDArgs<T>& args, Block<T>& block, const Sweep<T>& swee
   if constexpr (kAtOne == AtOne::unused) return;
   states.sum1 = states.sum1.all() + sums.sum1.sum_of_rows();
   states.total = states.total.all() + sums.total.all();
-  for_each_line(block, across, kEveryRow, [&](auto at) {
-    const Vectors<T>& s = tile.line[at.line];
-    for_each_place(block, at, block.target, begin, s.whole + s.rest,
-                   [&](int row, int64_t place) { states.label[row] = s.values[place]; });
-  });
+  for_each_line(block, across, kEveryRow,
+                [&](auto at) { read_targets(block, at, begin, tile.line[at.line], states.label); });
 }
 
 // cross_term of row_stats.h for every element, where x − y, shifted both, is e's ratio. Careless ones are not finite
@@ -324,7 +321,7 @@ struct GatheredSums {
   Gathered<T> max, sum, sum1, dot1, cross;
 
   template <typename Reads>
-  GatheredSums(const Block<T>& block, bool across, Reads reads)
+  GatheredSums(const Block<T>& block, bool across, const Reads& reads)
       : max(block, across, reads, -infinity<T>()),
         sum(block, across, reads),
         sum1(block, across, reads),
@@ -396,11 +393,8 @@ void absorb_teacher(const KDArgs<T>& args, Block<T>& block, int k, const Sweep<T
   if constexpr (kEntropy) states.dot1 = states.dot1.all() + sums.dot1.sum_of_rows();
   if constexpr (kAtOne == AtOne::unused) return;
   states.sum1 = states.sum1.all() + sums.sum1.sum_of_rows();
-  for_each_line(block, across, reads, [&](auto at) {
-    const Vectors<T>& t = tile.line[at.line];
-    for_each_place(block, at, block.target, begin, t.whole + t.rest,
-                   [&](int row, int64_t place) { states.label[row] = t.values[place]; });
-  });
+  for_each_line(block, across, reads,
+                [&](auto at) { read_targets(block, at, begin, tile.line[at.line], states.label); });
 }
 
 template <typename T>

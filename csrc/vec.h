@@ -78,6 +78,33 @@ inline void store_part<float>(float* to, Vec<float> x, int count) {
 }
 #endif
 
+// Lane i: from[at[i]].
+template <typename T>
+inline Vec<T> gather(const T* from, Integers<T> at) {
+  Vec<T> x{};
+  for (int i = 0; i < kLanes<T>; ++i) x[i] = from[at[i]];
+  return x;
+}
+template <typename T>
+inline void scatter(T* to, Integers<T> at, Vec<T> x) {
+  for (int i = 0; i < kLanes<T>; ++i) to[at[i]] = x[i];
+}
+#if MTKD_VEC_BYTES == 64
+template <>
+inline Vec<float> gather<float>(const float* from, Integers<float> at) {
+  return _mm512_i32gather_ps((__m512i)at, from, sizeof(float));
+}
+template <>
+inline void scatter<float>(float* to, Integers<float> at, Vec<float> x) {
+  _mm512_i32scatter_ps(to, (__m512i)at, x, sizeof(float));
+}
+#elif MTKD_VEC_BYTES == 32
+template <>
+inline Vec<float> gather<float>(const float* from, Integers<float> at) {
+  return _mm256_i32gather_ps(from, (__m256i)at, sizeof(float));
+}
+#endif
+
 // The transpose of a square of numbers, a register a row: each pass interleaves the two halves of the registers.
 template <typename T>
 inline void transpose(Vec<T> (&x)[kLanes<T>]) {
