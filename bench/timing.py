@@ -22,6 +22,7 @@ import torch
 
 SAMPLE_SECONDS = {"cpu": 4e-3, "cuda": 2e-3}
 SHORT_CALL_SECONDS = 0.05
+WARM_SECONDS = 10e-3  # before a sample: clocks, caches and threads forget the contender before
 MAX_CALLS = 512
 ROUNDS, STRIDES = 40, (1, 2, 4, 8)
 
@@ -111,8 +112,9 @@ def interleaved(calls: dict[str, Call], device: str, seconds: float) -> dict[str
                     continue
                 call, first = calls[name], len(taken[name]) * n_calls[name]
                 with threads(call.threads):
-                    if one[name] < SHORT_CALL_SECONDS:  # untimed: the neighbour's threads go to sleep, ours wake up
-                        batch_seconds(call, 1, device, first - 1)
+                    if one[name] < SHORT_CALL_SECONDS:
+                        warm = max(1, min(MAX_CALLS, round(WARM_SECONDS / one[name])))
+                        batch_seconds(call, warm, device, first - warm)
                     taken[name].append(batch_seconds(call, n_calls[name], device, first))
     return {name: Samples(taken[name], strides[name], n_calls[name]) for name in calls}
 

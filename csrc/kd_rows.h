@@ -154,6 +154,7 @@ void forward_rows(const KDForward<T>& args, Scratch<T>& scratch, int64_t begin, 
     }
     if (!scratch.has_room(block, n, args.inner)) finish();
     block.add(args, n);
+    if (!scratch.one_tile()) finish();  // before the next row, which may not count, is written behind it
   }
   finish();
 }

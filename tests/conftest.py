@@ -172,6 +172,9 @@ backend = _each_of(BACKENDS)  # the emulated and interpreted ones included
 backend64 = _each_of([backend for backend in BACKENDS if backend.float64])
 fused = _each_of(FUSED)
 fused64 = _each_of([backend for backend in FUSED if backend.float64])
+instruction_set = _each_of(
+    [backend for backend in BACKENDS if backend.implementation == "cpp" and backend.device == "cpu"]
+)
 
 
 @pytest.fixture(params=["cpp", "triton", "reference"])
