@@ -87,6 +87,11 @@ def calls_per_sample(call: Call, device: str) -> tuple[int, float]:
     return max(1, min(MAX_CALLS, round(SAMPLE_SECONDS[device] / max(seconds, 1e-7)))), seconds
 
 
+def calls_to_warm(seconds: float) -> int:
+    """Untimed ones before a sample."""
+    return 0 if seconds >= SHORT_CALL_SECONDS else max(1, min(MAX_CALLS, round(WARM_SECONDS / seconds)))
+
+
 def stride_for(sample_seconds: float, share: float) -> int:
     """The smallest stride with which a contender's samples take no more than its share of the time, or the largest."""
     for stride in STRIDES:
@@ -101,7 +106,8 @@ def interleaved(calls: dict[str, Call], device: str, seconds: float) -> dict[str
     for name, call in calls.items():
         n_calls[name], one[name] = calls_per_sample(call, device)
     share = seconds / max(1, len(calls))
-    strides = {name: stride_for(n_calls[name] * one[name], share) for name in calls}
+    warm = {name: calls_to_warm(one[name]) for name in calls}
+    strides = {name: stride_for((warm[name] + n_calls[name]) * one[name], share) for name in calls}
     taken: dict[str, list[float]] = {name: [] for name in calls}
     order, shuffle = list(calls), random.Random(0).shuffle
     with no_garbage_collection():
@@ -112,9 +118,8 @@ def interleaved(calls: dict[str, Call], device: str, seconds: float) -> dict[str
                     continue
                 call, first = calls[name], len(taken[name]) * n_calls[name]
                 with threads(call.threads):
-                    if one[name] < SHORT_CALL_SECONDS:
-                        warm = max(1, min(MAX_CALLS, round(WARM_SECONDS / one[name])))
-                        batch_seconds(call, warm, device, first - warm)
+                    if warm[name]:
+                        batch_seconds(call, warm[name], device, first - warm[name])
                     taken[name].append(batch_seconds(call, n_calls[name], device, first))
     return {name: Samples(taken[name], strides[name], n_calls[name]) for name in calls}
 

@@ -179,7 +179,6 @@ struct Block {
   int64_t start(const Tensor& x, int row) const {
     return outer[row] * x.outer_stride + inner[row] * x.inner_stride;
   }
-  bool reads_all(int k) const { return !(skips_zero_weights && any_of(teacher[k].weight.all() == 0)); }
   bool reads(int k, int row) const { return !(skips_zero_weights && teacher[k].weight[row] == 0); }
   template <typename Reads>
   bool all_read(Reads reads) const {

@@ -11,7 +11,7 @@ Vec<T> reference_at(const Lanes<T>& of_block, Across<T>, int, int64_t, Scratch<T
   return of_block.all();
 }
 
-// How they come to be relative to the row's maximum, which was found later.
+// How they come to be relative to the row's maximum, which was found later, or in another part of the row.
 template <typename T>
 T catch_up(T reference, T max, T inv_t) {
   return reference == max ? T(1) : exp_of(splat((reference - max) * inv_t))[0];
@@ -33,16 +33,15 @@ void refer_to_maxima(const KDArgs<T>& args, Block<T>& block, Scratch<T>& scratch
   for (int k = 0; k < args.teachers; ++k) refer(k + 1, block.teacher_state[k].max, block.teacher_reference[k]);
 }
 
-// What comes next of a row that is read again, last tile first: from the nearest cache that it has stayed in.
-template <typename T>
-Ahead tile_before(const Logits& x, const Block<T>& block, Along<T> at, int64_t begin) {
-  const int bytes = element_bytes(x.dtype);
-  return Ahead{reinterpret_cast<uintptr_t>(x.data) + (begin - kTileColumns) * bytes, bytes}.of_row(
-      block.start(x, at.line));
-}
-template <typename T>
-Ahead tile_before(const Logits& x, const Block<T>&, Across<T>, int64_t) {
-  return {reinterpret_cast<uintptr_t>(x.data), 0};
+// What comes next of a line that is read again. A row of several tiles goes backwards, then on to the next row.
+template <typename T, typename At>
+Ahead ahead_of_line(const KDArgs<T>& args, const Logits& x, const Block<T>& block, At at, int64_t begin,
+                    const Scratch<T>& scratch) {
+  const int64_t start = block.start(x, at.line);
+  if (scratch.one_tile() || x.class_stride != 1)
+    return ahead_of(args, x, block.rows, begin, scratch.across()).of_row(start);
+  const int64_t on = begin > 0 ? begin - kTileColumns : x.inner_stride;
+  return Ahead{reinterpret_cast<uintptr_t>(x.data), element_bytes(x.dtype)}.of_row(start + on);
 }
 
 // The exponentials of a tile once more.
@@ -52,7 +51,7 @@ void compute_exps(const KDArgs<T>& args, const Block<T>& block, At at, const Swe
   const auto compute = [&](const Logits& x, auto reference, auto reads, T* to) {
     const auto less = offset_of(reference);
     const TemperedExp<T> exp = sweep.exp;
-    const Ahead ahead = tile_before(x, block, at, begin);
+    const Ahead ahead = ahead_of_line(args, x, block, at, begin, scratch);
     const T* values = read_line(x, block, at, begin, count, scratch.widened(0), reads);
     for_each_vector(Vectors<T>(values, count), false, [=](int i, auto x, auto) {
       ahead.prefetch<x.size>(i);
@@ -157,7 +156,7 @@ void share_of_teachers(const KDArgs<T>& args, const Block<T>& block, At at, cons
       continue;
     }
     const T* t = read_line(args.teacher[k], block, at, begin, count, scratch.widened(0), used);
-    const Ahead ahead = tile_before(args.teacher[k], block, at, begin);
+    const Ahead ahead = ahead_of_line(args, args.teacher[k], block, at, begin, scratch);
     add_share(Vectors<T>(t, count), block, at, k, sweep.inv_t, ahead, share);
   }
 }
@@ -173,7 +172,7 @@ void gradient_of_logits(const KDArgs<T>& args, const Block<T>& block, At at, con
   const auto max = offset_of(at.of(block.student_state.max));
   const T* share = scratch.share.values;
   const bool reverse = args.divergence == Divergence::reverse_kl;
-  const Ahead ahead = tile_before(args.student, block, at, begin);
+  const Ahead ahead = ahead_of_line(args, args.student, block, at, begin, scratch);
   const TemperedExp<T> exp = sweep.exp;
   const T inv_t = sweep.inv_t;
   const T* s = read_line(args.student, block, at, begin, count, scratch.widened(0), kEveryRow);

@@ -192,8 +192,10 @@ void prepare_gradients(const KDBackward<T>& args, const Sweep<T>& sweep, Block<T
 template <typename T>
 void write_gradients(const KDBackward<T>& args, const Sweep<T>& sweep, Block<T>& block, Scratch<T>& scratch) {
   if (scratch.across()) block.find_near();
-  refer_to_maxima(args, block, scratch);
-  if (args.student_gradient.data) write_student_gradient(args, block, sweep, scratch, args.student_gradient);
+  if (args.student_gradient.data) {
+    refer_to_maxima(args, block, scratch);
+    write_student_gradient(args, block, sweep, scratch, args.student_gradient);
+  }
   for (int k = 0; k < args.teachers; ++k)
     if (args.teacher_gradient[k]) write_teacher_gradient(args, block, k, sweep, scratch);
 }

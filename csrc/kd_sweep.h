@@ -2,8 +2,9 @@
 //
 // One exponential per element (two where τ is not 1, 2 or 4 and a weight rule or the hard label wants T = 1).
 //
-// Exponentials are relative to the largest logit of the row's first tile. In the tiles that follow the maximum is found
-// on the way: only where it lies far above, the row's states are raised and the tile is swept again.
+// Exponentials are relative to the largest logit so far. A row's first tile is searched for it; in those that follow it
+// is found on the way, and where it is larger, the row's states are raised and the tile is swept again: of n tiles in
+// any order, some ln n.
 
 // The columns that this tensor is asked for next, fetched towards L2 while these are worked on: the K + 1 rows are too
 // many short streams for the hardware to foresee.
@@ -111,26 +112,18 @@ struct TileLines {
   }
 };
 
-// How far above its reference a maximum may lie: sums lose no more digits to it than an exponential has to spare.
-constexpr int kFar = 4;
-
-template <typename T>
-bool is_far(const Lanes<T>& reference, Vec<T> tile_max) {
-  return tile_max[0] - reference[0] > kFar;
-}
-
-// Raises the row of a block of one to a maximum far above; `before` classes have been absorbed.
+// Raises the row of a block of one to a larger maximum; `before` classes have been absorbed.
 template <typename T>
 Raise<T> raise_row(States<T>& states, Lanes<T>& reference, T max, int64_t before, T inv_t) {
   const Raise<T> by(reference[0], max, inv_t);
   SoftmaxState<T> state{reference[0],   states.sum[0],   states.sum1[0],
                         states.dot1[0], states.total[0], static_cast<T>(before)};
   raise(state, max, by);
+  states.max = reference = splat(max);
   states.sum[0] = state.sum;
   states.sum1[0] = state.sum1;
   states.dot1[0] = state.dot1;
   states.total[0] = state.total;
-  reference = splat(max);
   return by;
 }
 
@@ -233,12 +226,11 @@ void absorb_student(const KDArgs<T>& args, Block<T>& block, const Sweep<T>& swee
   StudentSums<T> sums = student_sums<T, kAtOne>(tile, block, sweep, begin, next, scratch);
   if (begin > 0) {
     const Vec<T> max = sums.max.largest_of_rows();
-    if (is_far(reference, max)) {
+    if (max[0] > reference[0]) {
       const int64_t before = begin - block.apart_in(0, 0, begin);
       block.student_tile.raise = raise_row(states, reference, max[0], before, sweep.inv_t);
       sums = student_sums<T, kAtOne>(tile, block, sweep, begin, next, scratch);
     }
-    states.max = larger_of(states.max.all(), max);
   }
   if (!scratch.one_tile()) scratch.reference(0, begin) = reference[0];
   states.sum = states.sum.all() + sums.sum.sum_of_rows();
@@ -348,10 +340,7 @@ void absorb_teacher(const KDArgs<T>& args, Block<T>& block, int k, const Sweep<T
   const TileLines<T> tile(args.teacher[k], block, begin, count, scratch, reads);
   States<T>& states = block.teacher_state[k];
   Lanes<T>& reference = block.teacher_reference[k];
-  if (begin == 0) {
-    states.clear();
-    states.max = reference = tile.maxima(block, across, reads);
-  }
+  if (begin == 0) states.max = reference = tile.maxima(block, across, reads);
   const StudentTile<T>& student = block.student_tile;
   const T sum_before = states.sum[0];
   Raise<T> raise;
@@ -374,11 +363,10 @@ void absorb_teacher(const KDArgs<T>& args, Block<T>& block, int k, const Sweep<T
   sweep_lines(false);
   if (begin > 0) {
     const Vec<T> max = sums.max.largest_of_rows();
-    if (is_far(reference, max)) {
+    if (max[0] > reference[0]) {
       raise = raise_row(states, reference, max[0], begin, sweep.inv_t);
       sweep_lines(false);
     }
-    states.max = larger_of(states.max.all(), max);
   }
   if constexpr (kCrosses) {
     if (any_of(crossed - crossed != 0)) sweep_lines(true);
@@ -433,25 +421,6 @@ AbsorbTeacher<T> teacher_absorber(Expectation expectation, AtOne at_one, bool en
   __builtin_unreachable();
 }
 
-// Makes the sums of a row of several tiles relative to its maxima.
-template <typename T>
-void settle_row(const KDForward<T>& args, Block<T>& block, const Sweep<T>& sweep) {
-  const auto settle = [&](States<T>& states, Lanes<T> reference) {
-    return raise_row(states, reference, states.max[0], args.classes - block.apart_in(0, 0, args.classes), sweep.inv_t);
-  };
-  const T student_sum = block.student_state.sum[0];
-  const Raise<T> by_s = settle(block.student_state, block.student_reference);
-  for (int k = 0; k < args.teachers; ++k) {
-    if (args.kd_scale == 0 || !block.reads_some(k)) continue;
-    States<T>& states = block.teacher_state[k];
-    const T sum = states.sum[0];
-    const Raise<T> by_t = settle(states, block.teacher_reference[k]);
-    states.cross[0] = expectation_of(args.divergence) == Expectation::student
-                          ? raise_cross(states.cross[0], student_sum, by_s, by_t)
-                          : raise_cross(states.cross[0], sum, by_t, by_s);
-  }
-}
-
 // Every state of the block's rows: the student's tile stays in cache while the K teachers pass by.
 template <typename T>
 void sweep_block(const KDForward<T>& args, Block<T>& block, const Sweep<T>& sweep, Scratch<T>& scratch) {
@@ -465,5 +434,4 @@ void sweep_block(const KDForward<T>& args, Block<T>& block, const Sweep<T>& swee
     for (int k = 0; k < args.teachers; ++k)
       if (args.kd_scale != 0) absorb_t(args, block, k, sweep, begin, count, scratch);
   }
-  if (!scratch.one_tile()) settle_row(args, block, sweep);
 }

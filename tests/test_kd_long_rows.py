@@ -69,6 +69,20 @@ def test_a_maximum_that_comes_late(instruction_set, shape, of, divergence):
     check(instruction_set, student, teachers, target, divergence=divergence, **OPTIONS)
 
 
+@pytest.mark.parametrize("temperature", [0.04, 0.05, 0.5, 1.0])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+def test_a_late_maximum_that_is_a_little_larger(instruction_set, temperature, divergence):
+    """e^{x/τ} of what lies 4 above the first tile would overflow at a low temperature."""
+    student = torch.randn(2, 2 * TILE, generator=torch.Generator().manual_seed(0)) * 0.1
+    teacher = student.clone()
+    student[:, 0] = teacher[:, 0] = 0.5
+    teacher[:, TILE + 900] = student[:, TILE + 1400] = 4.4
+    student[1] -= 12
+    student[1, 0] = 0
+    options = dict(divergence=divergence, temperature=temperature, temperature_squared=False)
+    check(instruction_set, student, [teacher], wants=("student", "teachers"), **options)
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16, F16, F64])
 @pytest.mark.parametrize("weights", ["uniform", "confidence", "entropy"])
 def test_rows_that_keep_their_exponentials_and_rows_that_do_not(instruction_set, dtype, weights):
