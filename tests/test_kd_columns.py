@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from mtkd_fast import dispatch, multi_teacher_divergence, multi_teacher_kd_loss
+from mtkd_fast import multi_teacher_divergence, multi_teacher_kd_loss
 
-pytestmark = pytest.mark.skipif("cpu" not in dispatch.implementations()["cpp"].devices, reason="no C++ for the CPU")
+pytestmark = pytest.mark.usefixtures("instruction_set")
 
 CLASSES = 4 * 8192 + 1029  # four parts of whole tiles, and the last longer
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd", "skew_kl", "dkd")
