@@ -30,14 +30,15 @@ struct Sweep {
   T inv_t;  // 1/τ
   TemperedExp<T> exp;
   AtOne student_at_one, teacher_at_one;
-  bool entropy;
+  bool entropy, totals;
 
   Sweep(const KDArgs<T>& args, bool hard, bool teacher_weights, bool entropy)
       : inv_t(1 / args.temperature),
         exp(args.temperature),
         student_at_one(at_one(args.temperature, hard)),
         teacher_at_one(at_one(args.temperature, teacher_weights)),
-        entropy(entropy) {}
+        entropy(entropy),
+        totals(hard && args.label_smoothing != 0) {}
 };
 
 template <typename T>

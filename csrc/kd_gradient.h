@@ -1,5 +1,6 @@
 // The second sweep over the columns: gradients of a block, a line at a time. It takes the exponentials that the first
-// has kept, or computes them again from rows that are in cache by then. Included once per instruction set.
+// has kept, or computes them again, in registers, from rows that are in cache by then. Included once per instruction
+// set.
 
 // What the exponentials of a line's tile are relative to. Across, a line is one tile.
 template <typename T>
@@ -44,79 +45,89 @@ Ahead ahead_of_line(const KDArgs<T>& args, const Logits& x, const Block<T>& bloc
   return Ahead{reinterpret_cast<uintptr_t>(x.data), element_bytes(x.dtype)}.of_row(start + on);
 }
 
-// The exponentials of a tile once more.
-template <typename T, typename At>
-void compute_exps(const KDArgs<T>& args, const Block<T>& block, At at, const Sweep<T>& sweep, int64_t begin, int count,
-                  Scratch<T>& scratch) {
-  const auto compute = [&](const Logits& x, auto reference, auto reads, T* to) {
-    const auto less = offset_of(reference);
-    const TemperedExp<T> exp = sweep.exp;
-    const Ahead ahead = ahead_of_line(args, x, block, at, begin, scratch);
-    const T* values = read_line(x, block, at, begin, count, scratch.widened(0), reads);
-    for_each_vector(Vectors<T>(values, count), false, [=](int i, auto x, auto) {
-      ahead.prefetch<x.size>(i);
-      store(to + i, exp(x - less));
-    });
-  };
-  compute(args.student, reference_at(block.student_reference, at, 0, begin, scratch), kEveryRow,
-          scratch.student_exps(at.line, begin));
-  for (int k = 0; k < args.teachers; ++k) {
-    if (!any_of(at.of(block.teacher[k].weight) != 0)) continue;
-    const auto used = [&](int row) { return block.teacher[k].weight[row] != 0; };
-    compute(args.teacher[k], reference_at(block.teacher_reference[k], at, k + 1, begin, scratch), used,
-            scratch.teacher_exps(k, at.line, begin));
+// A line's tile of one tensor: its exponentials, if they have been kept, else the logits that they are of.
+template <typename T, typename Number>
+struct Source {
+  const T* numbers;
+  Number less;  // what the exponentials are relative to
+  Ahead ahead;  // the logits that come next
+
+  // Of the registers at number i, of `count` numbers.
+  template <int N>
+  MTKD_INLINE Bundle<T, N> load(int i, int count) const {
+    if constexpr (N > 1) return load_bundle<N>(numbers + i);
+    return Bundle<T, N>{load_part(numbers + i, std::min(kLanes<T>, count - i))};
   }
+};
+
+template <bool kKept, typename T, typename At, typename Number, typename Reads>
+Source<T, Number> source_of(const KDArgs<T>& args, const Logits& x, const Block<T>& block, At at, Number reference,
+                            int64_t begin, int count, Scratch<T>& scratch, T* exps, Reads reads) {
+  if (kKept) return {exps, offset_of(reference), Ahead{}};
+  return {read_line(x, block, at, begin, count, exps, reads), offset_of(reference),
+          ahead_of_line(args, x, block, at, begin, scratch)};
 }
 
 // The teachers that weigh in a line's gradient.
 template <typename T, typename Number>
-struct UsedTeachers {
-  const T* exps[kMaxTeachers];
-  Number factor[kMaxTeachers], weight[kMaxTeachers];
-  int used = 0;
-
-  template <typename At>
-  UsedTeachers(const KDArgs<T>& args, const Block<T>& block, At at, T inv_t, int64_t begin, Scratch<T>& scratch) {
-    for (int k = 0; k < args.teachers; ++k) {
-      weight[used] = at.of(block.teacher[k].weight);
-      if (!any_of(weight[used] != 0)) continue;
-      const Number reference = reference_at(block.teacher_reference[k], at, k + 1, begin, scratch);
-      factor[used] = at.of(block.teacher[k].factor) * catch_up<T>(reference, at.of(block.teacher_state[k].max), inv_t);
-      exps[used++] = scratch.teacher_exps(k, at.line, begin);
-    }
-  }
+struct UsedTeacher {
+  Source<T, Number> of;
+  Number factor, weight;
 };
+
+template <bool kKept, typename T, typename At, typename Number>
+int used_teachers(const KDArgs<T>& args, const Block<T>& block, At at, const Sweep<T>& sweep, int64_t begin, int count,
+                  Scratch<T>& scratch, UsedTeacher<T, Number>* teachers) {
+  int used = 0;
+  for (int k = 0; k < args.teachers; ++k) {
+    const Number weight = at.of(block.teacher[k].weight);
+    if (!any_of(weight != 0)) continue;
+    const Number reference = reference_at(block.teacher_reference[k], at, k + 1, begin, scratch);
+    const auto raise = catch_up<T>(reference, at.of(block.teacher_state[k].max), sweep.inv_t);
+    const auto weighs = [&](int row) { return block.teacher[k].weight[row] != 0; };
+    teachers[used++] = {source_of<kKept>(args, args.teacher[k], block, at, reference, begin, count, scratch,
+                                         scratch.teacher_exps(k, at.line, begin), weighs),
+                        at.of(block.teacher[k].factor) * raise, weight};
+  }
+  return used;
+}
 
 // The gradient of a tile from its exponentials (forward KL and dkd), `count` numbers to `to`: four registers pass by
 // the teachers at a time.
-template <typename T, AtOne kAtOne, typename At>
+template <typename T, AtOne kAtOne, bool kKept, typename At>
 void gradient_of_exps(const KDArgs<T>& args, const Block<T>& block, At at, const Sweep<T>& sweep, int64_t begin,
                       int count, Scratch<T>& scratch, T* to) {
   using Number = decltype(at.of(block.scale));
   constexpr int kL = kLanes<T>;
   const StudentNumbers<T>& g = block.student;
-  const UsedTeachers<T, Number> teachers(args, block, at, sweep.inv_t, begin, scratch);
+  UsedTeacher<T, Number> teachers[kMaxTeachers];
+  const int n_teachers = used_teachers<kKept>(args, block, at, sweep, begin, count, scratch, teachers);
   const Number reference = reference_at(block.student_reference, at, 0, begin, scratch),
                max = at.of(block.student_state.max), soft = at.of(g.soft) * catch_up<T>(reference, max, sweep.inv_t),
                hard = at.of(g.hard) * catch_up<T>(reference, max, T(1)), constant = at.of(g.constant),
-               used = at.of(g.used), less = offset_of(reference);
-  const T* exps = scratch.student_exps(at.line, begin);
-  const T* s = nullptr;
-  if constexpr (kAtOne == AtOne::own) {
-    T* copy = scratch.widened(0);  // padded to whole groups, as the exponentials are
-    s = read_line(args.student, block, at, begin, count, copy, kEveryRow);
-    if (s != copy) std::copy_n(s, count, copy);
-    s = copy;
-  }
+               used = at.of(g.used);
+  const Source<T, Number> student = source_of<kKept>(args, args.student, block, at, reference, begin, count, scratch,
+                                                     scratch.student_exps(at.line, begin), kEveryRow);
+  Source<T, Number> logits = student;
+  if (kKept && kAtOne == AtOne::own)
+    logits.numbers = read_line(args.student, block, at, begin, count, scratch.widened(0), kEveryRow);
+  const TemperedExp<T> exp = sweep.exp;
 
-  const auto gradient = [&]<int N>(int i, Bundle<T, N> share) {
-    for (int k = 0; k < teachers.used; ++k) {
-      const auto used = [&](Vec<T> x) { return if_used<T>(teachers.weight[k], x); };
-      share = share + each(used, load_bundle<N>(teachers.exps[k] + i) * teachers.factor[k]);
+  const auto exps_of = [&]<int N>(const Source<T, Number>& of, int i, Bundle<T, N>) MTKD_ALWAYS_INLINE {
+    const Bundle<T, N> x = of.template load<N>(i, count);
+    if constexpr (kKept) return x;
+    of.ahead.template prefetch<N>(i);
+    return exp(x - of.less);
+  };
+  const auto gradient = [&]<int N>(int i, Bundle<T, N> share) MTKD_ALWAYS_INLINE {
+    for (int k = 0; k < n_teachers; ++k) {
+      const UsedTeacher<T, Number>& t = teachers[k];
+      const auto weighed = [&](Vec<T> x) { return if_used<T>(t.weight, x); };
+      share = share + each(weighed, exps_of(t.of, i, share) * t.factor);
     }
-    const Bundle<T, N> e = load_bundle<N>(exps + i), soft_part = e * soft - share;
+    const Bundle<T, N> e = exps_of(student, i, share), soft_part = e * soft - share;
     if constexpr (kAtOne == AtOne::unused) return each([&](Vec<T> x) { return if_used<T>(used, x); }, soft_part);
-    const Bundle<T, N> x = kAtOne == AtOne::own ? load_bundle<N>(s + i) - less : e;
+    const Bundle<T, N> x = kAtOne == AtOne::own ? logits.template load<N>(i, count) - logits.less : e;
     return soft_part + exp_at_one<kAtOne>(e, x) * hard + constant;
   };
   int i = 0;
@@ -201,8 +212,8 @@ void student_gradient(const KDArgs<T>& args, const Block<T>& block, At at, const
                       int count, Scratch<T>& scratch, T* to) {
   if (!weighs_exps(args.divergence))
     return gradient_of_logits<T, kAtOne>(args, block, at, sweep, begin, count, scratch, to);
-  if (!scratch.keeps(begin)) compute_exps(args, block, at, sweep, begin, count, scratch);
-  gradient_of_exps<T, kAtOne>(args, block, at, sweep, begin, count, scratch, to);
+  if (scratch.keeps(begin)) return gradient_of_exps<T, kAtOne, true>(args, block, at, sweep, begin, count, scratch, to);
+  gradient_of_exps<T, kAtOne, false>(args, block, at, sweep, begin, count, scratch, to);
 }
 
 template <typename T, typename At>

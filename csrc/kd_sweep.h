@@ -58,7 +58,8 @@ MTKD_INLINE void for_each_vector(const Vectors<T>& x, bool careful, Step step) {
 template <typename T, typename Body>
 MTKD_INLINE void for_each_part(const Vectors<T>& x, const Body& body) {
   constexpr int kPart = 64 * kLanes<T>;
-  Vectors<T> part = x;
+  Vectors<T> part;
+  part.last = x.last;
   for (int at = 0; at == 0 || at < x.whole; at += kPart) {
     const bool last = x.whole - at <= kPart;
     part.values = x.values + at;
@@ -129,43 +130,40 @@ Raise<T> raise_row(States<T>& states, Lanes<T>& reference, T max, int64_t before
 
 // Σ (s − max) of a row's `count` numbers, `pitch` apart, but for its target.
 template <typename T>
-T total_without(const T* values, int pitch, int count, int64_t target, T max) {
+T total_without(const T* shifted, int pitch, int count, int64_t target) {
   T total = 0;
-  for (int i = 0; i < count; ++i) total += i == target ? T(0) : values[i * pitch] - max;
+  for (int i = 0; i < count; ++i) total += i == target ? T(0) : shifted[i * pitch];
   return total;
 }
 
-// Adds Σ (s − max) of a tile, of which `total` has the whole vectors.
+// Adds Σ (s − max) of a tile.
 template <typename T>
-void add_total(Lanes<T>& to, const Block<T>& block, Along<T> at, const Vectors<T>& s, int64_t begin, Vec<T> total,
-               T max) {
+void add_total(Lanes<T>& to, const Block<T>& block, Along<T> at, int64_t begin, const Vectors<T>& s, const T* shifted) {
   const int row = at.line, count = s.whole + s.rest;
   if (block.apart_in(row, begin, count)) {
-    to[row] += total_without(s.values, 1, count, block.apart[row] - begin, max);
+    to[row] += total_without(shifted, 1, count, block.apart[row] - begin);
     return;
   }
-  T rest = 0;
-  for (int i = s.whole; i < count; ++i) rest += s.values[i] - max;  // not the padding
-  to[row] += sum_of<T>(total) + rest;
+  Vec<T> total{};
+  for (int i = 0; i < s.whole; i += kLanes<T>) total += load(shifted + i);
+  to[row] += sum_of<T>(total) + total_without(shifted + s.whole, 1, s.rest, -1);
 }
 template <typename T>
-void add_total(Lanes<T>& to, const Block<T>& block, Across<T>, const Vectors<T>& s, int64_t, Vec<T> total, Vec<T> max) {
+void add_total(Lanes<T>& to, const Block<T>& block, Across<T>, int64_t, const Vectors<T>& s, const T* shifted) {
+  Vec<T> total{};
+  for (int i = 0; i < s.whole; i += kLanes<T>) total += load(shifted + i);
   to = total;
   for (int row = 0; block.some_apart && row < block.rows; ++row)
-    if (block.apart[row] >= 0)
-      to[row] = total_without(s.values + row, kLanes<T>, s.whole / kLanes<T>, block.apart[row], T(max[row]));
+    if (block.apart[row] >= 0) to[row] = total_without(shifted + row, kLanes<T>, s.whole / kLanes<T>, block.apart[row]);
 }
 
 // What a tile adds to the student's rows.
 template <typename T>
 struct StudentSums {
   Gathered<T> max, sum, sum1;
-  Lanes<T> total;
 
   StudentSums(const Block<T>& block, bool across)
-      : max(block, across, kEveryRow, -infinity<T>()), sum(block, across, kEveryRow), sum1(block, across, kEveryRow) {
-    total = Vec<T>{};
-  }
+      : max(block, across, kEveryRow, -infinity<T>()), sum(block, across, kEveryRow), sum1(block, across, kEveryRow) {}
 };
 
 template <typename T, AtOne kAtOne>
@@ -182,11 +180,10 @@ StudentSums<T> student_sums(const TileLines<T>& tile, const Block<T>& block, con
     T* shifted = scratch.shifted(line);
     T* exps = scratch.student_exps(line, begin);
     const TemperedExp<T> exp = sweep.exp;
-    const int whole = s.whole;
-    Vec<T> max = splat(-infinity<T>()), all{}, all1{}, total{};
-    for_each_part(s, [&](const Vectors<T>& part, int from) {
+    Vec<T> max = splat(-infinity<T>()), all{}, all1{};
+    for_each_part(s, [&](const Vectors<T>& part, int from) MTKD_ALWAYS_INLINE {
       Vec<T> sum{}, sum1{};
-      for_each_vector(part, false, [=, &max, &sum, &sum1, &total](int i, auto x, auto) {
+      for_each_vector(part, false, [=, &max, &sum, &sum1](int i, auto x, auto) {
         i += from;
         ahead.prefetch<x.size>(i);
         const auto shift = x - less, e = exp(shift);
@@ -194,10 +191,7 @@ StudentSums<T> student_sums(const TileLines<T>& tile, const Block<T>& block, con
         store(exps + i, e);
         raise_to(max, x);
         add_to(sum, e);
-        if constexpr (kAtOne != AtOne::unused) {
-          add_to(sum1, exp_at_one<kAtOne>(e, shift));
-          if (i < whole) add_to(total, shift);
-        }
+        if constexpr (kAtOne != AtOne::unused) add_to(sum1, exp_at_one<kAtOne>(e, shift));
       });
       all += sum;
       all1 += sum1;
@@ -205,7 +199,6 @@ StudentSums<T> student_sums(const TileLines<T>& tile, const Block<T>& block, con
     sums.max.of[line] = max;
     sums.sum.of[line] = all;
     sums.sum1.of[line] = all1;
-    if constexpr (kAtOne != AtOne::unused) add_total(sums.total, block, at, s, begin, total, less);
   });
   return sums;
 }
@@ -236,9 +229,11 @@ void absorb_student(const KDArgs<T>& args, Block<T>& block, const Sweep<T>& swee
   states.sum = states.sum.all() + sums.sum.sum_of_rows();
   if constexpr (kAtOne == AtOne::unused) return;
   states.sum1 = states.sum1.all() + sums.sum1.sum_of_rows();
-  states.total = states.total.all() + sums.total.all();
-  for_each_line(block, across, kEveryRow,
-                [&](auto at) { read_targets(block, at, begin, tile.line[at.line], states.label); });
+  for_each_line(block, across, kEveryRow, [&](auto at) {
+    const Vectors<T>& s = tile.line[at.line];
+    read_targets(block, at, begin, s, states.label);
+    if (sweep.totals) add_total(states.total, block, at, begin, s, scratch.shifted(at.line));
+  });
 }
 
 // cross_term of row_stats.h for every element, where x − y, shifted both, is e's ratio. Careless ones are not finite
@@ -278,7 +273,7 @@ MTKD_INLINE TeacherSums<T> teacher_sums(const Vectors<T>& t, Less less, const T*
                                         TemperedExp<T> exp, Ahead ahead, bool careful, T* exps) {
   constexpr bool kForward = kExpectation == Expectation::teacher;
   TeacherSums<T> sums;
-  for_each_part(t, [&](const Vectors<T>& part, int from) {
+  for_each_part(t, [&](const Vectors<T>& part, int from) MTKD_ALWAYS_INLINE {
     TeacherSums<T> of;
     // By value: a store may write to whatever is referred to.
     for_each_vector(part, careful, [=, &of](int i, auto x, auto careful) {

@@ -1,8 +1,10 @@
 // One SIMD register of floats or doubles in GNU vector types, in whatever instruction set is being compiled: included
 // once per set by instruction_sets.h, inside namespace mtkd_fast::MTKD_ISA, so there is no include guard.
 
-// What the loops over the columns are made of: a call in them would spill every register.
-#define MTKD_INLINE inline __attribute__((always_inline))
+// What the loops over the columns are made of: a call in them would spill every register. A closure takes the attribute
+// alone; one that is called, not inlined, reads what it has captured from memory just written, and stalls.
+#define MTKD_ALWAYS_INLINE __attribute__((always_inline))
+#define MTKD_INLINE inline MTKD_ALWAYS_INLINE
 
 template <typename T>
 struct VecTypes;
