@@ -157,9 +157,29 @@ struct Block {
     ++rows;
   }
 
+  // A register of rows from `row` on, all of the first map and all of which count: in wide registers what add() does.
+  void add_neighbours(const KDArgs<T>& args, int64_t row) {
+    classes = args.classes;
+    some_apart = args.divergence == Divergence::dkd;
+    rows = kLanes<T>;
+    for (int r = 0; r < kLanes<T>; ++r) {
+      n[r] = inner[r] = row + r;
+      outer[r] = 0;
+    }
+    if (args.target)
+      std::copy_n(args.target + row, kLanes<T>, target);
+    else
+      std::fill_n(target, kLanes<T>, -1);
+    for (int r = 0; r < kLanes<T>; ++r) apart[r] = some_apart ? target[r] : -1;
+  }
+
   void find_near() {
-    for (int r = 0; r < kLanes<T>; ++r)
-      near.target[r] = (r < rows && target[r] >= 0 ? static_cast<int>(target[r]) * kLanes<T> : 0) + r;
+    alignas(MTKD_VEC_BYTES) std::decay_t<decltype(near.target[0])> places[kLanes<T>];
+    for (int r = 0; r < kLanes<T>; ++r) {
+      const int64_t column = r < rows ? target[r] : -1;
+      places[r] = (column < 0 ? 0 : column) * kLanes<T> + r;
+    }
+    __builtin_memcpy(&near.target, places, sizeof(places));
     near.span = 0;
     near.whole = false;
     const int64_t span = n[rows - 1] - n[0] + 1;

@@ -58,14 +58,11 @@ void in_parallel(int count, const std::function<void(int)>& body) {
 
 void check_labels(const Tensor& target, int64_t classes, int64_t ignore_index) {
   const int64_t *labels = target.const_data_ptr<int64_t>(), rows = target.numel();
-  const auto is_wrong = [=](int64_t label) {
-    return (label != ignore_index) & (static_cast<uint64_t>(label) >= static_cast<uint64_t>(classes));
-  };
-  bool wrong = false;  // of all: a test that may leave the loop takes three times as long
-  for (int64_t n = 0; n < rows; ++n) wrong |= is_wrong(labels[n]);
-  for (int64_t n = 0; wrong && n < rows; ++n)
-    TORCH_CHECK_VALUE(!is_wrong(labels[n]), "target must hold labels in [0, ", classes,
-                      ") or ignore_index = ", ignore_index, ", got ", labels[n]);
+  if (!some_label_is_wrong_cpu(labels, rows, classes, ignore_index)) return;
+  for (int64_t n = 0; n < rows; ++n)
+    TORCH_CHECK_VALUE(labels[n] == ignore_index || (labels[n] >= 0 && labels[n] < classes),
+                      "target must hold labels in [0, ", classes, ") or ignore_index = ", ignore_index, ", got ",
+                      labels[n]);
 }
 
 std::tuple<Tensor, Tensor, Tensor> kd_forward(const Tensor& student, TensorList teachers, const OptionalTensor& target,

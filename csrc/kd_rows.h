@@ -52,6 +52,16 @@ bool row_counts(const KDArgs<T>& args, int64_t n) {
   return !(args.row_weights && args.row_weights[n] == 0) && !(args.target && args.target[n] == args.ignore_index);
 }
 
+// Whether the register of rows from n on can be added at once.
+template <typename T>
+bool neighbours_count(const KDArgs<T>& args, int64_t n, int64_t end) {
+  if (n + kLanes<T> > std::min(end, args.inner)) return false;
+  bool all = true;
+  for (int r = 0; args.target && r < kLanes<T>; ++r) all &= args.target[n + r] != args.ignore_index;
+  for (int r = 0; args.row_weights && r < kLanes<T>; ++r) all &= args.row_weights[n + r] != 0;
+  return all;
+}
+
 template <typename T>
 void skip_row(const KDForward<T>& args, int64_t n) {
   for (int i = 0; i < RowStats{args.teachers}.size(args.divergence); ++i) args.row_stats[i * args.rows + n] = 0;
@@ -148,6 +158,12 @@ void forward_rows(const KDForward<T>& args, Scratch<T>& scratch, int64_t begin, 
     block.rows = 0;
   };
   for (int64_t n = begin; n < end; ++n) {
+    if (scratch.across() && block.rows == 0 && neighbours_count(args, n, end)) {
+      block.add_neighbours(args, n);
+      finish();
+      n += kLanes<T> - 1;
+      continue;
+    }
     if (!row_counts(args, n)) {
       skip_row(args, n);
       continue;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "batch.h"
 #include "tensors.h"
 
 namespace mtkd_fast {
@@ -55,15 +56,15 @@ inline Tensor upstream_rows(const Tensor& upstream, int64_t rows, at::ScalarType
   return up.dim() == 0 ? up.expand({rows}) : up.reshape({rows});
 }
 
-// How many rows count, at least 1, as one number on the device. On the CPU in a plain loop: three small ops fewer.
+// How many rows count, at least 1, as one number on the device.
 template <typename T>
 Tensor counted_rows(int64_t rows, const OptionalTensor& target, const OptionalTensor& row_weights, int64_t ignore_index,
                     const at::TensorOptions& options) {
   if (options.device().is_cpu()) {
     const int64_t* labels = target ? target->const_data_ptr<int64_t>() : nullptr;
     const T* weights = row_weights ? row_weights->template const_data_ptr<T>() : nullptr;
-    int64_t count = 0;
-    for (int64_t n = 0; n < rows; ++n) count += !(labels && labels[n] == ignore_index) && !(weights && weights[n] == 0);
+    int64_t count = labels ? count_labels_cpu(labels, rows, ignore_index) : rows;
+    for (int64_t n = 0; weights && n < rows; ++n) count -= weights[n] == 0 && !(labels && labels[n] == ignore_index);
     Tensor items = at::empty({}, options);
     *items.mutable_data_ptr<T>() = static_cast<T>(std::max<int64_t>(count, 1));
     return items;
@@ -74,22 +75,14 @@ Tensor counted_rows(int64_t rows, const OptionalTensor& target, const OptionalTe
   return counts.sum().clamp_min(1).to(options.dtype());
 }
 
-// Σ row_loss / items. On the CPU in float64, in an order that is the same whatever the number of threads: in a few
-// sums, because a single one would wait for every addition.
+// Σ row_loss / items.
 template <typename T>
 Tensor reduced_loss(const Tensor& row_loss, const OptionalTensor& items) {
   if (!row_loss.is_cpu()) {
     Tensor loss = row_loss.sum();
     return items ? loss.div_(items->reshape({})) : loss;
   }
-  const T* values = row_loss.const_data_ptr<T>();
-  constexpr int kSums = 8;
-  const int64_t rows = row_loss.numel(), whole = rows / kSums * kSums;
-  double sums[kSums] = {}, sum = 0;
-  for (int64_t n = 0; n < whole; n += kSums)
-    for (int i = 0; i < kSums; ++i) sums[i] += values[n + i];
-  for (int64_t n = whole; n < rows; ++n) sum += values[n];
-  for (const double part : sums) sum += part;
+  const double sum = sum_of_rows_cpu(row_loss.const_data_ptr<T>(), row_loss.numel());
   Tensor loss = at::empty({}, row_loss.options());
   *loss.mutable_data_ptr<T>() = static_cast<T>(items ? sum / *items->template const_data_ptr<T>() : sum);
   return loss;
