@@ -129,6 +129,39 @@ inline void transpose(Vec<T> (&x)[kLanes<T>]) {
   }
 }
 
+#if MTKD_VEC_BYTES == 64
+// By quarters: squares of four within them, on any of four pipes, then the quarters, on two; what permutes all 16 lanes
+// has those two alone.
+template <>
+inline void transpose<float>(Vec<float> (&x)[16]) {
+  Vec<float> of_group[4][4];  // [rows 4g to 4g + 3][j]: columns j, 4 + j, 8 + j, 12 + j, a quarter each
+  const auto low = [](Vec<float> a, Vec<float> b) { return (__m512d)_mm512_unpacklo_ps(a, b); };
+  const auto high = [](Vec<float> a, Vec<float> b) { return (__m512d)_mm512_unpackhi_ps(a, b); };
+#pragma GCC unroll 4
+  for (int g = 0; g < 4; ++g) {
+    const Vec<float>* const row = x + 4 * g;
+    const __m512d low01 = low(row[0], row[1]), high01 = high(row[0], row[1]), low23 = low(row[2], row[3]),
+                  high23 = high(row[2], row[3]);
+    of_group[g][0] = (Vec<float>)_mm512_unpacklo_pd(low01, low23);
+    of_group[g][1] = (Vec<float>)_mm512_unpackhi_pd(low01, low23);
+    of_group[g][2] = (Vec<float>)_mm512_unpacklo_pd(high01, high23);
+    of_group[g][3] = (Vec<float>)_mm512_unpackhi_pd(high01, high23);
+  }
+  constexpr int kEven = 0x88, kOdd = 0xDD;  // quarters 0 and 2, or 1 and 3, of both
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512 even01 = _mm512_shuffle_f32x4(of_group[0][j], of_group[1][j], kEven),
+                 odd01 = _mm512_shuffle_f32x4(of_group[0][j], of_group[1][j], kOdd),
+                 even23 = _mm512_shuffle_f32x4(of_group[2][j], of_group[3][j], kEven),
+                 odd23 = _mm512_shuffle_f32x4(of_group[2][j], of_group[3][j], kOdd);
+    x[j] = _mm512_shuffle_f32x4(even01, even23, kEven);
+    x[4 + j] = _mm512_shuffle_f32x4(odd01, odd23, kEven);
+    x[8 + j] = _mm512_shuffle_f32x4(even01, even23, kOdd);
+    x[12 + j] = _mm512_shuffle_f32x4(odd01, odd23, kOdd);
+  }
+}
+#endif
+
 // Past the caches, to an address aligned to a whole vector. Needs a stream_fence() before others read.
 template <typename T>
 inline void stream(T* to, Vec<T> x) {
