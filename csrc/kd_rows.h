@@ -170,7 +170,9 @@ void forward_rows(const KDForward<T>& args, Scratch<T>& scratch, int64_t begin, 
     }
     if (!scratch.has_room(block, n, args.inner)) finish();
     block.add(args, n);
-    if (!scratch.one_tile()) finish();  // before the next row, which may not count, is written behind it
+    // Before the next row, which may not count, is written behind it; a full block, so that its neighbours join at
+    // once.
+    if (!scratch.one_tile() || block.rows == kLanes<T>) finish();
   }
   finish();
 }

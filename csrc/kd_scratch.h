@@ -110,8 +110,8 @@ class Scratch {
   int64_t in_line(int64_t begin) const { return one_tile() ? begin : 0; }
   bool goes_behind(int64_t begin) const { return !one_tile() && keeps(begin); }
 
-  // From row to row: whole groups of four vectors, as gradient_of_exps takes them, and one more, because rows of
-  // exactly 4 KB would all map to the same sets of the cache.
+  // From row to row: room for the padding of the last register, and no multiple of 4 KB, because such rows would all
+  // map to the same sets of the cache.
   static int64_t pitch_of(int64_t columns) {
     constexpr int64_t kGroup = 4 * kLanes<T>;
     return (columns + kGroup - 1) / kGroup * kGroup + kLanes<T>;

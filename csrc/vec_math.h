@@ -57,7 +57,7 @@ class TemperedExp {
   explicit TemperedExp(T temperature)
       : high_(static_cast<T>(kLog2E / temperature)),
         low_(static_cast<T>(kLog2E / temperature - high_)),
-        lowest_(FloatFormat<T>::smallest_exponent / high_) {}
+        lowest_(std::max(FloatFormat<T>::smallest_exponent / high_, std::numeric_limits<T>::lowest())) {}
 
   template <int N>
   MTKD_INLINE Bundle<T, N> operator()(const Bundle<T, N>& x) const {
@@ -93,14 +93,15 @@ class TemperedExp {
     };
     const auto times = [=](Vec<float> power, Vec<float> fraction, Vec<float> series, Vec<float> x) -> Vec<float> {
       const __mmask16 normal = _mm512_cmp_ps_mask(x, lowest, _CMP_NLT_UQ);
-      return _mm512_maskz_fmadd_ps(normal, series, fraction * power, power);
+      return _mm512_maskz_fmadd_ps(normal, series * fraction, power, power);  // no product is subnormal
     };
     const Bundle<float, N> shifted = each(round, x), f = each(rest, x, shifted), power = each(power_of, shifted);
     const Bundle<float, N> series = (f * 5.5504109e-2f + 2.4022651e-1f) * f + 6.9314718e-1f;
     return each(times, power, f, series, x);
   }
 #endif
-  T high_, low_, lowest_;
+  T high_, low_;
+  T lowest_;  // −inf lies below it at any temperature
 };
 
 using mtkd_fast::exp_of, mtkd_fast::log_of;

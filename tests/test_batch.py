@@ -69,8 +69,10 @@ def test_a_loss_is_the_same_on_any_number_of_threads(instruction_set):
     student, teacher, target = inputs(5000)
     before = torch.get_num_threads()
     losses = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        losses.append(multi_teacher_kd_loss(student, [teacher], target, ce_weight=1.0).item())
-    torch.set_num_threads(before)
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            losses.append(multi_teacher_kd_loss(student, [teacher], target, ce_weight=1.0).item())
+    finally:
+        torch.set_num_threads(before)
     assert len(set(losses)) == 1
