@@ -21,8 +21,7 @@ PROTOCOL = (
     "Every contender is first held against a float64 oracle, loss and gradient; who is wrong is not timed.",
     "Times are medians of 5 to 40 samples in interleaved rounds, a sample the mean of as many calls as the clock "
     "needs; ± is half the distance of the quartiles. Ratios are medians over stretches of rounds, within which both "
-    "sides saw the same machine. Calls under 50 ms are warmed up again before each sample, in a heap that the "
-    "contenders before have handed back.",
+    "sides saw the same machine.",
     "Cases above a quarter of the last cache rotate through inputs of their own, so that a call finds none of them in "
     "the cache; smaller ones are warm. The copy, of the minimal bytes (half read, half written), rotates likewise.",
     "eager is the loss as people write it, a loop over teachers; compile is torch.compile of that, static shapes, one "

@@ -10,7 +10,6 @@ of the one that ran less often with the median of the other's samples from the s
 median of those: what disturbed a stretch disturbed both sides of its ratio.
 """
 
-import ctypes
 import gc
 import random
 import statistics
@@ -26,7 +25,6 @@ SHORT_CALL_SECONDS = 0.05
 WARM_SECONDS = 10e-3  # before a sample: clocks, caches and threads forget the contender before
 MAX_CALLS = 512
 ROUNDS, STRIDES = 40, (1, 2, 4, 8)
-_LIBC = ctypes.CDLL(None)
 
 
 class Call(NamedTuple):
@@ -121,18 +119,9 @@ def interleaved(calls: dict[str, Call], device: str, seconds: float) -> dict[str
                 call, first = calls[name], len(taken[name]) * n_calls[name]
                 with threads(call.threads):
                     if warm[name]:
-                        hand_back_memory()
                         batch_seconds(call, warm[name], device, first - warm[name])
                     taken[name].append(batch_seconds(call, n_calls[name], device, first))
     return {name: Samples(taken[name], strides[name], n_calls[name]) for name in calls}
-
-
-def hand_back_memory() -> None:
-    """What the contenders before have freed goes back to the system (glibc). Left in the heap, it would decide by luck
-    whether the next one finds room for its gradient or faults in fresh pages at every call."""
-    trim = getattr(_LIBC, "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 @contextmanager
