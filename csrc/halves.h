@@ -23,11 +23,15 @@ inline F widen_f16(X x) {
   return bits_of<F>(bits_of<X>(value) | special | sign);
 }
 
+// The upper half of the result; what is below is no part of it.
+template <typename X, typename F>
+inline X round_to_bf16(F value) {
+  const X x = bits_of<X>(value), nan = x | 0x400000u;
+  return (x & 0x7FFFFFFFu) > 0x7F800000u ? nan : x + 0x7FFFu + ((x >> 16) & 1u);
+}
 template <typename X, typename F>
 inline X narrow_bf16(F value) {
-  const X x = bits_of<X>(value);
-  const X rounded = (x + 0x7FFFu + ((x >> 16) & 1u)) >> 16, nan = (x >> 16) | 0x40u;
-  return (x & 0x7FFFFFFFu) > 0x7F800000u ? nan : rounded;
+  return round_to_bf16<X>(value) >> 16;
 }
 
 template <typename X, typename F>

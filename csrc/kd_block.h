@@ -28,12 +28,14 @@ MTKD_INLINE Bundle<T, N> exp_at_one(const Bundle<T, N>& e, const Bundle<T, N>& x
 template <typename T>
 struct Sweep {
   T inv_t;  // 1/τ
+  T reach;  // how far a logit may lie above what the exponentials are relative to
   TemperedExp<T> exp;
   AtOne student_at_one, teacher_at_one;
   bool entropy, totals;
 
   Sweep(const KDArgs<T>& args, bool hard, bool teacher_weights, bool entropy)
       : inv_t(1 / args.temperature),
+        reach(4 * std::min(T(1), args.temperature)),
         exp(args.temperature),
         student_at_one(at_one(args.temperature, hard)),
         teacher_at_one(at_one(args.temperature, teacher_weights)),
@@ -110,11 +112,11 @@ struct StudentNumbers {
   Lanes<T> mean_divergence;  // Σ w_k D_k, NaN if not finite: reverse KL has no gradient where it is infinite
 };
 
-// What the teachers of a tile need to know of the student in it.
+// How far a row's states have been raised since the last tile, and its sum before.
 template <typename T>
-struct StudentTile {
-  Raise<T> raise;  // since the last tile
-  T sum_before;    // of the last tile
+struct Raised {
+  Raise<T> by;
+  T sum_before;
 };
 
 // Where the rows of a block lie, counted from the first: those between them do not count. For blocks that go across.
@@ -141,8 +143,8 @@ struct Block {
   Near<T> near;
 
   States<T> student_state, teacher_state[kMaxTeachers];
-  StudentTile<T> student_tile;
-  Lanes<T> student_reference, teacher_reference[kMaxTeachers];  // what the exponentials are relative to, by now
+  Raised<T> student_raised;
+  Lanes<T> student_reference, teacher_reference[kMaxTeachers];  // what sums and exponentials are relative to, by now
   StudentNumbers<T> student;
   TeacherNumbers<T> teacher[kMaxTeachers];
 

@@ -261,33 +261,48 @@ void student_gradient_with_label(const KDArgs<T>& args, const Block<T>& block, A
     subtract_at_targets(block, at, begin, count, block.student.label, to);
 }
 
-// Neighbouring short rows are put in order first, then cast past the caches or rounded as one piece.
-template <typename T>
+// Neighbouring short rows are put in order first, then cast past the caches or rounded as one piece. ByPairs rounds
+// them on the way.
+template <typename Form, typename T>
 void write_one_piece(const KDArgs<T>& args, const Block<T>& block, const Sweep<T>& sweep, Scratch<T>& scratch,
                      const Gradient& gradient) {
-  alignas(64) T piece[kLanes<T> * kShortRow];
+  using Element = typename Form::Element;
+  alignas(64) Element piece[kLanes<T> * kShortRow];
   const int classes = static_cast<int>(args.classes);
   for (int64_t begin = 0; begin < scratch.line(); begin += kTileColumns) {
     const int count = tile_count(scratch.line(), begin);
     student_gradient_with_label(args, block, Across<T>(), sweep, begin, count, scratch, scratch.out.values);
-    T* rows[kLanes<T>];
+    Element* rows[kLanes<T>];
     for (int r = 0; r < block.rows; ++r) rows[r] = piece + r * classes + begin / kLanes<T>;
-    write_squares(block, rows, count / kLanes<T>, scratch.out.values);
+    write_squares<Form>(block, rows, count / kLanes<T>, scratch.out.values);
   }
   const int64_t start = block.start(gradient, 0);
-  if (scratch.streams)
-    stream_tile(gradient.data, gradient.dtype, start, block.rows * classes, piece);
+  const int numbers = block.rows * classes;
+  if constexpr (std::is_same_v<Form, ByPairs>)
+    stream_numbers(static_cast<uint16_t*>(gradient.data) + start, numbers, piece);
+  else if (scratch.streams)
+    stream_tile(gradient.data, gradient.dtype, start, numbers, piece);
   else
-    write_tile(gradient.data, gradient.dtype, start, block.rows * classes, piece);
+    write_tile(gradient.data, gradient.dtype, start, numbers, piece);
+}
+
+// Whether a block of short rows, all or some of which have a gradient, is better written as one piece.
+template <typename T>
+bool goes_as_one_piece(const KDArgs<T>& args, const Block<T>& block, const Scratch<T>& scratch,
+                       const Gradient& gradient) {
+  if (!scratch.across() || args.classes > kShortRow || !is_one_piece(gradient, block)) return false;
+  return scratch.streams || (gradient.dtype != kNative<T> && !goes_by_pairs<T>(gradient));
 }
 
 template <typename T>
 void write_student_gradient(const KDArgs<T>& args, const Block<T>& block, const Sweep<T>& sweep, Scratch<T>& scratch,
                             const Gradient& gradient) {
-  const bool hard = args.ce_weight != 0, converts = gradient.dtype != kNative<T>;
-  if (scratch.across() && args.classes <= kShortRow && is_one_piece(gradient, block) && (scratch.streams || converts) &&
-      (hard || any_of(block.student.used.all() != 0)))
-    return write_one_piece(args, block, sweep, scratch, gradient);
+  const bool hard = args.ce_weight != 0;
+  if (goes_as_one_piece(args, block, scratch, gradient) && (hard || any_of(block.student.used.all() != 0))) {
+    if constexpr (std::is_same_v<T, float>)
+      if (goes_by_pairs<T>(gradient)) return write_one_piece<ByPairs>(args, block, sweep, scratch, gradient);
+    return write_one_piece<Singly<T>>(args, block, sweep, scratch, gradient);
+  }
   for_each_line(block, scratch.across(), kEveryRow, [&](auto at) {
     if (!hard && !any_of(at.of(block.student.used) != 0)) return zero_line(args, block, at, gradient);
     // Backwards: the end of a long row is still in the nearest caches.

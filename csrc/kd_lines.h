@@ -76,24 +76,55 @@ void write_planes(const Gradient& to, const Block<T>& block, int64_t first, int 
   }
 }
 
-// `classes` classes of every row, row r from rows[r], which is null if it is not read.
+// How short rows are turned over: `count` classes of a row in a register, and the register of one class, or of two, of
+// all rows on a line.
 template <typename T>
-void read_squares(const T* const* rows, bool all, int classes, T* to) {
-  for (int c = 0; c < classes; c += kLanes<T>) {
-    const int count = std::min(kLanes<T>, classes - c);
+struct Singly {
+  using Element = T;
+  static constexpr int kPerLane = 1;
+
+  static Vec<T> load_row(const T* row, int count) { return load_part(row, count); }
+  static void store_row(T* row, Vec<T> x, int count) { store_part(row, x, count); }
+  static Vec<T> load_line(const T* line, int) { return load(line); }
+  static void store_line(T* line, Vec<T> x, int) { store(line, x); }
+};
+
+// bf16, see half_pairs.h. The last class may stand alone.
+struct ByPairs {
+  using Element = uint16_t;
+  static constexpr int kPerLane = 2;
+
+  static Vec<float> load_row(const uint16_t* row, int count) { return (Vec<float>)load_pairs(row, count); }
+  static void store_row(uint16_t* row, Vec<float> x, int count) { store_pairs(row, (Bits<float>)x, count); }
+  static Vec<float> load_line(const float* line, int classes) {
+    return (Vec<float>)narrow_to_pairs({load(line), load(line + (classes > 1 ? kLanes<float> : 0))});
+  }
+  static void store_line(float* line, Vec<float> x, int classes) {
+    const Bundle<float, 2> both = widen_pairs((Bits<float>)x);
+    store(line, both.of[0]);
+    if (classes > 1) store(line + kLanes<float>, both.of[1]);
+  }
+};
+
+// `classes` classes of every row, row r from rows[r], which is null if it is not read.
+template <typename Form, typename T>
+void read_squares(const typename Form::Element* const* rows, bool all, int classes, T* to) {
+  constexpr int kPerLane = Form::kPerLane, kSquare = kPerLane * kLanes<T>;
+  for (int c = 0; c < classes; c += kSquare) {
+    const int count = std::min(kSquare, classes - c);
     Vec<T> square[kLanes<T>];
     if (all)
 #pragma GCC unroll 16
-      for (int r = 0; r < kLanes<T>; ++r) square[r] = load_part(rows[r] + c, count);
+      for (int r = 0; r < kLanes<T>; ++r) square[r] = Form::load_row(rows[r] + c, count);
     else
-      for (int r = 0; r < kLanes<T>; ++r) square[r] = rows[r] ? load_part(rows[r] + c, count) : Vec<T>{};
+      for (int r = 0; r < kLanes<T>; ++r) square[r] = rows[r] ? Form::load_row(rows[r] + c, count) : Vec<T>{};
     transpose<T>(square);
-    T* const column = to + c * kLanes<T>;
-    if (count == kLanes<T>)
+    T* const line = to + c * kLanes<T>;
+    if (count == kSquare)
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes<T>; ++i) store(column + i * kLanes<T>, square[i]);
+      for (int i = 0; i < kLanes<T>; ++i) Form::store_line(line + i * kSquare, square[i], kPerLane);
     else
-      for (int i = 0; i < count; ++i) store(column + i * kLanes<T>, square[i]);
+      for (int i = 0; i * kPerLane < count; ++i) Form::store_line(line + i * kSquare, square[i], count - i * kPerLane);
   }
 }
 
@@ -109,7 +140,7 @@ void read_rows(const Logits& x, const Block<T>& block, int64_t first, int classe
     rows[r] = is_read ? read_tile(x, block.start(x, r), first, classes, widened) : nullptr;
     readable += is_read;
   }
-  read_squares(rows, readable == kLanes<T>, classes, to);
+  read_squares<Singly<T>>(rows, readable == kLanes<T>, classes, to);
 }
 
 // Whether the rows of the block are one piece of memory.
@@ -125,7 +156,25 @@ void read_piece(const Logits& x, const Block<T>& block, int classes, T* to) {
   const T* const piece = read_tile(x, block.start(x, 0), 0, block.rows * classes, widened);
   const T* rows[kLanes<T>];
   for (int r = 0; r < kLanes<T>; ++r) rows[r] = r < block.rows ? piece + r * classes : nullptr;
-  read_squares(rows, block.rows == kLanes<T>, classes, to);
+  read_squares<Singly<T>>(rows, block.rows == kLanes<T>, classes, to);
+}
+
+// Whether numbers of 16 bits are taken by pairs, from where they stand and to where they belong.
+template <typename T, typename Tensor>
+bool goes_by_pairs(const Tensor& x) {
+  return std::is_same_v<T, float> && x.dtype == DType::bf16 && x.class_stride == 1;
+}
+
+template <typename Reads>
+void read_paired(const Logits& x, const Block<float>& block, int64_t first, int classes, float* to, Reads reads) {
+  const uint16_t* rows[kLanes<float>];
+  bool all = true;
+  for (int r = 0; r < kLanes<float>; ++r) {
+    const bool is_read = r < block.rows && reads(r);
+    rows[r] = is_read ? static_cast<const uint16_t*>(x.data) + block.start(x, r) + first : nullptr;
+    all &= is_read;
+  }
+  read_squares<ByPairs>(rows, all, classes, to);
 }
 
 // Classes [begin, begin + count)/kLanes of the block.
@@ -135,6 +184,8 @@ const T* read_line(const Logits& x, const Block<T>& block, Across<T>, int64_t be
   const int classes = count / kLanes<T>;
   if (lies_in_planes(x) && block.near.span > 0) {
     read_planes(x, block, first, classes, to, reads);
+  } else if (goes_by_pairs<T>(x)) {
+    if constexpr (std::is_same_v<T, float>) read_paired(x, block, first, classes, to, reads);
   } else if (classes == block.classes && classes <= kShortRow && is_one_piece(x, block) && block.all_read(reads)) {
     read_piece(x, block, classes, to);
   } else {
@@ -147,30 +198,40 @@ const T* read_line(const Logits& x, const Block<T>& block, Across<T>, int64_t be
 }
 
 // Classes [first, first + classes) of every row, row r to rows[r].
-template <typename T>
-void write_squares(const Block<T>& block, T* const* rows, int classes, const T* from) {
-  for (int c = 0; c < classes; c += kLanes<T>) {
-    const int count = std::min(kLanes<T>, classes - c);
+template <typename Form, typename T>
+void write_squares(const Block<T>& block, typename Form::Element* const* rows, int classes, const T* from) {
+  constexpr int kPerLane = Form::kPerLane, kSquare = kPerLane * kLanes<T>;
+  for (int c = 0; c < classes; c += kSquare) {
+    const int count = std::min(kSquare, classes - c);
     Vec<T> square[kLanes<T>];
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes<T>; ++i) square[i] = load(from + (c + (i < count ? i : 0)) * kLanes<T>);
+    for (int i = 0; i < kLanes<T>; ++i) {
+      const int at = i * kPerLane < count ? i * kPerLane : 0;
+      square[i] = Form::load_line(from + (c + at) * kLanes<T>, count - at);
+    }
     transpose<T>(square);
     if (block.rows == kLanes<T>)
 #pragma GCC unroll 16
-      for (int r = 0; r < kLanes<T>; ++r) store_part(rows[r] + c, square[r], count);
+      for (int r = 0; r < kLanes<T>; ++r) Form::store_row(rows[r] + c, square[r], count);
     else
-      for (int r = 0; r < block.rows; ++r) store_part(rows[r] + c, square[r], count);
+      for (int r = 0; r < block.rows; ++r) Form::store_row(rows[r] + c, square[r], count);
   }
 }
 
 template <typename T>
 void write_rows(const Gradient& to, const Block<T>& block, int64_t first, int classes, const T* from) {
+  if constexpr (std::is_same_v<T, float>)
+    if (goes_by_pairs<T>(to)) {
+      uint16_t* rows[kLanes<T>];
+      for (int r = 0; r < block.rows; ++r) rows[r] = static_cast<uint16_t*>(to.data) + block.start(to, r) + first;
+      return write_squares<ByPairs>(block, rows, classes, from);
+    }
   Tile<T> strip;
   const bool native = to.class_stride == 1 && to.dtype == kNative<T>;
   T* rows[kLanes<T>];
   for (int r = 0; r < block.rows; ++r)
     rows[r] = native ? static_cast<T*>(to.data) + block.start(to, r) + first : strip.values + r * kStripClasses<T>;
-  write_squares(block, rows, classes, from);
+  write_squares<Singly<T>>(block, rows, classes, from);
   for (int r = 0; r < block.rows && !native; ++r)
     write_tile(to, block.start(to, r), first, classes, strip.values + r * kStripClasses<T>);
 }

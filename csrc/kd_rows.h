@@ -20,6 +20,8 @@ namespace MTKD_ISA {
 //
 #include "halves.h"
 //
+#include "half_pairs.h"
+//
 #include "tile.h"
 //
 #include "kd_block.h"

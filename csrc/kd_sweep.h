@@ -2,9 +2,9 @@
 //
 // One exponential per element (two where τ is not 1, 2 or 4 and a weight rule or the hard label wants T = 1).
 //
-// Exponentials are relative to the largest logit so far. A row's first tile is searched for it; in those that follow it
-// is found on the way, and where it is larger, the row's states are raised and the tile is swept again: of n tiles in
-// any order, some ln n.
+// Exponentials are relative to the largest logit of a row's first tile, which is searched for it. In the tiles that
+// follow the largest is found on the way. Where it lies out of reach, e⁴ times what was the largest, the row's states
+// are raised and the tile is swept again; within reach they are raised when all tiles are done.
 
 // The columns that this tensor is asked for next, fetched towards L2 while these are worked on: the K + 1 rows are too
 // many short streams for the hardware to foresee.
@@ -115,17 +115,25 @@ struct TileLines {
 
 // Raises the row of a block of one to a larger maximum; `before` classes have been absorbed.
 template <typename T>
-Raise<T> raise_row(States<T>& states, Lanes<T>& reference, T max, int64_t before, T inv_t) {
-  const Raise<T> by(reference[0], max, inv_t);
+Raised<T> raise_row(States<T>& states, Lanes<T>& reference, T max, int64_t before, T inv_t) {
+  const Raised<T> raised{Raise<T>(reference[0], max, inv_t), states.sum[0]};
   SoftmaxState<T> state{reference[0],   states.sum[0],   states.sum1[0],
                         states.dot1[0], states.total[0], static_cast<T>(before)};
-  raise(state, max, by);
+  raise(state, max, raised.by);
   states.max = reference = splat(max);
   states.sum[0] = state.sum;
   states.sum1[0] = state.sum1;
   states.dot1[0] = state.dot1;
   states.total[0] = state.total;
-  return by;
+  return raised;
+}
+
+// A teacher's cross sum, after it or the student has been raised.
+template <typename T>
+void raise_cross(States<T>& states, Expectation expectation, const Raised<T>& teacher, const Raised<T>& student) {
+  states.cross[0] = expectation == Expectation::teacher
+                        ? raise_cross(states.cross[0], teacher.sum_before, teacher.by, student.by)
+                        : raise_cross(states.cross[0], student.sum_before, student.by, teacher.by);
 }
 
 // Σ (s − max) of a row's `count` numbers, `pitch` apart, but for its target.
@@ -215,15 +223,16 @@ void absorb_student(const KDArgs<T>& args, Block<T>& block, const Sweep<T>& swee
     states.max = reference = tile.maxima(block, across, kEveryRow);
   }
   const Ahead next = ahead_of(args, args.student, block.rows, begin, across);
-  block.student_tile = {Raise<T>(), states.sum[0]};
+  block.student_raised = {Raise<T>(), states.sum[0]};
   StudentSums<T> sums = student_sums<T, kAtOne>(tile, block, sweep, begin, next, scratch);
   if (begin > 0) {
     const Vec<T> max = sums.max.largest_of_rows();
-    if (max[0] > reference[0]) {
+    if (max[0] - reference[0] > sweep.reach) {
       const int64_t before = begin - block.apart_in(0, 0, begin);
-      block.student_tile.raise = raise_row(states, reference, max[0], before, sweep.inv_t);
+      block.student_raised = raise_row(states, reference, max[0], before, sweep.inv_t);
       sums = student_sums<T, kAtOne>(tile, block, sweep, begin, next, scratch);
     }
+    states.max = splat(larger(states.max[0], max[0]));
   }
   if (!scratch.one_tile()) scratch.reference(0, begin) = reference[0];
   states.sum = states.sum.all() + sums.sum.sum_of_rows();
@@ -336,9 +345,7 @@ void absorb_teacher(const KDArgs<T>& args, Block<T>& block, int k, const Sweep<T
   States<T>& states = block.teacher_state[k];
   Lanes<T>& reference = block.teacher_reference[k];
   if (begin == 0) states.max = reference = tile.maxima(block, across, reads);
-  const StudentTile<T>& student = block.student_tile;
-  const T sum_before = states.sum[0];
-  Raise<T> raise;
+  Raised<T> raised{Raise<T>(), states.sum[0]};
   const Ahead next = ahead_of(args, args.teacher[k], block.rows, begin, across);
   GatheredSums<T> sums(block, across, reads);
   Vec<T> crossed{};
@@ -358,17 +365,15 @@ void absorb_teacher(const KDArgs<T>& args, Block<T>& block, int k, const Sweep<T
   sweep_lines(false);
   if (begin > 0) {
     const Vec<T> max = sums.max.largest_of_rows();
-    if (max[0] > reference[0]) {
-      raise = raise_row(states, reference, max[0], begin, sweep.inv_t);
+    if (max[0] - reference[0] > sweep.reach) {
+      raised = raise_row(states, reference, max[0], begin, sweep.inv_t);
       sweep_lines(false);
     }
+    states.max = splat(larger(states.max[0], max[0]));
   }
   if constexpr (kCrosses) {
     if (any_of(crossed - crossed != 0)) sweep_lines(true);
-    if (begin > 0)
-      states.cross[0] = kExpectation == Expectation::teacher
-                            ? raise_cross(states.cross[0], sum_before, raise, student.raise)
-                            : raise_cross(states.cross[0], student.sum_before, student.raise, raise);
+    if (begin > 0) raise_cross(states, kExpectation, raised, block.student_raised);
     states.cross = states.cross.all() + crossed;
   }
   if (!scratch.one_tile()) scratch.reference(k + 1, begin) = reference[0];
@@ -416,6 +421,22 @@ AbsorbTeacher<T> teacher_absorber(Expectation expectation, AtOne at_one, bool en
   __builtin_unreachable();
 }
 
+// The states of a row of several tiles, so far relative to what was within reach of the largest logits.
+template <typename T>
+void raise_to_maxima(const KDArgs<T>& args, Block<T>& block, const Sweep<T>& sweep) {
+  const auto raise = [&](States<T>& states, Lanes<T>& reference, int64_t count) {
+    return raise_row(states, reference, states.max[0], count, sweep.inv_t);
+  };
+  const int64_t apart = block.apart_in(0, 0, args.classes);
+  const Raised<T> student = raise(block.student_state, block.student_reference, args.classes - apart);
+  for (int k = 0; k < args.teachers; ++k) {
+    if (args.kd_scale == 0 || !block.reads(k, 0)) continue;
+    const Raised<T> teacher = raise(block.teacher_state[k], block.teacher_reference[k], args.classes);
+    if (expectation_of(args.divergence) == Expectation::none) continue;
+    raise_cross(block.teacher_state[k], expectation_of(args.divergence), teacher, student);
+  }
+}
+
 // Every state of the block's rows: the student's tile stays in cache while the K teachers pass by.
 template <typename T>
 void sweep_block(const KDForward<T>& args, Block<T>& block, const Sweep<T>& sweep, Scratch<T>& scratch) {
@@ -429,4 +450,5 @@ void sweep_block(const KDForward<T>& args, Block<T>& block, const Sweep<T>& swee
     for (int k = 0; k < args.teachers; ++k)
       if (args.kd_scale != 0) absorb_t(args, block, k, sweep, begin, count, scratch);
   }
+  if (!scratch.one_tile()) raise_to_maxima(args, block, sweep);
 }
