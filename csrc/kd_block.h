@@ -74,6 +74,8 @@ struct Across {
 };
 template <typename T, typename At>
 constexpr bool kIsAcross = std::is_same_v<At, Across<T>>;
+template <typename T, typename At>
+constexpr int kLines = kIsAcross<T, At> ? 1 : kLanes<T>;  // of a block at most
 
 // What the sweep leaves of one tensor's rows (SoftmaxState of row_stats.h), and a teacher's cross sum.
 template <typename T>
@@ -222,31 +224,40 @@ struct Block {
 
 // What the lines of a block have gathered, a part in each lane. Along, the lanes of all rows are joined at once: 16
 // rows of 16 lanes take 45 instructions, where each by itself takes 15.
-template <typename T>
+template <typename T, typename At>
 struct Gathered {
   Vec<T> of[kLanes<T>];
 
   template <typename Reads>
-  Gathered(const Block<T>& block, bool across, const Reads& reads, T nothing = 0)
-      : across_(across), alone_(block.rows == 1) {
-    if (across_ || alone_) return;
+  Gathered(const Block<T>& block, const Reads& reads, T nothing = 0) : alone_(block.rows == 1) {
+    if (alone_) return;
     for (int r = 0; r < kLanes<T>; ++r)
       if (r >= block.rows || !reads(r)) of[r] = splat(nothing);
   }
 
   Vec<T> sum_of_rows() const {
-    if (across_) return of[0];
     if (alone_) return splat(sum_of<T>(of[0]));
     return join_rows<T>(of, [](Vec<T> x, Vec<T> y) { return x + y; });
   }
   Vec<T> largest_of_rows() const {
-    if (across_) return of[0];
     if (alone_) return splat(max_of<T>(of[0]));
     return join_rows<T>(of, [](Vec<T> x, Vec<T> y) { return y > x ? y : x; });
   }
 
  private:
-  bool across_, alone_;
+  bool alone_;
+};
+
+// Across, every lane has its row.
+template <typename T>
+struct Gathered<T, Across<T>> {
+  Vec<T> of[1];
+
+  template <typename Reads>
+  Gathered(const Block<T>&, const Reads&, T = 0) {}
+
+  Vec<T> sum_of_rows() const { return of[0]; }
+  Vec<T> largest_of_rows() const { return of[0]; }
 };
 
 // What the exponentials of a teacher and of the student weigh in the student's gradient; at a target that stands apart

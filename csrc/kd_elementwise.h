@@ -70,7 +70,7 @@ template <typename T>
 void sum_elements(const KDArgs<T>& args, Block<T>& block, const Sweep<T>& sweep, Scratch<T>& scratch) {
   for (int k = 0; k < args.teachers; ++k) block.teacher[k].divergence = block.teacher[k].slope = Vec<T>{};
   with_elementwise(args.divergence, [&](auto kind) {
-    for_each_line(block, scratch.across(), kEveryRow,
+    for_all_lines(block, scratch.across(),
                   [&](auto at) { sum_elements<decltype(kind)::value>(args, block, at, sweep, scratch); });
   });
   for (int k = 0; block.skips_zero_weights && k < args.teachers; ++k) {

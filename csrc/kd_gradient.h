@@ -303,7 +303,7 @@ void write_student_gradient(const KDArgs<T>& args, const Block<T>& block, const 
       if (goes_by_pairs<T>(gradient)) return write_one_piece<ByPairs>(args, block, sweep, scratch, gradient);
     return write_one_piece<Singly<T>>(args, block, sweep, scratch, gradient);
   }
-  for_each_line(block, scratch.across(), kEveryRow, [&](auto at) {
+  for_all_lines(block, scratch.across(), [&](auto at) {
     if (!hard && !any_of(at.of(block.student.used) != 0)) return zero_line(args, block, at, gradient);
     // Backwards: the end of a long row is still in the nearest caches.
     for (int64_t begin = (scratch.line() - 1) / kTileColumns * kTileColumns; begin >= 0; begin -= kTileColumns) {
@@ -395,7 +395,7 @@ template <typename T>
 void write_teacher_gradient(const KDBackward<T>& args, const Block<T>& block, int k, const Sweep<T>& sweep,
                             Scratch<T>& scratch) {
   const Gradient gradient = args.gradient_of_teacher(k);
-  for_each_line(block, scratch.across(), kEveryRow, [&](auto at) {
+  for_all_lines(block, scratch.across(), [&](auto at) {
     if (!any_of(at.of(block.teacher[k].weight) != 0)) return zero_line(args, block, at, gradient);
     const auto factors = teacher_factors(args, block, at, k, sweep);
     for (int64_t begin = 0; begin < scratch.line(); begin += kTileColumns) {

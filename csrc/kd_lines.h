@@ -5,11 +5,20 @@ constexpr auto kEveryRow = [](int) { return true; };
 
 // Calls body(at) for every line of the block that is read. What is called goes by reference: a copy of what it has just
 // captured, a register at a time, would stall.
-template <typename T, typename Reads, typename Body>
-MTKD_INLINE void for_each_line(const Block<T>& block, bool across, const Reads& reads, const Body& body) {
-  if (across) return body(Across<T>());
-  for (int row = 0; row < block.rows; ++row)
-    if (reads(row)) body(Along<T>{row});
+template <typename At, typename T, typename Reads, typename Body>
+MTKD_INLINE void for_each_line(const Block<T>& block, const Reads& reads, const Body& body) {
+  if constexpr (kIsAcross<T, At>) {
+    body(At());
+  } else {
+    for (int row = 0; row < block.rows; ++row)
+      if (reads(row)) body(At{row});
+  }
+}
+// Of every line, whichever way they go.
+template <typename T, typename Body>
+MTKD_INLINE void for_all_lines(const Block<T>& block, bool across, const Body& body) {
+  if (across) return for_each_line<Across<T>>(block, kEveryRow, body);
+  for_each_line<Along<T>>(block, kEveryRow, body);
 }
 
 // A tile of a row as read_tile has it; a target that stands apart counts as −inf there.
@@ -86,7 +95,7 @@ struct Singly {
   static Vec<T> load_row(const T* row, int count) { return load_part(row, count); }
   static void store_row(T* row, Vec<T> x, int count) { store_part(row, x, count); }
   static Vec<T> load_line(const T* line, int) { return load(line); }
-  static void store_line(T* line, Vec<T> x, int) { store(line, x); }
+  static MTKD_INLINE void store_line(T* line, Vec<T> x, int) { store(line, x); }
 };
 
 // bf16, see half_pairs.h. The last class may stand alone.
@@ -99,7 +108,7 @@ struct ByPairs {
   static Vec<float> load_line(const float* line, int classes) {
     return (Vec<float>)narrow_to_pairs({load(line), load(line + (classes > 1 ? kLanes<float> : 0))});
   }
-  static void store_line(float* line, Vec<float> x, int classes) {
+  static MTKD_INLINE void store_line(float* line, Vec<float> x, int classes) {
     const Bundle<float, 2> both = widen_pairs((Bits<float>)x);
     store(line, both.of[0]);
     if (classes > 1) store(line + kLanes<float>, both.of[1]);
@@ -120,11 +129,11 @@ void read_squares(const typename Form::Element* const* rows, bool all, int class
       for (int r = 0; r < kLanes<T>; ++r) square[r] = rows[r] ? Form::load_row(rows[r] + c, count) : Vec<T>{};
     transpose<T>(square);
     T* const line = to + c * kLanes<T>;
-    if (count == kSquare)
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes<T>; ++i) Form::store_line(line + i * kSquare, square[i], kPerLane);
-    else
-      for (int i = 0; i * kPerLane < count; ++i) Form::store_line(line + i * kSquare, square[i], count - i * kPerLane);
+    for (int i = 0; i < kLanes<T>; ++i) {
+      if (i * kPerLane >= count) break;
+      Form::store_line(line + i * kSquare, square[i], count - i * kPerLane);
+    }
   }
 }
 

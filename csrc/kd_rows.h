@@ -75,11 +75,12 @@ void skip_row(const KDForward<T>& args, int64_t n) {
 template <typename T>
 void start_teachers(const KDForward<T>& args, Block<T>& block) {
   block.skips_zero_weights = args.rule == WeightRule::given && args.skip_zero_weights;
+  const Vec<T> equal = splat(T(1) / args.teachers);
   for (int k = 0; k < args.teachers; ++k) {
     block.teacher_state[k].clear();
     block.teacher[k].clear();
     if (args.kd_scale == 0) continue;
-    block.teacher[k].weight = splat(T(1) / args.teachers);
+    block.teacher[k].weight = equal;
     if (args.rule != WeightRule::given) continue;
     for (int row = 0; row < block.rows; ++row)
       block.teacher[k].weight[row] =

@@ -70,16 +70,15 @@ MTKD_INLINE void for_each_part(const Vectors<T>& x, const Body& body) {
 }
 
 // One tensor's part of a tile: the block's lines.
-template <typename T>
+template <typename T, typename At>
 struct TileLines {
-  int64_t start[kLanes<T>];  // where a row begins
-  Vectors<T> line[kLanes<T>];
+  int64_t start[kLines<T, At>];  // where a row begins
+  Vectors<T> line[kLines<T, At>];
 
   template <typename Reads>
   TileLines(const Logits& x, const Block<T>& block, int64_t begin, int count, Scratch<T>& scratch, const Reads& reads) {
-    const bool across = scratch.across();
-    const int numbers = across ? count * kLanes<T> : count;
-    for_each_line(block, across, reads, [&](auto at) {
+    const int numbers = kIsAcross<T, At> ? count * kLanes<T> : count;
+    for_each_line<At>(block, reads, [&](At at) {
       const int r = at.line;
       start[r] = block.start(x, r);
       line[r].fill(read_line(x, block, at, begin, numbers, scratch.widened(r), reads), numbers);
@@ -88,9 +87,9 @@ struct TileLines {
 
   // The largest logit of each row. NaN is not seen.
   template <typename Reads>
-  Vec<T> maxima(const Block<T>& block, bool across, const Reads& reads) const {
-    Gathered<T> of(block, across, reads, -infinity<T>());
-    for_each_line(block, across, reads, [&](auto at) { of.of[at.line] = largest(line[at.line]); });
+  Vec<T> maxima(const Block<T>& block, const Reads& reads) const {
+    Gathered<T, At> of(block, reads, -infinity<T>());
+    for_each_line<At>(block, reads, [&](At at) { of.of[at.line] = largest(line[at.line]); });
     return of.largest_of_rows();
   }
 
@@ -166,21 +165,21 @@ void add_total(Lanes<T>& to, const Block<T>& block, Across<T>, int64_t, const Ve
 }
 
 // What a tile adds to the student's rows.
-template <typename T>
+template <typename T, typename At>
 struct StudentSums {
-  Gathered<T> max, sum, sum1;
+  Gathered<T, At> max, sum, sum1;
 
-  StudentSums(const Block<T>& block, bool across)
-      : max(block, across, kEveryRow, -infinity<T>()), sum(block, across, kEveryRow), sum1(block, across, kEveryRow) {}
+  explicit StudentSums(const Block<T>& block)
+      : max(block, kEveryRow, -infinity<T>()), sum(block, kEveryRow), sum1(block, kEveryRow) {}
 };
 
-template <typename T, AtOne kAtOne>
-StudentSums<T> student_sums(const TileLines<T>& tile, const Block<T>& block, const Sweep<T>& sweep, int64_t begin,
-                            const Ahead& next, Scratch<T>& scratch) {
-  StudentSums<T> sums(block, scratch.across());
+template <typename T, AtOne kAtOne, typename At>
+StudentSums<T, At> student_sums(const TileLines<T, At>& tile, const Block<T>& block, const Sweep<T>& sweep,
+                                int64_t begin, const Ahead& next, Scratch<T>& scratch) {
+  StudentSums<T, At> sums(block);
   Lanes<T> offset;
   offset = offset_of(block.student_reference.all());
-  for_each_line(block, scratch.across(), kEveryRow, [&](auto at) {
+  for_each_line<At>(block, kEveryRow, [&](At at) {
     const int line = at.line;
     const Vectors<T>& s = tile.line[line];
     const Ahead ahead = next.of_row(tile.start[line]);
@@ -211,21 +210,21 @@ StudentSums<T> student_sums(const TileLines<T>& tile, const Block<T>& block, con
   return sums;
 }
 
-template <typename T, AtOne kAtOne>
+template <typename T, AtOne kAtOne, typename At>
 void absorb_student(const KDArgs<T>& args, Block<T>& block, const Sweep<T>& sweep, int64_t begin, int count,
                     Scratch<T>& scratch) {
-  const bool across = scratch.across();
-  const TileLines<T> tile(args.student, block, begin, count, scratch, kEveryRow);
+  constexpr bool kAcross = kIsAcross<T, At>;
+  const TileLines<T, At> tile(args.student, block, begin, count, scratch, kEveryRow);
   States<T>& states = block.student_state;
   Lanes<T>& reference = block.student_reference;
-  if (begin == 0) {
+  if (kAcross || begin == 0) {
     states.clear();
-    states.max = reference = tile.maxima(block, across, kEveryRow);
+    states.max = reference = tile.maxima(block, kEveryRow);
   }
-  const Ahead next = ahead_of(args, args.student, block.rows, begin, across);
+  const Ahead next = ahead_of(args, args.student, block.rows, begin, kAcross);
   block.student_raised = {Raise<T>(), states.sum[0]};
-  StudentSums<T> sums = student_sums<T, kAtOne>(tile, block, sweep, begin, next, scratch);
-  if (begin > 0) {
+  StudentSums<T, At> sums = student_sums<T, kAtOne>(tile, block, sweep, begin, next, scratch);
+  if (!kAcross && begin > 0) {
     const Vec<T> max = sums.max.largest_of_rows();
     if (max[0] - reference[0] > sweep.reach) {
       const int64_t before = begin - block.apart_in(0, 0, begin);
@@ -234,11 +233,11 @@ void absorb_student(const KDArgs<T>& args, Block<T>& block, const Sweep<T>& swee
     }
     states.max = splat(larger(states.max[0], max[0]));
   }
-  if (!scratch.one_tile()) scratch.reference(0, begin) = reference[0];
+  if (!kAcross && !scratch.one_tile()) scratch.reference(0, begin) = reference[0];
   states.sum = states.sum.all() + sums.sum.sum_of_rows();
   if constexpr (kAtOne == AtOne::unused) return;
   states.sum1 = states.sum1.all() + sums.sum1.sum_of_rows();
-  for_each_line(block, across, kEveryRow, [&](auto at) {
+  for_each_line<At>(block, kEveryRow, [&](At at) {
     const Vectors<T>& s = tile.line[at.line];
     read_targets(block, at, begin, s, states.label);
     if (sweep.totals) add_total(states.total, block, at, begin, s, scratch.shifted(at.line));
@@ -312,17 +311,17 @@ MTKD_INLINE TeacherSums<T> teacher_sums(const Vectors<T>& t, Less less, const T*
 }
 
 // The same of all lines of a tile.
-template <typename T>
+template <typename T, typename At>
 struct GatheredSums {
-  Gathered<T> max, sum, sum1, dot1, cross;
+  Gathered<T, At> max, sum, sum1, dot1, cross;
 
   template <typename Reads>
-  GatheredSums(const Block<T>& block, bool across, const Reads& reads)
-      : max(block, across, reads, -infinity<T>()),
-        sum(block, across, reads),
-        sum1(block, across, reads),
-        dot1(block, across, reads),
-        cross(block, across, reads) {}
+  GatheredSums(const Block<T>& block, const Reads& reads)
+      : max(block, reads, -infinity<T>()),
+        sum(block, reads),
+        sum1(block, reads),
+        dot1(block, reads),
+        cross(block, reads) {}
 
   void set(int line, const TeacherSums<T>& of) {
     max.of[line] = of.max;
@@ -334,26 +333,26 @@ struct GatheredSums {
 };
 
 // A tile of teacher k, and the cross sum with the student's.
-template <typename T, Expectation kExpectation, AtOne kAtOne, bool kEntropy>
+template <typename T, Expectation kExpectation, AtOne kAtOne, bool kEntropy, typename At>
 void absorb_teacher(const KDArgs<T>& args, Block<T>& block, int k, const Sweep<T>& sweep, int64_t begin, int count,
                     Scratch<T>& scratch) {
   const auto reads = [&](int row) { return block.reads(k, row); };
   if (!block.reads_some(k)) return;
   constexpr bool kCrosses = kExpectation != Expectation::none;
-  const bool across = scratch.across();
-  const TileLines<T> tile(args.teacher[k], block, begin, count, scratch, reads);
+  constexpr bool kAcross = kIsAcross<T, At>;
+  const TileLines<T, At> tile(args.teacher[k], block, begin, count, scratch, reads);
   States<T>& states = block.teacher_state[k];
   Lanes<T>& reference = block.teacher_reference[k];
-  if (begin == 0) states.max = reference = tile.maxima(block, across, reads);
+  if (kAcross || begin == 0) states.max = reference = tile.maxima(block, reads);
   Raised<T> raised{Raise<T>(), states.sum[0]};
-  const Ahead next = ahead_of(args, args.teacher[k], block.rows, begin, across);
-  GatheredSums<T> sums(block, across, reads);
+  const Ahead next = ahead_of(args, args.teacher[k], block.rows, begin, kAcross);
+  GatheredSums<T, At> sums(block, reads);
   Vec<T> crossed{};
 
   const auto sweep_lines = [&](bool careful) {
     Lanes<T> offset;
     offset = offset_of(reference.all());
-    for_each_line(block, across, reads, [&](auto at) {
+    for_each_line<At>(block, reads, [&](At at) {
       const int line = at.line;
       const Ahead ahead = next.of_row(tile.start[line]);
       sums.set(line, teacher_sums<T, kExpectation, kAtOne, kEntropy>(
@@ -363,7 +362,7 @@ void absorb_teacher(const KDArgs<T>& args, Block<T>& block, int k, const Sweep<T
     if constexpr (kCrosses) crossed = sums.cross.sum_of_rows();
   };
   sweep_lines(false);
-  if (begin > 0) {
+  if (!kAcross && begin > 0) {
     const Vec<T> max = sums.max.largest_of_rows();
     if (max[0] - reference[0] > sweep.reach) {
       raised = raise_row(states, reference, max[0], begin, sweep.inv_t);
@@ -373,16 +372,15 @@ void absorb_teacher(const KDArgs<T>& args, Block<T>& block, int k, const Sweep<T
   }
   if constexpr (kCrosses) {
     if (any_of(crossed - crossed != 0)) sweep_lines(true);
-    if (begin > 0) raise_cross(states, kExpectation, raised, block.student_raised);
+    if (!kAcross && begin > 0) raise_cross(states, kExpectation, raised, block.student_raised);
     states.cross = states.cross.all() + crossed;
   }
-  if (!scratch.one_tile()) scratch.reference(k + 1, begin) = reference[0];
+  if (!kAcross && !scratch.one_tile()) scratch.reference(k + 1, begin) = reference[0];
   states.sum = states.sum.all() + sums.sum.sum_of_rows();
   if constexpr (kEntropy) states.dot1 = states.dot1.all() + sums.dot1.sum_of_rows();
   if constexpr (kAtOne == AtOne::unused) return;
   states.sum1 = states.sum1.all() + sums.sum1.sum_of_rows();
-  for_each_line(block, across, reads,
-                [&](auto at) { read_targets(block, at, begin, tile.line[at.line], states.label); });
+  for_each_line<At>(block, reads, [&](At at) { read_targets(block, at, begin, tile.line[at.line], states.label); });
 }
 
 template <typename T>
@@ -390,33 +388,39 @@ using AbsorbStudent = void (*)(const KDArgs<T>&, Block<T>&, const Sweep<T>&, int
 template <typename T>
 using AbsorbTeacher = void (*)(const KDArgs<T>&, Block<T>&, int, const Sweep<T>&, int64_t, int, Scratch<T>&);
 
-template <typename T>
+template <typename T, typename At>
 AbsorbStudent<T> student_absorber(AtOne at_one) {
-  constexpr AbsorbStudent<T> kTable[] = {absorb_student<T, AtOne::unused>, absorb_student<T, AtOne::same>,
-                                         absorb_student<T, AtOne::square>, absorb_student<T, AtOne::fourth>,
-                                         absorb_student<T, AtOne::own>};
+  constexpr AbsorbStudent<T> kTable[] = {absorb_student<T, AtOne::unused, At>, absorb_student<T, AtOne::same, At>,
+                                         absorb_student<T, AtOne::square, At>, absorb_student<T, AtOne::fourth, At>,
+                                         absorb_student<T, AtOne::own, At>};
   return kTable[static_cast<int>(at_one)];
 }
 
-template <typename T, Expectation kExpectation, bool kEntropy>
+template <typename T, typename At, Expectation kExpectation, bool kEntropy>
 AbsorbTeacher<T> teacher_absorber(AtOne at_one) {
-  constexpr AbsorbTeacher<T> kTable[] = {
-      absorb_teacher<T, kExpectation, AtOne::unused, kEntropy>, absorb_teacher<T, kExpectation, AtOne::same, kEntropy>,
-      absorb_teacher<T, kExpectation, AtOne::square, kEntropy>,
-      absorb_teacher<T, kExpectation, AtOne::fourth, kEntropy>, absorb_teacher<T, kExpectation, AtOne::own, kEntropy>};
+  constexpr AbsorbTeacher<T> kTable[] = {absorb_teacher<T, kExpectation, AtOne::unused, kEntropy, At>,
+                                         absorb_teacher<T, kExpectation, AtOne::same, kEntropy, At>,
+                                         absorb_teacher<T, kExpectation, AtOne::square, kEntropy, At>,
+                                         absorb_teacher<T, kExpectation, AtOne::fourth, kEntropy, At>,
+                                         absorb_teacher<T, kExpectation, AtOne::own, kEntropy, At>};
   return kTable[static_cast<int>(at_one)];
 }
 
-template <typename T>
+template <typename T, typename At, Expectation kExpectation>
+AbsorbTeacher<T> teacher_absorber(AtOne at_one, bool entropy) {
+  return entropy ? teacher_absorber<T, At, kExpectation, true>(at_one)
+                 : teacher_absorber<T, At, kExpectation, false>(at_one);
+}
+
+template <typename T, typename At>
 AbsorbTeacher<T> teacher_absorber(Expectation expectation, AtOne at_one, bool entropy) {
-  constexpr Expectation kTeacher = Expectation::teacher, kStudent = Expectation::student, kNone = Expectation::none;
   switch (expectation) {
-    case kTeacher:
-      return entropy ? teacher_absorber<T, kTeacher, true>(at_one) : teacher_absorber<T, kTeacher, false>(at_one);
-    case kStudent:
-      return entropy ? teacher_absorber<T, kStudent, true>(at_one) : teacher_absorber<T, kStudent, false>(at_one);
-    case kNone:
-      return entropy ? teacher_absorber<T, kNone, true>(at_one) : teacher_absorber<T, kNone, false>(at_one);
+    case Expectation::teacher:
+      return teacher_absorber<T, At, Expectation::teacher>(at_one, entropy);
+    case Expectation::student:
+      return teacher_absorber<T, At, Expectation::student>(at_one, entropy);
+    case Expectation::none:
+      return teacher_absorber<T, At, Expectation::none>(at_one, entropy);
   }
   __builtin_unreachable();
 }
@@ -438,17 +442,23 @@ void raise_to_maxima(const KDArgs<T>& args, Block<T>& block, const Sweep<T>& swe
 }
 
 // Every state of the block's rows: the student's tile stays in cache while the K teachers pass by.
-template <typename T>
-void sweep_block(const KDForward<T>& args, Block<T>& block, const Sweep<T>& sweep, Scratch<T>& scratch) {
-  const AbsorbStudent<T> absorb_s = student_absorber<T>(sweep.student_at_one);
+template <typename At, typename T>
+void sweep_tiles(const KDForward<T>& args, Block<T>& block, const Sweep<T>& sweep, Scratch<T>& scratch) {
+  const AbsorbStudent<T> absorb_s = student_absorber<T, At>(sweep.student_at_one);
   const AbsorbTeacher<T> absorb_t =
-      teacher_absorber<T>(expectation_of(args.divergence), sweep.teacher_at_one, sweep.entropy);
-  assert(block.rows == 1 || scratch.one_tile());  // see raise_row
+      teacher_absorber<T, At>(expectation_of(args.divergence), sweep.teacher_at_one, sweep.entropy);
   for (int64_t begin = 0; begin < args.classes; begin += scratch.tile_columns()) {
     const int count = static_cast<int>(std::min(args.classes - begin, scratch.tile_columns()));
     absorb_s(args, block, sweep, begin, count, scratch);
     for (int k = 0; k < args.teachers; ++k)
       if (args.kd_scale != 0) absorb_t(args, block, k, sweep, begin, count, scratch);
   }
+}
+
+template <typename T>
+void sweep_block(const KDForward<T>& args, Block<T>& block, const Sweep<T>& sweep, Scratch<T>& scratch) {
+  assert(block.rows == 1 || scratch.one_tile());  // see raise_row
+  if (scratch.across()) return sweep_tiles<Across<T>>(args, block, sweep, scratch);
+  sweep_tiles<Along<T>>(args, block, sweep, scratch);
   if (!scratch.one_tile()) raise_to_maxima(args, block, sweep);
 }
