@@ -28,7 +28,7 @@ MTKD_INLINE Bundle<T, N> exp_at_one(const Bundle<T, N>& e, const Bundle<T, N>& x
 template <typename T>
 struct Sweep {
   T inv_t;  // 1/τ
-  T reach;  // how far a logit may lie above what the exponentials are relative to
+  T reach;  // how far a logit may lie above what the exponentials are relative to: e⁴ at the colder of τ and 1
   TemperedExp<T> exp;
   AtOne student_at_one, teacher_at_one;
   bool entropy, totals;

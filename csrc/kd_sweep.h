@@ -3,8 +3,8 @@
 // One exponential per element (two where τ is not 1, 2 or 4 and a weight rule or the hard label wants T = 1).
 //
 // Exponentials are relative to the largest logit of a row's first tile, which is searched for it. In the tiles that
-// follow the largest is found on the way. Where it lies out of reach, e⁴ times what was the largest, the row's states
-// are raised and the tile is swept again; within reach they are raised when all tiles are done.
+// follow the largest is found on the way. Where it lies out of reach (Sweep), the row's states are raised and the
+// tile is swept again; within reach they are raised when all tiles are done.
 
 // The columns that this tensor is asked for next, fetched towards L2 while these are worked on: the K + 1 rows are too
 // many short streams for the hardware to foresee.
