@@ -267,12 +267,13 @@ struct GradientShare {
   Vec<T> of_teacher, of_student, at_target;
 };
 
-// A number that a row of weight 0 does not want. Along, such a row is passed over as a whole.
+// A number that a row of weight 0 does not want, and what it wants instead. Along, such a row is passed over as a
+// whole.
 template <typename T>
-Vec<T> if_used(T, Vec<T> x) {
+Vec<T> if_used(T, Vec<T> x, Vec<T> = Vec<T>{}) {
   return x;
 }
 template <typename T>
-Vec<T> if_used(Vec<T> weight, Vec<T> x) {
-  return weight == 0 ? Vec<T>{} : x;
+Vec<T> if_used(Vec<T> weight, Vec<T> x, Vec<T> otherwise = Vec<T>{}) {
+  return weight == 0 ? otherwise : x;
 }

@@ -29,10 +29,13 @@ template <typename T>
 void confidence_weights(TeacherNumbers<T>* teachers, int n_teachers) {
   Vec<T> max = teachers[0].signal.all(), sum{};
   for (int k = 1; k < n_teachers; ++k) max = teachers[k].signal.all() > max ? teachers[k].signal.all() : max;
-  for (int k = 0; k < n_teachers; ++k) sum += relative_exp(teachers[k].signal.all(), max);
+  for (int k = 0; k < n_teachers; ++k) {
+    const Vec<T> e = relative_exp(teachers[k].signal.all(), max);
+    teachers[k].weight = e;
+    sum += e;
+  }
   for (int k = 0; k < n_teachers; ++k)
-    teachers[k].weight =
-        n_teachers == 1 ? sum : (1 - relative_exp(teachers[k].signal.all(), max) / sum) / T(n_teachers - 1);
+    teachers[k].weight = n_teachers == 1 ? sum : (1 - teachers[k].weight.all() / sum) / T(n_teachers - 1);
 }
 
 // (1 − H_k/Σ H)/(K−1); Σ H = 0 gives 1/K.

@@ -109,8 +109,12 @@ void gradient_of_exps(const KDArgs<T>& args, const Block<T>& block, At at, const
   const Source<T, Number> student = source_of<kKept>(args, args.student, block, at, reference, begin, count, scratch,
                                                      scratch.student_exps(at.line, begin), kEveryRow);
   Source<T, Number> logits = student;
-  if (kKept && kAtOne == AtOne::own)
-    logits.numbers = read_line(args.student, block, at, begin, count, scratch.widened(0), kEveryRow);
+  if (kKept && kAtOne == AtOne::own) {
+    if (scratch.one_tile())
+      logits = {scratch.shifted(at.line), Number{}, Ahead{}};
+    else
+      logits.numbers = read_line(args.student, block, at, begin, count, scratch.widened(0), kEveryRow);
+  }
   const TemperedExp<T> exp = sweep.exp;
 
   const auto exps_of = [&]<int N>(const Source<T, Number>& of, int i, Bundle<T, N>) MTKD_ALWAYS_INLINE {
@@ -122,8 +126,8 @@ void gradient_of_exps(const KDArgs<T>& args, const Block<T>& block, At at, const
   const auto gradient = [&]<int N>(int i, Bundle<T, N> share) MTKD_ALWAYS_INLINE {
     for (int k = 0; k < n_teachers; ++k) {
       const UsedTeacher<T, Number>& t = teachers[k];
-      const auto weighed = [&](Vec<T> x) { return if_used<T>(t.weight, x); };
-      share = share + each(weighed, exps_of(t.of, i, share) * t.factor);
+      const auto add = [&](Vec<T> share, Vec<T> e) { return if_used<T>(t.weight, share + e * t.factor, share); };
+      share = each(add, share, exps_of(t.of, i, share));
     }
     const Bundle<T, N> e = exps_of(student, i, share), soft_part = e * soft - share;
     if constexpr (kAtOne == AtOne::unused) return each([&](Vec<T> x) { return if_used<T>(used, x); }, soft_part);
@@ -261,29 +265,18 @@ void student_gradient_with_label(const KDArgs<T>& args, const Block<T>& block, A
     subtract_at_targets(block, at, begin, count, block.student.label, to);
 }
 
-// Neighbouring short rows are put in order first, then cast past the caches or rounded as one piece. ByPairs rounds
-// them on the way.
-template <typename Form, typename T>
+// A block of short rows that lie in one piece.
+template <typename T>
 void write_one_piece(const KDArgs<T>& args, const Block<T>& block, const Sweep<T>& sweep, Scratch<T>& scratch,
                      const Gradient& gradient) {
-  using Element = typename Form::Element;
-  alignas(64) Element piece[kLanes<T> * kShortRow];
   const int classes = static_cast<int>(args.classes);
-  for (int64_t begin = 0; begin < scratch.line(); begin += kTileColumns) {
-    const int count = tile_count(scratch.line(), begin);
-    student_gradient_with_label(args, block, Across<T>(), sweep, begin, count, scratch, scratch.out.values);
-    Element* rows[kLanes<T>];
-    for (int r = 0; r < block.rows; ++r) rows[r] = piece + r * classes + begin / kLanes<T>;
-    write_squares<Form>(block, rows, count / kLanes<T>, scratch.out.values);
-  }
   const int64_t start = block.start(gradient, 0);
-  const int numbers = block.rows * classes;
-  if constexpr (std::is_same_v<Form, ByPairs>)
-    stream_numbers(static_cast<uint16_t*>(gradient.data) + start, numbers, piece);
-  else if (scratch.streams)
-    stream_tile(gradient.data, gradient.dtype, start, numbers, piece);
-  else
-    write_tile(gradient.data, gradient.dtype, start, numbers, piece);
+  T* const line = scratch.out.values;
+  student_gradient_with_label(args, block, Across<T>(), sweep, 0, classes * kLanes<T>, scratch, line);
+  if constexpr (std::is_same_v<T, float>)
+    if (goes_by_pairs<T>(gradient))
+      return write_piece<ByPairs>(gradient, start, block.rows, classes, scratch.streams, line);
+  write_piece<Singly<T>>(gradient, start, block.rows, classes, scratch.streams, line);
 }
 
 // Whether a block of short rows, all or some of which have a gradient, is better written as one piece.
@@ -298,11 +291,8 @@ template <typename T>
 void write_student_gradient(const KDArgs<T>& args, const Block<T>& block, const Sweep<T>& sweep, Scratch<T>& scratch,
                             const Gradient& gradient) {
   const bool hard = args.ce_weight != 0;
-  if (goes_as_one_piece(args, block, scratch, gradient) && (hard || any_of(block.student.used.all() != 0))) {
-    if constexpr (std::is_same_v<T, float>)
-      if (goes_by_pairs<T>(gradient)) return write_one_piece<ByPairs>(args, block, sweep, scratch, gradient);
-    return write_one_piece<Singly<T>>(args, block, sweep, scratch, gradient);
-  }
+  if (goes_as_one_piece(args, block, scratch, gradient) && (hard || any_of(block.student.used.all() != 0)))
+    return write_one_piece(args, block, sweep, scratch, gradient);
   for_all_lines(block, scratch.across(), [&](auto at) {
     if (!hard && !any_of(at.of(block.student.used) != 0)) return zero_line(args, block, at, gradient);
     // Backwards: the end of a long row is still in the nearest caches.

@@ -46,22 +46,33 @@ constexpr int kPixelsAhead = 64;  // fetched towards L2: planes are more streams
 template <typename T>
 constexpr int kStripClasses = kTileColumns / kLanes<T>;  // of each row, widened
 
+// kLanes pixels of each of the planes, the first at element `at`.
+template <typename T>
+void read_planes(const Logits& x, int64_t at, int classes, T* to) {
+  const int bytes = element_bytes(x.dtype);
+  for (int c = 0; c < classes; ++c, at += x.class_stride) {
+    __builtin_prefetch(static_cast<const char*>(x.data) + (at + kPixelsAhead) * bytes, 0, 2);
+    widen(x.data, x.dtype, at, kLanes<T>, to + c * kLanes<T>);
+  }
+}
+template <typename T>
+void write_planes(const Gradient& to, int64_t at, int classes, const T* from) {
+  for (int c = 0; c < classes; ++c, at += to.class_stride)
+    write_tile(to.data, to.dtype, at, kLanes<T>, from + c * kLanes<T>);
+}
+
 // Lanes of rows that are not read, and those without a row, are 0: what comes of them is not used.
 template <typename T, typename Reads>
 void read_planes(const Logits& x, const Block<T>& block, int64_t first, int classes, T* to, Reads reads) {
   const Near<T>& near_rows = block.near;
   Integers<T> read{};
   for (int r = 0; r < block.rows; ++r) read[r] = reads(r);
-  const bool whole = near_rows.whole && !any_of(read == 0);
   const int bytes = element_bytes(x.dtype);
   T near[2 * kLanes<T>] = {};
   int64_t at = block.start(x, 0) + first * x.class_stride;
+  if (near_rows.whole && !any_of(read == 0)) return read_planes(x, at, classes, to);
   for (int c = 0; c < classes; ++c, at += x.class_stride) {
     __builtin_prefetch(static_cast<const char*>(x.data) + (at + kPixelsAhead) * bytes, 0, 2);
-    if (whole) {
-      widen(x.data, x.dtype, at, kLanes<T>, to + c * kLanes<T>);
-      continue;
-    }
     widen(x.data, x.dtype, at, near_rows.span, near);
     const Vec<T> line = __builtin_shuffle(load(near), load(near + kLanes<T>), near_rows.place);
     store(to + c * kLanes<T>, read != 0 ? line : Vec<T>{});
@@ -72,12 +83,9 @@ template <typename T>
 void write_planes(const Gradient& to, const Block<T>& block, int64_t first, int classes, const T* from) {
   const Near<T>& near_rows = block.near;
   int64_t at = block.start(to, 0) + first * to.class_stride;
+  if (near_rows.whole) return write_planes(to, at, classes, from);
   for (int c = 0; c < classes; ++c, at += to.class_stride) {
     const T* line = from + c * kLanes<T>;
-    if (near_rows.whole) {
-      write_tile(to.data, to.dtype, at, kLanes<T>, line);
-      continue;
-    }
     T near[2 * kLanes<T>];
     store(near, __builtin_shuffle(load(line), Vec<T>{}, near_rows.row[0]));
     store(near + kLanes<T>, __builtin_shuffle(load(line), Vec<T>{}, near_rows.row[1]));
@@ -115,18 +123,18 @@ struct ByPairs {
   }
 };
 
-// `classes` classes of every row, row r from rows[r], which is null if it is not read.
-template <typename Form, typename T>
-void read_squares(const typename Form::Element* const* rows, bool all, int classes, T* to) {
+// `classes` classes of every row, row r from row(r), which is null if it is not read.
+template <typename Form, typename T, typename Row>
+MTKD_INLINE void read_squares(const Row& row, bool all, int classes, T* to) {
   constexpr int kPerLane = Form::kPerLane, kSquare = kPerLane * kLanes<T>;
   for (int c = 0; c < classes; c += kSquare) {
     const int count = std::min(kSquare, classes - c);
     Vec<T> square[kLanes<T>];
     if (all)
 #pragma GCC unroll 16
-      for (int r = 0; r < kLanes<T>; ++r) square[r] = Form::load_row(rows[r] + c, count);
+      for (int r = 0; r < kLanes<T>; ++r) square[r] = Form::load_row(row(r) + c, count);
     else
-      for (int r = 0; r < kLanes<T>; ++r) square[r] = rows[r] ? Form::load_row(rows[r] + c, count) : Vec<T>{};
+      for (int r = 0; r < kLanes<T>; ++r) square[r] = row(r) ? Form::load_row(row(r) + c, count) : Vec<T>{};
     transpose<T>(square);
     T* const line = to + c * kLanes<T>;
 #pragma GCC unroll 16
@@ -149,7 +157,7 @@ void read_rows(const Logits& x, const Block<T>& block, int64_t first, int classe
     rows[r] = is_read ? read_tile(x, block.start(x, r), first, classes, widened) : nullptr;
     readable += is_read;
   }
-  read_squares<Singly<T>>(rows, readable == kLanes<T>, classes, to);
+  read_squares<Singly<T>>([&](int r) { return rows[r]; }, readable == kLanes<T>, classes, to);
 }
 
 // Whether the rows of the block are one piece of memory.
@@ -163,9 +171,8 @@ template <typename T>
 void read_piece(const Logits& x, const Block<T>& block, int classes, T* to) {
   alignas(64) T widened[kLanes<T> * kShortRow];
   const T* const piece = read_tile(x, block.start(x, 0), 0, block.rows * classes, widened);
-  const T* rows[kLanes<T>];
-  for (int r = 0; r < kLanes<T>; ++r) rows[r] = r < block.rows ? piece + r * classes : nullptr;
-  read_squares<Singly<T>>(rows, block.rows == kLanes<T>, classes, to);
+  const auto row = [&](int r) { return r < block.rows ? piece + r * classes : nullptr; };
+  read_squares<Singly<T>>(row, block.rows == kLanes<T>, classes, to);
 }
 
 // Whether numbers of 16 bits are taken by pairs, from where they stand and to where they belong.
@@ -183,7 +190,7 @@ void read_paired(const Logits& x, const Block<float>& block, int64_t first, int 
     rows[r] = is_read ? static_cast<const uint16_t*>(x.data) + block.start(x, r) + first : nullptr;
     all &= is_read;
   }
-  read_squares<ByPairs>(rows, all, classes, to);
+  read_squares<ByPairs>([&](int r) { return rows[r]; }, all, classes, to);
 }
 
 // Classes [begin, begin + count)/kLanes of the block.
@@ -206,9 +213,9 @@ const T* read_line(const Logits& x, const Block<T>& block, Across<T>, int64_t be
   return to;
 }
 
-// Classes [first, first + classes) of every row, row r to rows[r].
-template <typename Form, typename T>
-void write_squares(const Block<T>& block, typename Form::Element* const* rows, int classes, const T* from) {
+// `classes` classes of `rows` rows, row r to row(r).
+template <typename Form, typename T, typename Row>
+MTKD_INLINE void write_squares(const Row& row, int rows, int classes, const T* from) {
   constexpr int kPerLane = Form::kPerLane, kSquare = kPerLane * kLanes<T>;
   for (int c = 0; c < classes; c += kSquare) {
     const int count = std::min(kSquare, classes - c);
@@ -219,12 +226,27 @@ void write_squares(const Block<T>& block, typename Form::Element* const* rows, i
       square[i] = Form::load_line(from + (c + at) * kLanes<T>, count - at);
     }
     transpose<T>(square);
-    if (block.rows == kLanes<T>)
+    if (rows == kLanes<T>)
 #pragma GCC unroll 16
-      for (int r = 0; r < kLanes<T>; ++r) Form::store_row(rows[r] + c, square[r], count);
+      for (int r = 0; r < kLanes<T>; ++r) Form::store_row(row(r) + c, square[r], count);
     else
-      for (int r = 0; r < block.rows; ++r) Form::store_row(rows[r] + c, square[r], count);
+      for (int r = 0; r < rows; ++r) Form::store_row(row(r) + c, square[r], count);
   }
+}
+
+// Whole neighbouring rows from element `start` on, put in order first: then they are cast past the caches, or
+// converted, as one piece.
+template <typename Form, typename T>
+void write_piece(const Gradient& to, int64_t start, int rows, int classes, bool streams, const T* from) {
+  alignas(64) typename Form::Element piece[kLanes<T> * kShortRow];
+  write_squares<Form>([&](int r) { return piece + r * classes; }, rows, classes, from);
+  const int numbers = rows * classes;
+  if constexpr (!std::is_same_v<typename Form::Element, T>)
+    stream_numbers(static_cast<typename Form::Element*>(to.data) + start, numbers, piece);
+  else if (streams)
+    stream_tile(to.data, to.dtype, start, numbers, piece);
+  else
+    write_tile(to.data, to.dtype, start, numbers, piece);
 }
 
 template <typename T>
@@ -233,14 +255,14 @@ void write_rows(const Gradient& to, const Block<T>& block, int64_t first, int cl
     if (goes_by_pairs<T>(to)) {
       uint16_t* rows[kLanes<T>];
       for (int r = 0; r < block.rows; ++r) rows[r] = static_cast<uint16_t*>(to.data) + block.start(to, r) + first;
-      return write_squares<ByPairs>(block, rows, classes, from);
+      return write_squares<ByPairs>([&](int r) { return rows[r]; }, block.rows, classes, from);
     }
   Tile<T> strip;
   const bool native = to.class_stride == 1 && to.dtype == kNative<T>;
   T* rows[kLanes<T>];
   for (int r = 0; r < block.rows; ++r)
     rows[r] = native ? static_cast<T*>(to.data) + block.start(to, r) + first : strip.values + r * kStripClasses<T>;
-  write_squares<Singly<T>>(block, rows, classes, from);
+  write_squares<Singly<T>>([&](int r) { return rows[r]; }, block.rows, classes, from);
   for (int r = 0; r < block.rows && !native; ++r)
     write_tile(to, block.start(to, r), first, classes, strip.values + r * kStripClasses<T>);
 }

@@ -117,18 +117,20 @@ std::tuple<Tensor, Tensor, Tensor> kd_forward(const Tensor& student, TensorList 
       args.weights_row_stride = given.row_stride;
     }
 
-    Tensor row_loss = at::empty({args.rows}, options);
+    RowLosses<T> losses(args.rows, options);
     Tensor row_stats = at::empty({RowStats{args.teachers}.size(args.divergence), args.rows}, options);
-    args.row_loss = row_loss.mutable_data_ptr<T>();
+    args.row_loss = losses.data();
     args.row_stats = row_stats.mutable_data_ptr<T>();
     if (const int parts = column_parts(student.device(), args); parts > 1)
       kd_forward_columns_cpu(args, parts, in_parallel);
     else
       run<KDForward<T>>(student.device(), args, args.rows, args.classes * (args.teachers + 1), kd_forward_cpu,
-                        MTKD_CUDA_LAUNCHER(kd_forward_cuda));
+                        MTKD_CUDA_LAUNCHER(kd_forward_cuda), [&](int64_t begin, int64_t end) {
+                          if (!none) losses.sum(begin, end);
+                        });
 
-    if (none) return {row_loss.view(student.sizes().slice(0, student.dim() - 1)), row_stats, gradient};
-    return {reduced_loss<T>(row_loss, items), row_stats, gradient};
+    if (none) return {losses.of_rows().view(student.sizes().slice(0, student.dim() - 1)), row_stats, gradient};
+    return {losses.reduced(items), row_stats, gradient};
   });
 }
 

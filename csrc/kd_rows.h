@@ -71,20 +71,21 @@ void skip_row(const KDForward<T>& args, int64_t n) {
   zero_row<T>(args, args.gradient, n);
 }
 
-// What is known of a row's teachers before they are read.
+// The weight of teacher k in row n, as far as it is known before the teachers are read.
+template <typename T>
+T first_weight(const KDForward<T>& args, int k, int64_t n) {
+  if (args.kd_scale == 0) return 0;
+  if (args.rule != WeightRule::given) return T(1) / args.teachers;
+  return args.weights[k * args.weights_teacher_stride + n * args.weights_row_stride];
+}
+
 template <typename T>
 void start_teachers(const KDForward<T>& args, Block<T>& block) {
   block.skips_zero_weights = args.rule == WeightRule::given && args.skip_zero_weights;
-  const Vec<T> equal = splat(T(1) / args.teachers);
   for (int k = 0; k < args.teachers; ++k) {
     block.teacher_state[k].clear();
     block.teacher[k].clear();
-    if (args.kd_scale == 0) continue;
-    block.teacher[k].weight = equal;
-    if (args.rule != WeightRule::given) continue;
-    for (int row = 0; row < block.rows; ++row)
-      block.teacher[k].weight[row] =
-          args.weights[k * args.weights_teacher_stride + block.n[row] * args.weights_row_stride];
+    for (int row = 0; row < block.rows; ++row) block.teacher[k].weight[row] = first_weight(args, k, block.n[row]);
   }
 }
 
@@ -113,22 +114,14 @@ void write_stats(const KDForward<T>& args, const Block<T>& block, int row) {
 // Keeps what has become of the block's rows.
 template <typename T>
 void settle_block(const KDForward<T>& args, Block<T>& block, const Lanes<T>& loss) {
-  Lanes<T> weight, weighted;
-  weight = splat(T(1));
-  for (int row = 0; args.row_weights && row < block.rows; ++row) weight[row] = args.row_weights[block.n[row]];
-  block.scale = args.items ? weight.all() / *args.items : weight.all();
-  weighted = weight.all() * loss.all();
   T* const scales = args.row_stats + RowStats{args.teachers}.scale() * args.rows;
-  if (block.rows == kLanes<T> && block.n[kLanes<T> - 1] - block.n[0] == kLanes<T> - 1) {  // neighbours
-    store(args.row_loss + block.n[0], weighted.all());
-    store(scales + block.n[0], block.scale.all());
-  } else {
-    for (int row = 0; row < block.rows; ++row) {
-      args.row_loss[block.n[row]] = weighted[row];
-      scales[block.n[row]] = block.scale[row];
-    }
+  for (int row = 0; row < block.rows; ++row) {
+    const int64_t n = block.n[row];
+    const T weight = args.row_weights ? args.row_weights[n] : T(1);
+    args.row_loss[n] = weight * loss[row];
+    scales[n] = block.scale[row] = args.items ? weight / *args.items : weight;
+    if (args.keep_stats) write_stats(args, block, row);
   }
-  for (int row = 0; args.keep_stats && row < block.rows; ++row) write_stats(args, block, row);
 }
 
 template <typename T>
@@ -145,6 +138,8 @@ void forward_block(const KDForward<T>& args, const Sweep<T>& sweep, Block<T>& bl
   write_student_gradient(args, block, sweep, scratch, args.gradient);
 }
 
+#include "kd_short.h"
+
 template <typename T>
 Sweep<T> forward_sweep(const KDForward<T>& args) {
   const bool soft = args.kd_scale != 0;
@@ -155,6 +150,7 @@ Sweep<T> forward_sweep(const KDForward<T>& args) {
 template <typename T>
 void forward_rows(const KDForward<T>& args, Scratch<T>& scratch, int64_t begin, int64_t end) {
   const Sweep<T> sweep = forward_sweep(args);
+  const bool plain = scratch.across() && is_plain(args);
   Block<T> block;
   const auto finish = [&] {
     if (block.rows > 0) forward_block(args, sweep, block, scratch);
@@ -162,8 +158,10 @@ void forward_rows(const KDForward<T>& args, Scratch<T>& scratch, int64_t begin, 
   };
   for (int64_t n = begin; n < end; ++n) {
     if (scratch.across() && block.rows == 0 && neighbours_count(args, n, end)) {
-      block.add_neighbours(args, n);
-      finish();
+      if (!plain || !plain_block(args, sweep, block, n, scratch)) {
+        block.add_neighbours(args, n);
+        finish();
+      }
       n += kLanes<T> - 1;
       continue;
     }

@@ -13,8 +13,9 @@ struct Ahead {
   int bytes;       // an element
 
   Ahead of_row(int64_t start) const { return {from + start * bytes, bytes}; }
+  // Always inlined: a call, which returns nothing and writes nothing, the compiler would drop.
   template <int kVectors>
-  void prefetch(int i) const {
+  MTKD_INLINE void prefetch(int i) const {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       const int64_t number = i + v * MTKD_VEC_BYTES / static_cast<int>(sizeof(float));
@@ -164,48 +165,59 @@ void add_total(Lanes<T>& to, const Block<T>& block, Across<T>, int64_t, const Ve
     if (block.apart[row] >= 0) to[row] = total_without(shifted + row, kLanes<T>, s.whole / kLanes<T>, block.apart[row]);
 }
 
-// What a tile adds to the student's rows.
-template <typename T, typename At>
+// What a line of the student's tile adds to its row's state, a part in each lane.
+template <typename T>
 struct StudentSums {
+  Vec<T> max = splat(-infinity<T>()), sum{}, sum1{};
+};
+
+// The exponentials of a line and its sums.
+template <typename T, AtOne kAtOne, typename Less>
+MTKD_INLINE StudentSums<T> student_sums(const Vectors<T>& s, Less less, TemperedExp<T> exp, Ahead ahead, T* shifted,
+                                        T* exps) {
+  StudentSums<T> sums;
+  for_each_part(s, [&](const Vectors<T>& part, int from) MTKD_ALWAYS_INLINE {
+    StudentSums<T> of;
+    for_each_vector(part, false, [=, &of](int i, auto x, auto) MTKD_ALWAYS_INLINE {
+      i += from;
+      ahead.prefetch<x.size>(i);
+      const auto shift = x - less, e = exp(shift);
+      store(shifted + i, shift);
+      store(exps + i, e);
+      raise_to(of.max, x);
+      add_to(of.sum, e);
+      if constexpr (kAtOne != AtOne::unused) add_to(of.sum1, exp_at_one<kAtOne>(e, shift));
+    });
+    raise_to(sums.max, of.max);
+    sums.sum += of.sum;
+    sums.sum1 += of.sum1;
+  });
+  return sums;
+}
+
+// The same of all lines of a tile.
+template <typename T, typename At>
+struct GatheredStudentSums {
   Gathered<T, At> max, sum, sum1;
 
-  explicit StudentSums(const Block<T>& block)
+  explicit GatheredStudentSums(const Block<T>& block)
       : max(block, kEveryRow, -infinity<T>()), sum(block, kEveryRow), sum1(block, kEveryRow) {}
 };
 
 template <typename T, AtOne kAtOne, typename At>
-StudentSums<T, At> student_sums(const TileLines<T, At>& tile, const Block<T>& block, const Sweep<T>& sweep,
-                                int64_t begin, const Ahead& next, Scratch<T>& scratch) {
-  StudentSums<T, At> sums(block);
+GatheredStudentSums<T, At> sums_of_student(const TileLines<T, At>& tile, const Block<T>& block, const Sweep<T>& sweep,
+                                           int64_t begin, const Ahead& next, Scratch<T>& scratch) {
+  GatheredStudentSums<T, At> sums(block);
   Lanes<T> offset;
   offset = offset_of(block.student_reference.all());
   for_each_line<At>(block, kEveryRow, [&](At at) {
     const int line = at.line;
-    const Vectors<T>& s = tile.line[line];
-    const Ahead ahead = next.of_row(tile.start[line]);
-    const auto less = at.of(offset);
-    T* shifted = scratch.shifted(line);
-    T* exps = scratch.student_exps(line, begin);
-    const TemperedExp<T> exp = sweep.exp;
-    Vec<T> max = splat(-infinity<T>()), all{}, all1{};
-    for_each_part(s, [&](const Vectors<T>& part, int from) MTKD_ALWAYS_INLINE {
-      Vec<T> sum{}, sum1{};
-      for_each_vector(part, false, [=, &max, &sum, &sum1](int i, auto x, auto) {
-        i += from;
-        ahead.prefetch<x.size>(i);
-        const auto shift = x - less, e = exp(shift);
-        store(shifted + i, shift);
-        store(exps + i, e);
-        raise_to(max, x);
-        add_to(sum, e);
-        if constexpr (kAtOne != AtOne::unused) add_to(sum1, exp_at_one<kAtOne>(e, shift));
-      });
-      all += sum;
-      all1 += sum1;
-    });
-    sums.max.of[line] = max;
-    sums.sum.of[line] = all;
-    sums.sum1.of[line] = all1;
+    const StudentSums<T> of =
+        student_sums<T, kAtOne>(tile.line[line], at.of(offset), sweep.exp, next.of_row(tile.start[line]),
+                                scratch.shifted(line), scratch.student_exps(line, begin));
+    sums.max.of[line] = of.max;
+    sums.sum.of[line] = of.sum;
+    sums.sum1.of[line] = of.sum1;
   });
   return sums;
 }
@@ -223,13 +235,13 @@ void absorb_student(const KDArgs<T>& args, Block<T>& block, const Sweep<T>& swee
   }
   const Ahead next = ahead_of(args, args.student, block.rows, begin, kAcross);
   block.student_raised = {Raise<T>(), states.sum[0]};
-  StudentSums<T, At> sums = student_sums<T, kAtOne>(tile, block, sweep, begin, next, scratch);
+  GatheredStudentSums<T, At> sums = sums_of_student<T, kAtOne>(tile, block, sweep, begin, next, scratch);
   if (!kAcross && begin > 0) {
     const Vec<T> max = sums.max.largest_of_rows();
     if (max[0] - reference[0] > sweep.reach) {
       const int64_t before = begin - block.apart_in(0, 0, begin);
       block.student_raised = raise_row(states, reference, max[0], before, sweep.inv_t);
-      sums = student_sums<T, kAtOne>(tile, block, sweep, begin, next, scratch);
+      sums = sums_of_student<T, kAtOne>(tile, block, sweep, begin, next, scratch);
     }
     states.max = splat(larger(states.max[0], max[0]));
   }
@@ -244,21 +256,20 @@ void absorb_student(const KDArgs<T>& args, Block<T>& block, const Sweep<T>& swee
   });
 }
 
-// cross_term of row_stats.h for every element, where x − y, shifted both, is e's ratio. Careless ones are not finite
-// where a logit is −inf.
+// Adds cross_term of row_stats.h for every element, where x − y, shifted both, is e's ratio. Careless ones are not
+// finite where a logit is −inf; of other rows they are the same, bit for bit.
 template <typename T, int N>
-MTKD_INLINE Bundle<T, N> cross_terms(const Bundle<T, N>& dx, const Bundle<T, N>& e, const Bundle<T, N>& dy,
-                                     std::false_type) {
-  return e * (dx - dy);
+MTKD_INLINE void add_cross(Vec<T>& sum, const Bundle<T, N>& dx, const Bundle<T, N>& e, const Bundle<T, N>& dy,
+                           std::false_type) {
+  add_to(sum, e * (dx - dy));
 }
 template <typename T, int N>
-MTKD_INLINE Bundle<T, N> cross_terms(const Bundle<T, N>& dx, const Bundle<T, N>& e, const Bundle<T, N>& dy,
-                                     std::true_type) {
-  const auto term = [](Vec<T> dx, Vec<T> e, Vec<T> dy) {
-    const Vec<T> ratio = dx - dy, product = ratio == infinity<T>() ? ratio : e * ratio;
-    return dx == -infinity<T>() ? Vec<T>{} : product;
-  };
-  return each(term, dx, e, dy);
+MTKD_INLINE void add_cross(Vec<T>& sum, const Bundle<T, N>& dx, const Bundle<T, N>& e, const Bundle<T, N>& dy,
+                           std::true_type) {
+  for (int i = 0; i < N; ++i) {
+    const Vec<T> ratio = dx.of[i] - dy.of[i], more = sum + e.of[i] * ratio;
+    sum = dx.of[i] == -infinity<T>() ? sum : (ratio == infinity<T>() ? sum + ratio : more);
+  }
 }
 
 // What a line of a teacher's tile adds to its row's state, a part in each lane.
@@ -284,7 +295,7 @@ MTKD_INLINE TeacherSums<T> teacher_sums(const Vectors<T>& t, Less less, const T*
   for_each_part(t, [&](const Vectors<T>& part, int from) MTKD_ALWAYS_INLINE {
     TeacherSums<T> of;
     // By value: a store may write to whatever is referred to.
-    for_each_vector(part, careful, [=, &of](int i, auto x, auto careful) {
+    for_each_vector(part, careful, [=, &of](int i, auto x, auto careful) MTKD_ALWAYS_INLINE {
       i += from;
       ahead.prefetch<x.size>(i);
       const auto dt = x - less, e = exp(dt);
@@ -294,9 +305,9 @@ MTKD_INLINE TeacherSums<T> teacher_sums(const Vectors<T>& t, Less less, const T*
       if constexpr (kExpectation != Expectation::none) {
         const auto ds = load_bundle<x.size>(student_shifted + i);
         if constexpr (kForward)
-          add_to(of.cross, cross_terms(dt, e, ds, careful));
+          add_cross(of.cross, dt, e, ds, careful);
         else
-          add_to(of.cross, cross_terms(ds, load_bundle<x.size>(student_exps + i), dt, careful));
+          add_cross(of.cross, ds, load_bundle<x.size>(student_exps + i), dt, careful);
       }
       if constexpr (kAtOne != AtOne::unused) {
         const auto e1 = exp_at_one<kAtOne>(e, dt);

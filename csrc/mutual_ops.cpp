@@ -72,15 +72,18 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> mutual_forward(TensorList studen
                         : counted_rows<T>(args.rows, std::nullopt, row_weight, 0, options);
     args.items = items ? items->template const_data_ptr<T>() : nullptr;
 
-    const Tensor row_loss = at::empty({args.rows}, options);
+    RowLosses<T> losses(args.rows, options);
     const Tensor row_stats = at::empty({MutualStats{args.students}.size(), args.rows}, options);
-    args.row_loss = row_loss.mutable_data_ptr<T>();
+    args.row_loss = losses.data();
     args.row_stats = row_stats.mutable_data_ptr<T>();
     args.keep_stats = keep_stats;
+    const bool none = reduction == "none";
     run<MutualForward<T>>(first.device(), args, args.rows, 2 * args.classes * args.students, mutual_forward_cpu,
-                          MTKD_CUDA_LAUNCHER(mutual_forward_cuda));
-    if (reduction == "none") return {row_loss.view(first.sizes().slice(0, first.dim() - 1)), row_stats, gradients};
-    return {reduced_loss<T>(row_loss, items), row_stats, gradients};
+                          MTKD_CUDA_LAUNCHER(mutual_forward_cuda), [&](int64_t begin, int64_t end) {
+                            if (!none) losses.sum(begin, end);
+                          });
+    if (none) return {losses.of_rows().view(first.sizes().slice(0, first.dim() - 1)), row_stats, gradients};
+    return {losses.reduced(items), row_stats, gradients};
   });
 }
 

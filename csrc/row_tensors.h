@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 
 #include "batch.h"
 #include "tensors.h"
@@ -75,17 +77,48 @@ Tensor counted_rows(int64_t rows, const OptionalTensor& target, const OptionalTe
   return counts.sum().clamp_min(1).to(options.dtype());
 }
 
-// Σ row_loss / items.
+// The losses of rows, and Σ row_loss / items. On the CPU, rows are summed by the thread that has just computed them: to
+// read what another core has written costs 0.1 to 0.2 µs a line. Groups of rows that are of two threads are summed at
+// the end, so that the order, and with it the last bit, does not depend on the threads.
 template <typename T>
-Tensor reduced_loss(const Tensor& row_loss, const OptionalTensor& items) {
-  if (!row_loss.is_cpu()) {
-    Tensor loss = row_loss.sum();
-    return items ? loss.div_(items->reshape({})) : loss;
+class RowLosses {
+ public:
+  RowLosses(int64_t rows, const at::TensorOptions& options) : rows_(at::empty({rows}, options)) {
+    if (rows_.is_cpu()) of_group_.assign((rows + kGroup - 1) / kGroup, kNotSummed);
   }
-  const double sum = sum_of_rows_cpu(row_loss.const_data_ptr<T>(), row_loss.numel());
-  Tensor loss = at::empty({}, row_loss.options());
-  *loss.mutable_data_ptr<T>() = static_cast<T>(items ? sum / *items->template const_data_ptr<T>() : sum);
-  return loss;
-}
+
+  T* data() const { return rows_.mutable_data_ptr<T>(); }
+  const Tensor& of_rows() const { return rows_; }
+
+  // The groups that lie within [begin, end).
+  void sum(int64_t begin, int64_t end) {
+    for (int64_t g = (begin + kGroup - 1) / kGroup; end_of(g) <= end && g < groups(); ++g) of_group_[g] = sum_of(g);
+  }
+
+  Tensor reduced(const OptionalTensor& items) const {
+    if (!rows_.is_cpu()) {
+      Tensor loss = rows_.sum();
+      return items ? loss.div_(items->reshape({})) : loss;
+    }
+    double sum = 0;
+    for (int64_t g = 0; g < groups(); ++g) sum += std::isnan(of_group_[g]) ? sum_of(g) : of_group_[g];
+    Tensor loss = at::empty({}, rows_.options());
+    *loss.mutable_data_ptr<T>() = static_cast<T>(items ? sum / *items->template const_data_ptr<T>() : sum);
+    return loss;
+  }
+
+ private:
+  static constexpr int64_t kGroup = 64;
+  static constexpr double kNotSummed = std::numeric_limits<double>::quiet_NaN();
+
+  int64_t groups() const { return static_cast<int64_t>(of_group_.size()); }
+  int64_t end_of(int64_t group) const { return std::min((group + 1) * kGroup, rows_.numel()); }
+  double sum_of(int64_t group) const {
+    return sum_of_rows_cpu(rows_.const_data_ptr<T>() + group * kGroup, end_of(group) - group * kGroup);
+  }
+
+  Tensor rows_;
+  std::vector<double> of_group_;
+};
 
 }  // namespace mtkd_fast

@@ -134,14 +134,19 @@ constexpr int64_t kGrain = 16384;  // elements a thread should have before anoth
 #define MTKD_PASSES(m) TORCH_LIBRARY_IMPL(mtkd_fast, CPU, m)
 #endif
 
-// Runs a launcher of an op over `units` rows: CPU threads, or a CUDA stream.
-template <typename Args, typename Cuda>
-void run(const at::Device& device, const Args& args, int64_t units, int64_t elements_per_unit,
-         void (*cpu)(const Args&, int64_t, int64_t), Cuda cuda) {
+// Runs a launcher of an op over `units` rows: CPU threads, each of which calls afterwards(begin, end) for the rows it
+// has done, or a CUDA stream.
+template <typename Args, typename Cuda, typename Afterwards = void (*)(int64_t, int64_t)>
+void run(
+    const at::Device& device, const Args& args, int64_t units, int64_t elements_per_unit,
+    void (*cpu)(const Args&, int64_t, int64_t), Cuda cuda, const Afterwards& afterwards = [](int64_t, int64_t) {}) {
   if (units == 0) return;
   if (device.is_cpu()) {
     const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements_per_unit));
-    at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) { cpu(args, begin, end); });
+    at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+      cpu(args, begin, end);
+      afterwards(begin, end);
+    });
     return;
   }
   if constexpr (std::is_invocable_v<Cuda, const Args&, int, void*>) {
