@@ -79,6 +79,7 @@ template <typename Step>
 inline bool for_each_register(int count, Step step) {
   constexpr int kL = kLanes<float>;
   if (count < kL) return false;
+#pragma GCC unroll 4
   for (int i = 0; i + kL <= count; i += kL) step(i);
   if (count % kL) step(count - kL);
   return true;

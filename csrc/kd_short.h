@@ -104,19 +104,12 @@ MTKD_INLINE void with_constant(AtOne at_one, const Body& body) {
   }
 }
 
-template <typename T>
-Vec<T> largest_of_classes(const T* line, int classes) {
-  Vec<T> max = load(line);
-  for (int c = 1; c < classes; ++c) raise_to(max, load(line + c * kLanes<T>));
-  return max;
-}
-
 template <typename T, AtOne kAtOne>
 void absorb_line(const Vectors<T>& s, const Sweep<T>& sweep, States<T>& states, const Ahead& ahead, T* shifted,
                  T* exps) {
-  const Vec<T> largest = largest_of_classes(s.values, s.whole / kLanes<T>);
-  const StudentSums<T> sums = student_sums<T, kAtOne>(s, largest, sweep.exp, ahead, shifted, exps);
-  states.max = largest;
+  const Vec<T> max = largest(s);
+  const StudentSums<T> sums = student_sums<T, kAtOne>(s, max, sweep.exp, ahead, shifted, exps);
+  states.max = max;
   states.sum = sums.sum;
   states.sum1 = sums.sum1;
 }
@@ -124,10 +117,10 @@ void absorb_line(const Vectors<T>& s, const Sweep<T>& sweep, States<T>& states, 
 template <typename T, AtOne kAtOne, bool kEntropy>
 void absorb_line(const Vectors<T>& t, const Sweep<T>& sweep, States<T>& states, const Ahead& ahead,
                  const T* student_shifted, T* exps) {
-  const Vec<T> largest = largest_of_classes(t.values, t.whole / kLanes<T>);
-  const TeacherSums<T> sums = teacher_sums<T, Expectation::teacher, kAtOne, kEntropy>(
-      t, largest, student_shifted, nullptr, sweep.exp, ahead, false, exps);
-  states.max = largest;
+  const Vec<T> max = largest(t);
+  const TeacherSums<T> sums = teacher_sums<T, Expectation::teacher, kAtOne, kEntropy>(t, max, student_shifted, nullptr,
+                                                                                      sweep.exp, ahead, false, exps);
+  states.max = max;
   states.sum = sums.sum;
   states.sum1 = sums.sum1;
   states.cross = sums.cross;

@@ -6,7 +6,7 @@
 // follow the largest is found on the way. Where it lies out of reach (Sweep), the row's states are raised and the
 // tile is swept again; within reach they are raised when all tiles are done.
 
-// The columns that this tensor is asked for next, fetched towards L2 while these are worked on: the K + 1 rows are too
+// The columns that this tensor is asked for next, fetched while these are worked on: the K + 1 rows are too
 // many short streams for the hardware to foresee.
 struct Ahead {
   uintptr_t from;  // an address, maybe past the tensor: fetching from there does no harm
@@ -19,7 +19,7 @@ struct Ahead {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       const int64_t number = i + v * MTKD_VEC_BYTES / static_cast<int>(sizeof(float));
-      __builtin_prefetch(reinterpret_cast<const void*>(from + number * bytes), 0, 2);
+      __builtin_prefetch(reinterpret_cast<const void*>(from + number * bytes));
     }
   }
 };
@@ -70,6 +70,24 @@ MTKD_INLINE void for_each_part(const Vectors<T>& x, const Body& body) {
   }
 }
 
+// The largest number in each lane of a line, in four chains: one would wait for every comparison.
+template <typename T>
+Vec<T> largest(const Vectors<T>& x) {
+  constexpr int kL = kLanes<T>;
+  Vec<T> high[4];
+  for (Vec<T>& h : high) h = splat(-infinity<T>());
+  int i = 0;
+  for (; i + 4 * kL <= x.whole; i += 4 * kL)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) raise_to(high[j], load(x.values + i + j * kL));
+  for (; i < x.whole; i += kL) raise_to(high[0], load(x.values + i));
+  if (x.rest) raise_to(high[1], x.last);
+  raise_to(high[0], high[1]);
+  raise_to(high[2], high[3]);
+  raise_to(high[0], high[2]);
+  return high[0];
+}
+
 // One tensor's part of a tile: the block's lines.
 template <typename T, typename At>
 struct TileLines {
@@ -92,24 +110,6 @@ struct TileLines {
     Gathered<T, At> of(block, reads, -infinity<T>());
     for_each_line<At>(block, reads, [&](At at) { of.of[at.line] = largest(line[at.line]); });
     return of.largest_of_rows();
-  }
-
- private:
-  // In four chains: one would wait for every comparison.
-  static Vec<T> largest(const Vectors<T>& x) {
-    constexpr int kL = kLanes<T>;
-    Vec<T> high[4];
-    for (Vec<T>& h : high) h = splat(-infinity<T>());
-    int i = 0;
-    for (; i + 4 * kL <= x.whole; i += 4 * kL)
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) raise_to(high[j], load(x.values + i + j * kL));
-    for (; i < x.whole; i += kL) raise_to(high[0], load(x.values + i));
-    if (x.rest) raise_to(high[1], x.last);
-    raise_to(high[0], high[1]);
-    raise_to(high[2], high[3]);
-    raise_to(high[0], high[2]);
-    return high[0];
   }
 };
 
