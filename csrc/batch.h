@@ -1,5 +1,5 @@
-// What a batch of rows comes down to on the CPU: labels checked, rows counted, losses summed. The whole call waits for
-// these, in one thread.
+// What a batch of rows comes down to on the CPU: labels checked and rows counted, for which the whole call waits in one
+// thread, and losses summed.
 #pragma once
 
 #include <cstdint>

@@ -15,6 +15,23 @@ AtOne at_one(T temperature, bool used) {
   return temperature == 4 ? AtOne::fourth : AtOne::own;
 }
 
+// body(at_one as a constant).
+template <typename Body>
+MTKD_INLINE void with_constant(AtOne at_one, const Body& body) {
+  switch (at_one) {
+    case AtOne::unused:
+      return body(std::integral_constant<AtOne, AtOne::unused>());
+    case AtOne::same:
+      return body(std::integral_constant<AtOne, AtOne::same>());
+    case AtOne::square:
+      return body(std::integral_constant<AtOne, AtOne::square>());
+    case AtOne::fourth:
+      return body(std::integral_constant<AtOne, AtOne::fourth>());
+    case AtOne::own:
+      return body(std::integral_constant<AtOne, AtOne::own>());
+  }
+}
+
 template <AtOne kAtOne, typename T, int N>
 MTKD_INLINE Bundle<T, N> exp_at_one(const Bundle<T, N>& e, const Bundle<T, N>& x) {
   if constexpr (kAtOne == AtOne::same) return e;
@@ -128,8 +145,18 @@ struct Near {
   bool whole;          // kLanes neighbours
   Integers<T> place;   // of each row
   Integers<T> row[2];  // of each place, kLanes where there is none; undefined of whole blocks
-  Integers<T> target;  // where a line has each row's target; the row itself, of class 0, if it has none
+  Integers<T> target;  // places_of_targets
 };
+
+// Where a line has the target of each row, target_of(row); the row itself, of class 0, if it has none (−1).
+template <typename T, typename TargetOf>
+Integers<T> places_of_targets(const TargetOf& target_of) {
+  alignas(MTKD_VEC_BYTES) std::decay_t<decltype(Integers<T>{}[0])> places[kLanes<T>];
+  for (int r = 0; r < kLanes<T>; ++r) places[r] = std::max<int64_t>(target_of(r), 0) * kLanes<T> + r;
+  Integers<T> x;
+  __builtin_memcpy(&x, places, sizeof(x));
+  return x;
+}
 
 template <typename T>
 struct Block {
@@ -178,12 +205,7 @@ struct Block {
   }
 
   void find_near() {
-    alignas(MTKD_VEC_BYTES) std::decay_t<decltype(near.target[0])> places[kLanes<T>];
-    for (int r = 0; r < kLanes<T>; ++r) {
-      const int64_t column = r < rows ? target[r] : -1;
-      places[r] = (column < 0 ? 0 : column) * kLanes<T> + r;
-    }
-    __builtin_memcpy(&near.target, places, sizeof(places));
+    near.target = places_of_targets<T>([&](int r) { return r < rows ? target[r] : -1; });
     near.span = 0;
     near.whole = false;
     const int64_t span = n[rows - 1] - n[0] + 1;

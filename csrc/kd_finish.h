@@ -27,6 +27,11 @@ void finish_teachers(const KDForward<T>& args, const Sweep<T>& sweep, Block<T>& 
 // (1 − softmax_k CE_k)/(K−1).
 template <typename T>
 void confidence_weights(TeacherNumbers<T>* teachers, int n_teachers) {
+  if (n_teachers == 1) {  // 1, or NaN
+    const Vec<T> signal = teachers[0].signal.all();
+    teachers[0].weight = signal == signal ? splat(T(1)) : signal;
+    return;
+  }
   Vec<T> max = teachers[0].signal.all(), sum{};
   for (int k = 1; k < n_teachers; ++k) max = teachers[k].signal.all() > max ? teachers[k].signal.all() : max;
   for (int k = 0; k < n_teachers; ++k) {
@@ -34,8 +39,7 @@ void confidence_weights(TeacherNumbers<T>* teachers, int n_teachers) {
     teachers[k].weight = e;
     sum += e;
   }
-  for (int k = 0; k < n_teachers; ++k)
-    teachers[k].weight = n_teachers == 1 ? sum : (1 - teachers[k].weight.all() / sum) / T(n_teachers - 1);
+  for (int k = 0; k < n_teachers; ++k) teachers[k].weight = (1 - teachers[k].weight.all() / sum) / T(n_teachers - 1);
 }
 
 // (1 − H_k/Σ H)/(K−1); Σ H = 0 gives 1/K.

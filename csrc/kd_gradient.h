@@ -223,18 +223,8 @@ void student_gradient(const KDArgs<T>& args, const Block<T>& block, At at, const
 template <typename T, typename At>
 void student_gradient(const KDArgs<T>& args, const Block<T>& block, At at, const Sweep<T>& sweep, int64_t begin,
                       int count, Scratch<T>& scratch, T* to) {
-  switch (sweep.student_at_one) {
-    case AtOne::unused:
-      return student_gradient<T, AtOne::unused>(args, block, at, sweep, begin, count, scratch, to);
-    case AtOne::same:
-      return student_gradient<T, AtOne::same>(args, block, at, sweep, begin, count, scratch, to);
-    case AtOne::square:
-      return student_gradient<T, AtOne::square>(args, block, at, sweep, begin, count, scratch, to);
-    case AtOne::fourth:
-      return student_gradient<T, AtOne::fourth>(args, block, at, sweep, begin, count, scratch, to);
-    case AtOne::own:
-      return student_gradient<T, AtOne::own>(args, block, at, sweep, begin, count, scratch, to);
-  }
+  with_constant(sweep.student_at_one,
+                [&](auto at_one) { student_gradient<T, at_one()>(args, block, at, sweep, begin, count, scratch, to); });
 }
 
 template <typename T>

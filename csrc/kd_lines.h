@@ -241,9 +241,10 @@ void write_piece(const Gradient& to, int64_t start, int rows, int classes, bool 
   alignas(64) typename Form::Element piece[kLanes<T> * kShortRow];
   write_squares<Form>([&](int r) { return piece + r * classes; }, rows, classes, from);
   const int numbers = rows * classes;
-  if constexpr (!std::is_same_v<typename Form::Element, T>)
-    stream_numbers(static_cast<typename Form::Element*>(to.data) + start, numbers, piece);
-  else if (streams)
+  if constexpr (!std::is_same_v<typename Form::Element, T>) {
+    auto* const there = static_cast<typename Form::Element*>(to.data) + start;
+    streams ? stream_numbers(there, numbers, piece) : void(std::copy_n(piece, numbers, there));
+  } else if (streams)
     stream_tile(to.data, to.dtype, start, numbers, piece);
   else
     write_tile(to.data, to.dtype, start, numbers, piece);

@@ -85,7 +85,9 @@ void start_teachers(const KDForward<T>& args, Block<T>& block) {
   for (int k = 0; k < args.teachers; ++k) {
     block.teacher_state[k].clear();
     block.teacher[k].clear();
-    for (int row = 0; row < block.rows; ++row) block.teacher[k].weight[row] = first_weight(args, k, block.n[row]);
+    block.teacher[k].weight = splat(first_weight(args, k, block.n[0]));
+    for (int row = 1; args.rule == WeightRule::given && row < block.rows; ++row)
+      block.teacher[k].weight[row] = first_weight(args, k, block.n[row]);
   }
 }
 
@@ -111,17 +113,30 @@ void write_stats(const KDForward<T>& args, const Block<T>& block, int row) {
   out[at.student_ce() * rows] = args.ce_weight != 0 ? block.student.cross_entropy[row] : T(0);
 }
 
-// Keeps what has become of the block's rows.
+// Keeps what has become of kLanes rows from n on.
+template <typename T>
+void settle_neighbours(const KDForward<T>& args, Block<T>& block, int64_t n, Vec<T> loss) {
+  const Vec<T> weight = args.row_weights ? load(args.row_weights + n) : splat(T(1));
+  block.scale = args.items ? weight / *args.items : weight;
+  store(args.row_loss + n, weight * loss);
+  store(args.row_stats + RowStats{args.teachers}.scale() * args.rows + n, block.scale.all());
+}
+
+// Of the block's rows.
 template <typename T>
 void settle_block(const KDForward<T>& args, Block<T>& block, const Lanes<T>& loss) {
   T* const scales = args.row_stats + RowStats{args.teachers}.scale() * args.rows;
-  for (int row = 0; row < block.rows; ++row) {
-    const int64_t n = block.n[row];
-    const T weight = args.row_weights ? args.row_weights[n] : T(1);
-    args.row_loss[n] = weight * loss[row];
-    scales[n] = block.scale[row] = args.items ? weight / *args.items : weight;
-    if (args.keep_stats) write_stats(args, block, row);
+  if (block.rows == kLanes<T> && block.n[kLanes<T> - 1] - block.n[0] == kLanes<T> - 1) {
+    settle_neighbours(args, block, block.n[0], loss.all());
+  } else {
+    for (int row = 0; row < block.rows; ++row) {
+      const int64_t n = block.n[row];
+      const T weight = args.row_weights ? args.row_weights[n] : T(1);
+      args.row_loss[n] = weight * loss[row];
+      scales[n] = block.scale[row] = args.items ? weight / *args.items : weight;
+    }
   }
+  for (int row = 0; args.keep_stats && row < block.rows; ++row) write_stats(args, block, row);
 }
 
 template <typename T>
@@ -150,7 +165,7 @@ Sweep<T> forward_sweep(const KDForward<T>& args) {
 template <typename T>
 void forward_rows(const KDForward<T>& args, Scratch<T>& scratch, int64_t begin, int64_t end) {
   const Sweep<T> sweep = forward_sweep(args);
-  const bool plain = scratch.across() && is_plain(args);
+  bool plain = scratch.across() && has_plain_case(args);  // until a block is not: masked classes are so in every row
   Block<T> block;
   const auto finish = [&] {
     if (block.rows > 0) forward_block(args, sweep, block, scratch);
@@ -158,7 +173,8 @@ void forward_rows(const KDForward<T>& args, Scratch<T>& scratch, int64_t begin, 
   };
   for (int64_t n = begin; n < end; ++n) {
     if (scratch.across() && block.rows == 0 && neighbours_count(args, n, end)) {
-      if (!plain || !plain_block(args, sweep, block, n, scratch)) {
+      plain = plain && plain_block(args, sweep, block, n, scratch);
+      if (!plain) {
         block.add_neighbours(args, n);
         finish();
       }

@@ -1,25 +1,17 @@
-// The forward of a whole block of short rows in its plain case, in one go and without a question on the way: forward
-// KL, every logit finite, kLanes rows that follow each other and all count. A row's numbers are, bit for bit, those of
-// forward_block, which takes the blocks that are found not to be plain. Included once per instruction set.
+// The forward of a whole block of short rows in its plain case: forward KL, every logit finite, kLanes rows that follow
+// each other and all count. What else a block may be is asked before it or after, not on the way. A row's numbers are,
+// bit for bit, those of forward_block, which takes the blocks that are found not to be plain. Included once per
+// instruction set.
 
 constexpr int kFewClasses = 32;  // are searched for the targets sooner than gathered from, 20 cycles
 
 // Calls step(i, which rows have their target there) for the classes of a line.
 template <typename T, typename Step>
-MTKD_INLINE void for_each_place(int classes, Integers<T> targets, Step step) {
+MTKD_INLINE void search_targets(int classes, Integers<T> targets, Step step) {
   Integers<T> place{};
   for (int r = 0; r < kLanes<T>; ++r) place[r] = r;
+#pragma GCC unroll 4
   for (int c = 0; c < classes; ++c, place += kLanes<T>) step(c * kLanes<T>, targets == place);
-}
-
-// Where a line has each row's target; the row itself, of class 0, if it has none.
-template <typename T>
-Integers<T> places_of_targets(const KDArgs<T>& args, int64_t n) {
-  alignas(MTKD_VEC_BYTES) std::decay_t<decltype(Integers<T>{}[0])> places[kLanes<T>];
-  for (int r = 0; r < kLanes<T>; ++r) places[r] = args.target ? args.target[n + r] * kLanes<T> + r : r;
-  Integers<T> x;
-  __builtin_memcpy(&x, places, sizeof(x));
-  return x;
 }
 
 // The number of each row that stands in its target's class.
@@ -27,14 +19,14 @@ template <typename T>
 Vec<T> at_targets(const T* line, int classes, Integers<T> targets) {
   if (classes > kFewClasses) return gather(line, targets);
   Vec<T> x{};
-  for_each_place<T>(classes, targets, [&](int i, Integers<T> here) { x = here != 0 ? load(line + i) : x; });
+  search_targets<T>(classes, targets, [&](int i, Integers<T> here) { x = here != 0 ? load(line + i) : x; });
   return x;
 }
 
 template <typename T>
 void subtract_at_targets(T* line, int classes, Integers<T> targets, Vec<T> less) {
   if (classes > kFewClasses) return scatter(line, targets, Vec<T>(gather(line, targets) - less));
-  for_each_place<T>(classes, targets, [&](int i, Integers<T> here) {
+  search_targets<T>(classes, targets, [&](int i, Integers<T> here) {
     const Vec<T> x = load(line + i);
     store(line + i, here != 0 ? x - less : x);
   });
@@ -42,19 +34,19 @@ void subtract_at_targets(T* line, int classes, Integers<T> targets, Vec<T> less)
 
 // Whether a block of a tensor can be taken as it lies.
 template <typename T, typename Tensor>
-bool is_plain(const Tensor& x, int64_t classes) {
+bool lies_plain(const Tensor& x, int64_t classes) {
   if (lies_in_planes(x)) return true;
   return x.class_stride == 1 && (x.dtype == kNative<T> || goes_by_pairs<T>(x) || x.inner_stride == classes);
 }
 
 // Whether the op has a plain case.
 template <typename T>
-bool is_plain(const KDForward<T>& args) {
+bool has_plain_case(const KDForward<T>& args) {
   if (args.divergence != Divergence::forward_kl || args.kd_scale == 0 || args.keep_stats) return false;
-  if (args.classes > kShortRow || !is_plain<T>(args.student, args.classes)) return false;
+  if (args.classes > kShortRow || !lies_plain<T>(args.student, args.classes)) return false;
   for (int k = 0; k < args.teachers; ++k)
-    if (!is_plain<T>(args.teacher[k], args.classes)) return false;
-  return args.gradient.data == nullptr || is_plain<T>(args.gradient, args.classes);
+    if (!lies_plain<T>(args.teacher[k], args.classes)) return false;
+  return args.gradient.data == nullptr || lies_plain<T>(args.gradient, args.classes);
 }
 
 // The line of the rows from n on.
@@ -85,23 +77,6 @@ void write_block(const Gradient& to, int64_t n, int classes, bool streams, const
   if (streams || to.dtype != kNative<T>) return write_piece<Singly<T>>(to, start, kLanes<T>, classes, streams, from);
   T* const first = static_cast<T*>(to.data) + start;
   write_squares<Singly<T>>([=](int r) { return first + r * pitch; }, kLanes<T>, classes, from);
-}
-
-// Calls body(at_one as a constant).
-template <typename Body>
-MTKD_INLINE void with_constant(AtOne at_one, const Body& body) {
-  switch (at_one) {
-    case AtOne::unused:
-      return body(std::integral_constant<AtOne, AtOne::unused>());
-    case AtOne::same:
-      return body(std::integral_constant<AtOne, AtOne::same>());
-    case AtOne::square:
-      return body(std::integral_constant<AtOne, AtOne::square>());
-    case AtOne::fourth:
-      return body(std::integral_constant<AtOne, AtOne::fourth>());
-    case AtOne::own:
-      return body(std::integral_constant<AtOne, AtOne::own>());
-  }
 }
 
 template <typename T, AtOne kAtOne>
@@ -199,19 +174,11 @@ bool finite_crosses(const Block<T>& block, int teachers) {
   return !any_of(zero != 0);
 }
 
-template <typename T>
-void settle_neighbours(const KDForward<T>& args, Block<T>& block, int64_t n, Vec<T> loss) {
-  const Vec<T> weight = args.row_weights ? load(args.row_weights + n) : splat(T(1));
-  block.scale = args.items ? weight / *args.items : weight;
-  store(args.row_loss + n, weight * loss);
-  store(args.row_stats + RowStats{args.teachers}.scale() * args.rows + n, block.scale.all());
-}
-
 // The block that begins with row n; false if it is not plain.
 template <typename T>
 bool plain_block(const KDForward<T>& args, const Sweep<T>& sweep, Block<T>& block, int64_t n, Scratch<T>& scratch) {
   if (!start_plain(args, block, n)) return false;
-  const Integers<T> targets = places_of_targets(args, n);
+  const Integers<T> targets = places_of_targets<T>([&](int r) { return args.target ? args.target[n + r] : -1; });
   const int classes = static_cast<int>(args.classes);
   absorb_block(args, block, sweep, n, targets, scratch);
   if (!finite_crosses(block, args.teachers)) return false;

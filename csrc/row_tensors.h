@@ -79,7 +79,7 @@ Tensor counted_rows(int64_t rows, const OptionalTensor& target, const OptionalTe
 
 // The losses of rows, and Σ row_loss / items. On the CPU, rows are summed by the thread that has just computed them: to
 // read what another core has written costs 0.1 to 0.2 µs a line. Groups of rows that are of two threads are summed at
-// the end, so that the order, and with it the last bit, does not depend on the threads.
+// the end, so that the order does not depend on the threads.
 template <typename T>
 class RowLosses {
  public:

@@ -43,12 +43,24 @@ def test_a_mean_is_over_the_rows_that_count(instruction_set, rows):
         torch.testing.assert_close(mean, each.double().sum().div(max(first - first // 2, 1)).float())
 
 
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("rows", [*ROWS, 63, 64, 65, 128, 1000])
 def test_a_sum_has_the_digits_of_float64(instruction_set, rows):
     student, teacher, target = inputs(rows)
     each = instruction_set.loss(student, [teacher], target, ce_weight=1.0, reduction="none")
     total = instruction_set.loss(student, [teacher], target, ce_weight=1.0, reduction="sum")
     assert total.item() == pytest.approx(math.fsum(each.tolist()), rel=2**-24)
+
+
+def test_a_sum_does_not_depend_on_the_threads(instruction_set):
+    student, teacher, target = inputs(8197)
+    sums, before = set(), torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            sums.add(instruction_set.loss(student, [teacher], target, ce_weight=1.0, reduction="sum").item())
+    finally:
+        torch.set_num_threads(before)
+    assert len(sums) == 1
 
 
 @pytest.mark.parametrize("out", [None, 0, 15, 16, 20, 36])
