@@ -266,10 +266,10 @@ MTKD_INLINE void add_cross(Vec<T>& sum, const Bundle<T, N>& dx, const Bundle<T, 
 template <typename T, int N>
 MTKD_INLINE void add_cross(Vec<T>& sum, const Bundle<T, N>& dx, const Bundle<T, N>& e, const Bundle<T, N>& dy,
                            std::true_type) {
-  for (int i = 0; i < N; ++i) {
-    const Vec<T> ratio = dx.of[i] - dy.of[i], more = sum + e.of[i] * ratio;
-    sum = dx.of[i] == -infinity<T>() ? sum : (ratio == infinity<T>() ? sum + ratio : more);
-  }
+  const auto ratio = [](Vec<T> dx, Vec<T> dy) { return dx == -infinity<T>() ? Vec<T>{} : dx - dy; };
+  const auto weight = [](Vec<T> ratio, Vec<T> e) { return ratio == infinity<T>() ? splat(T(1)) : e; };
+  const Bundle<T, N> ratios = each(ratio, dx, dy);
+  add_to(sum, each(weight, ratios, e) * ratios);
 }
 
 // What a line of a teacher's tile adds to its row's state, a part in each lane.
