@@ -15,7 +15,7 @@ AtOne at_one(T temperature, bool used) {
   return temperature == 4 ? AtOne::fourth : AtOne::own;
 }
 
-// body(at_one as a constant).
+// Calls body(at_one as a constant).
 template <typename Body>
 MTKD_INLINE void with_constant(AtOne at_one, const Body& body) {
   switch (at_one) {

@@ -79,15 +79,20 @@ T first_weight(const KDForward<T>& args, int k, int64_t n) {
   return args.weights[k * args.weights_teacher_stride + n * args.weights_row_stride];
 }
 
+// The same in rows number_of(0), number_of(1), …
+template <typename T, typename NumberOf>
+void set_first_weights(const KDForward<T>& args, int k, int rows, NumberOf number_of, Lanes<T>& weight) {
+  weight = splat(first_weight(args, k, number_of(0)));
+  for (int r = 1; args.rule == WeightRule::given && r < rows; ++r) weight[r] = first_weight(args, k, number_of(r));
+}
+
 template <typename T>
 void start_teachers(const KDForward<T>& args, Block<T>& block) {
   block.skips_zero_weights = args.rule == WeightRule::given && args.skip_zero_weights;
   for (int k = 0; k < args.teachers; ++k) {
     block.teacher_state[k].clear();
     block.teacher[k].clear();
-    block.teacher[k].weight = splat(first_weight(args, k, block.n[0]));
-    for (int row = 1; args.rule == WeightRule::given && row < block.rows; ++row)
-      block.teacher[k].weight[row] = first_weight(args, k, block.n[row]);
+    set_first_weights(args, k, block.rows, [&](int row) { return block.n[row]; }, block.teacher[k].weight);
   }
 }
 

@@ -108,12 +108,12 @@ void absorb_block(const KDForward<T>& args, Block<T>& block, const Sweep<T>& swe
   const int classes = static_cast<int>(args.classes);
   T *const to = scratch.widened(0), *const shifted = scratch.shifted(0);
   Vectors<T> line(to, classes * kLanes<T>);
-  const auto start = [&](const Logits& x, States<T>& states) {
+  const auto start = [&](const Logits& x) {
     read_block(x, n, classes, to);
     return ahead_of(args, x, kLanes<T>, 0, true).of_row(n * x.inner_stride);
   };
   States<T>& student = block.student_state;
-  const Ahead ahead = start(args.student, student);
+  const Ahead ahead = start(args.student);
   with_constant(sweep.student_at_one, [&](auto at_one) {
     absorb_line<T, at_one()>(line, sweep, student, ahead, shifted, scratch.student_exps(0, 0));
   });
@@ -121,7 +121,7 @@ void absorb_block(const KDForward<T>& args, Block<T>& block, const Sweep<T>& swe
   if (sweep.totals) add_total(student.total, block, Across<T>(), 0, line, shifted);
   for (int k = 0; k < args.teachers; ++k) {
     States<T>& states = block.teacher_state[k];
-    const Ahead ahead = start(args.teacher[k], states);
+    const Ahead ahead = start(args.teacher[k]);
     T* const exps = scratch.teacher_exps(k, 0, 0);
     with_constant(sweep.teacher_at_one, [&](auto at_one) {
       if (sweep.entropy) return absorb_line<T, at_one(), true>(line, sweep, states, ahead, shifted, exps);
@@ -158,8 +158,7 @@ bool start_plain(const KDForward<T>& args, Block<T>& block, int64_t n) {
   const bool skips = args.rule == WeightRule::given && args.skip_zero_weights;
   for (int k = 0; k < args.teachers; ++k) {
     Lanes<T>& weight = block.teacher[k].weight;
-    weight = splat(first_weight(args, k, n));
-    for (int r = 1; args.rule == WeightRule::given && r < kLanes<T>; ++r) weight[r] = first_weight(args, k, n + r);
+    set_first_weights(args, k, kLanes<T>, [=](int r) { return n + r; }, weight);
     if (skips && any_of(weight.all() == 0)) return false;
   }
   block.skips_zero_weights = block.some_apart = false;

@@ -6,8 +6,8 @@
 // follow the largest is found on the way. Where it lies out of reach (Sweep), the row's states are raised and the
 // tile is swept again; within reach they are raised when all tiles are done.
 
-// The columns that this tensor is asked for next, fetched while these are worked on: the K + 1 rows are too
-// many short streams for the hardware to foresee.
+// The columns that this tensor is asked for next, fetched while these are worked on: the K + 1 rows are too many short
+// streams for the hardware to foresee.
 struct Ahead {
   uintptr_t from;  // an address, maybe past the tensor: fetching from there does no harm
   int bytes;       // an element
