@@ -45,14 +45,14 @@ MTKD_INLINE Bundle<T, N> exp_at_one(const Bundle<T, N>& e, const Bundle<T, N>& x
 template <typename T>
 struct Sweep {
   T inv_t;  // 1/τ
-  T reach;  // how far a logit may lie above what the exponentials are relative to: e⁴ at the colder of τ and 1
+  T reach;  // how far a logit may lie above what the exponentials are relative to: e⁸ at the colder of τ and 1
   TemperedExp<T> exp;
   AtOne student_at_one, teacher_at_one;
   bool entropy, totals;
 
   Sweep(const KDArgs<T>& args, bool hard, bool teacher_weights, bool entropy)
       : inv_t(1 / args.temperature),
-        reach(4 * std::min(T(1), args.temperature)),
+        reach(8 * std::min(T(1), args.temperature)),
         exp(args.temperature),
         student_at_one(at_one(args.temperature, hard)),
         teacher_at_one(at_one(args.temperature, teacher_weights)),

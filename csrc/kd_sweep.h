@@ -2,9 +2,9 @@
 //
 // One exponential per element (two where τ is not 1, 2 or 4 and a weight rule or the hard label wants T = 1).
 //
-// Exponentials are relative to the largest logit of a row's first tile, which is searched for it. In the tiles that
-// follow the largest is found on the way. Where it lies out of reach (Sweep), the row's states are raised and the
-// tile is swept again; within reach they are raised when all tiles are done.
+// Exponentials are relative to the largest logit of a row's first tile, which is searched for it, or, of a row of one
+// tile, to a guess. The largest is then found on the way. Where it lies out of reach (Sweep), the row's states are
+// raised and the tile is swept again; within reach rows of several tiles are raised when all are done.
 
 // The columns that this tensor is asked for next, fetched while these are worked on: the K + 1 rows are too many short
 // streams for the hardware to foresee.
@@ -88,6 +88,17 @@ Vec<T> largest(const Vectors<T>& x) {
   return high[0];
 }
 
+template <typename T>
+constexpr int kGuessed = 8 * kLanes<T>;  // classes
+
+// The largest of a row's first numbers and its target's.
+template <typename T>
+Vec<T> largest_guessed(const Vectors<T>& x, int64_t target) {
+  Vec<T> high = splat(x.values[target]);
+  for (int i = 0; i < kGuessed<T>; i += kLanes<T>) raise_to(high, load(x.values + i));
+  return high;
+}
+
 // One tensor's part of a tile: the block's lines.
 template <typename T, typename At>
 struct TileLines {
@@ -104,14 +115,26 @@ struct TileLines {
     });
   }
 
-  // The largest logit of each row. NaN is not seen.
+  // The largest logit of each row, or a guess at it. NaN is not seen.
   template <typename Reads>
-  Vec<T> maxima(const Block<T>& block, const Reads& reads) const {
+  Vec<T> maxima(const Block<T>& block, const Reads& reads, bool guesses) const {
     Gathered<T, At> of(block, reads, -infinity<T>());
-    for_each_line<At>(block, reads, [&](At at) { of.of[at.line] = largest(line[at.line]); });
+    for_each_line<At>(block, reads, [&](At at) {
+      const Vectors<T>& x = line[at.line];
+      const int64_t target = block.target[at.line];
+      of.of[at.line] = guesses && target >= 0 ? largest_guessed(x, target) : largest(x);
+    });
     return of.largest_of_rows();
   }
 };
+
+// Whether the target and a few classes tell enough of a row's largest logit. To search a row that comes from memory
+// costs 3 to 8%, for nothing is computed meanwhile.
+template <typename T>
+bool guesses_maxima(const KDArgs<T>& args, const Scratch<T>& scratch) {
+  const bool long_enough = args.classes >= 2 * kGuessed<T>;
+  return long_enough && scratch.one_tile() && !scratch.across() && args.divergence != Divergence::dkd;
+}
 
 // Raises the row of a block of one to a larger maximum; `before` classes have been absorbed.
 template <typename T>
@@ -126,6 +149,15 @@ Raised<T> raise_row(States<T>& states, Lanes<T>& reference, T max, int64_t befor
   states.dot1[0] = state.dot1;
   states.total[0] = state.total;
   return raised;
+}
+
+// The rows that lie out of reach, before a tile is swept again: one of several tiles, or several of which nothing has
+// been absorbed.
+template <typename T>
+Raised<T> raise_far(States<T>& states, Lanes<T>& reference, Integers<T> far, Vec<T> max, int64_t before, T inv_t) {
+  if (before > 0) return raise_row(states, reference, max[0], before, inv_t);
+  reference = far != 0 ? max : reference.all();
+  return {Raise<T>(), T(0)};
 }
 
 // A teacher's cross sum, after it or the student has been raised.
@@ -204,13 +236,12 @@ struct GatheredStudentSums {
       : max(block, kEveryRow, -infinity<T>()), sum(block, kEveryRow), sum1(block, kEveryRow) {}
 };
 
-template <typename T, AtOne kAtOne, typename At>
-GatheredStudentSums<T, At> sums_of_student(const TileLines<T, At>& tile, const Block<T>& block, const Sweep<T>& sweep,
-                                           int64_t begin, const Ahead& next, Scratch<T>& scratch) {
-  GatheredStudentSums<T, At> sums(block);
+template <typename T, AtOne kAtOne, typename At, typename Of>
+void sum_student(const TileLines<T, At>& tile, const Block<T>& block, const Of& rows, const Sweep<T>& sweep,
+                 int64_t begin, const Ahead& next, Scratch<T>& scratch, GatheredStudentSums<T, At>& sums) {
   Lanes<T> offset;
   offset = offset_of(block.student_reference.all());
-  for_each_line<At>(block, kEveryRow, [&](At at) {
+  for_each_line<At>(block, rows, [&](At at) {
     const int line = at.line;
     const StudentSums<T> of =
         student_sums<T, kAtOne>(tile.line[line], at.of(offset), sweep.exp, next.of_row(tile.start[line]),
@@ -219,7 +250,6 @@ GatheredStudentSums<T, At> sums_of_student(const TileLines<T, At>& tile, const B
     sums.sum.of[line] = of.sum;
     sums.sum1.of[line] = of.sum1;
   });
-  return sums;
 }
 
 template <typename T, AtOne kAtOne, typename At>
@@ -231,19 +261,24 @@ void absorb_student(const KDArgs<T>& args, Block<T>& block, const Sweep<T>& swee
   Lanes<T>& reference = block.student_reference;
   if (kAcross || begin == 0) {
     states.clear();
-    states.max = reference = tile.maxima(block, kEveryRow);
+    states.max = reference = tile.maxima(block, kEveryRow, guesses_maxima(args, scratch));
   }
   const Ahead next = ahead_of(args, args.student, block.rows, begin, kAcross);
   block.student_raised = {Raise<T>(), states.sum[0]};
-  GatheredStudentSums<T, At> sums = sums_of_student<T, kAtOne>(tile, block, sweep, begin, next, scratch);
-  if (!kAcross && begin > 0) {
+  GatheredStudentSums<T, At> sums(block);
+  const auto sweep_lines = [&](const auto& rows) {
+    sum_student<T, kAtOne>(tile, block, rows, sweep, begin, next, scratch, sums);
+  };
+  sweep_lines(kEveryRow);
+  if constexpr (!kAcross) {
     const Vec<T> max = sums.max.largest_of_rows();
-    if (max[0] - reference[0] > sweep.reach) {
+    const Integers<T> far = max - reference.all() > sweep.reach;
+    if (any_of(far)) {
       const int64_t before = begin - block.apart_in(0, 0, begin);
-      block.student_raised = raise_row(states, reference, max[0], before, sweep.inv_t);
-      sums = sums_of_student<T, kAtOne>(tile, block, sweep, begin, next, scratch);
+      block.student_raised = raise_far(states, reference, far, max, before, sweep.inv_t);
+      sweep_lines([&](int row) { return far[row] != 0; });
     }
-    states.max = splat(larger(states.max[0], max[0]));
+    states.max = scratch.one_tile() ? reference.all() : larger_of(states.max.all(), max);
   }
   if (!kAcross && !scratch.one_tile()) scratch.reference(0, begin) = reference[0];
   states.sum = states.sum.all() + sums.sum.sum_of_rows();
@@ -354,16 +389,16 @@ void absorb_teacher(const KDArgs<T>& args, Block<T>& block, int k, const Sweep<T
   const TileLines<T, At> tile(args.teacher[k], block, begin, count, scratch, reads);
   States<T>& states = block.teacher_state[k];
   Lanes<T>& reference = block.teacher_reference[k];
-  if (kAcross || begin == 0) states.max = reference = tile.maxima(block, reads);
+  if (kAcross || begin == 0) states.max = reference = tile.maxima(block, reads, guesses_maxima(args, scratch));
   Raised<T> raised{Raise<T>(), states.sum[0]};
   const Ahead next = ahead_of(args, args.teacher[k], block.rows, begin, kAcross);
   GatheredSums<T, At> sums(block, reads);
   Vec<T> crossed{};
 
-  const auto sweep_lines = [&](bool careful) {
+  const auto sweep_lines = [&](const auto& rows, bool careful) {
     Lanes<T> offset;
     offset = offset_of(reference.all());
-    for_each_line<At>(block, reads, [&](At at) {
+    for_each_line<At>(block, rows, [&](At at) {
       const int line = at.line;
       const Ahead ahead = next.of_row(tile.start[line]);
       sums.set(line, teacher_sums<T, kExpectation, kAtOne, kEntropy>(
@@ -372,17 +407,18 @@ void absorb_teacher(const KDArgs<T>& args, Block<T>& block, int k, const Sweep<T
     });
     if constexpr (kCrosses) crossed = sums.cross.sum_of_rows();
   };
-  sweep_lines(false);
-  if (!kAcross && begin > 0) {
+  sweep_lines(reads, false);
+  if constexpr (!kAcross) {
     const Vec<T> max = sums.max.largest_of_rows();
-    if (max[0] - reference[0] > sweep.reach) {
-      raised = raise_row(states, reference, max[0], begin, sweep.inv_t);
-      sweep_lines(false);
+    const Integers<T> far = max - reference.all() > sweep.reach;
+    if (any_of(far)) {
+      raised = raise_far(states, reference, far, max, begin, sweep.inv_t);
+      sweep_lines([&](int row) { return reads(row) && far[row] != 0; }, false);
     }
-    states.max = splat(larger(states.max[0], max[0]));
+    states.max = scratch.one_tile() ? reference.all() : larger_of(states.max.all(), max);
   }
   if constexpr (kCrosses) {
-    if (any_of(crossed - crossed != 0)) sweep_lines(true);
+    if (any_of(crossed - crossed != 0)) sweep_lines(reads, true);
     if (!kAcross && begin > 0) raise_cross(states, kExpectation, raised, block.student_raised);
     states.cross = states.cross.all() + crossed;
   }
