@@ -44,6 +44,14 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument("--grid", choices=grid.GRIDS, default="full", help="targets: the cells that the targets name")
     where.add_argument("--quick", action="store_true", help="the same as --grid quick")
     where.add_argument("--budget", type=float, metavar="SECONDS", help="start no cell after so many seconds")
+    where.add_argument(
+        "--apart",
+        type=float,
+        default=0,
+        metavar="SECONDS",
+        help="wait up to so long before a cell until a copy on all cores is 1.5 times as fast as on one: the host of a "
+        "virtual machine may have put its cores on one cache",
+    )
     add_case(bench)
 
     profile = commands.add_parser("profile", help="one case under PyTorch's profiler")
@@ -89,7 +97,7 @@ def run_bench(options: argparse.Namespace) -> int:
     found = runner.run(
         device,
         cells,
-        runner.Effort(seconds),
+        runner.Effort(seconds, apart=options.apart),
         budget=options.budget,
         keep=lambda so_far: report.write_json(so_far, options.out, stem),
         what=name,

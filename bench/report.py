@@ -25,7 +25,7 @@ PROTOCOL = (
     "Cases above a quarter of the last cache rotate through inputs of their own, so that a call finds none of them in "
     "the cache; smaller ones are warm. The copy, of the minimal bytes (half read, half written), rotates likewise.",
     "eager is the loss as people write it, a loop over teachers; compile is torch.compile of that, static shapes, one "
-    "graph, its first compilation excluded; ×1 is ours on one thread; launch is the least that a call can be.",
+    "graph, its first compilation excluded; ×1 is on one thread; launch is the least that a call can be.",
     "In kernels, milliseconds too, is what PyTorch's profiler sees of a call: a GPU's device time; on a CPU the time "
     "inside operators, which the profiler makes longer where they are short.",
     "Peak is the memory beyond the inputs during loss and gradient, in units of the gradients on the right (relations: "
@@ -144,7 +144,12 @@ def own_sentence(cell: dict) -> str:
 def omissions(run: dict) -> list[str]:
     """Who did not take part, what was left out, and what is to be measured again."""
     absent = [f"not here: {m['name']}: {m['why']}" for m in run["missing"]]
-    return absent + [f"not measured: {what}" for what in run["dropped"]] + disturbed(run)
+    return absent + [f"not measured: {what}" for what in run["dropped"]] + disturbed(run) + waited(run)
+
+
+def waited(run: dict) -> list[str]:
+    seconds = run["effort"].get("apart")
+    return [f"cells began when the cores were apart, or {seconds:g} s later"] if seconds else []
 
 
 def text(run: dict) -> str:

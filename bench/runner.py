@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from . import contenders, gate, machine, memory, passes, rotation, timing, verdicts
-from .contenders import COPY, LAUNCH, OURS, Contender
+from . import contenders, cores, gate, machine, memory, passes, rotation, timing, verdicts
+from .contenders import COPY, LAUNCH, ONE_THREAD, OURS, Contender
 from .grid import Cell
 from .kernel_time import kernel_seconds
 from .passes import BACKWARD, BOTH, FORWARD, GRAPH
@@ -25,6 +25,7 @@ class Effort(NamedTuple):
     seconds: float
     kernels: bool = True
     memory: bool = True
+    apart: float = 0  # seconds that a cell waits at most until the cores are (cores.py)
 
 
 def run(
@@ -80,6 +81,8 @@ def note_missing(known: list[dict], missing: list[contenders.Missing]) -> None:
 def measure(cell: Cell, device: str, effort: Effort) -> dict:
     """A contender that is wrong or cannot run is there with the reason."""
     case, of, who = cell
+    if device == "cpu" and effort.apart:
+        cores.wait(effort.apart)
     taking_part, missing = contenders.on(case, device, who)
     sets = rotation.sets(case, device)
     entries, calls = checked(taking_part, cell, sets)
@@ -152,6 +155,8 @@ def floors(cell: Cell, device: str, n_sets: int) -> dict[str, Call]:
     moved = minimal_bytes(cell)
     if moved is not None:
         found[COPY] = Call(rotation.copies(moved, n_sets, device))
+        if device == "cpu" and "one-thread" in cell.who and torch.get_num_threads() > 1:
+            found[COPY + ONE_THREAD] = found[COPY]._replace(threads=1)
     return found
 
 

@@ -9,7 +9,20 @@ from functools import partial
 
 import pytest
 import torch
-from mtkd_fast.bench import contenders, gate, gpu, grid, machine, memory, passes, rotation, runner, timing, verdicts
+from mtkd_fast.bench import (
+    contenders,
+    cores,
+    gate,
+    gpu,
+    grid,
+    machine,
+    memory,
+    passes,
+    rotation,
+    runner,
+    timing,
+    verdicts,
+)
 from mtkd_fast.bench.grid import Cell
 from mtkd_fast.bench.ops import kd as kd_op
 from mtkd_fast.bench.ops.kd import KD
@@ -220,6 +233,25 @@ def test_the_copy_rotates_and_moves_the_minimal_bytes(monkeypatch):
     assert all(TINY.minimal_bytes() - 8 < n_bytes <= TINY.minimal_bytes() for _, _, n_bytes in moved)
 
 
+def test_a_cell_waits_until_the_cores_are_apart(monkeypatch):
+    measured = iter([1.1, 1.2, 1.9])
+    monkeypatch.setattr(cores, "copy_scaling", lambda: next(measured))
+    monkeypatch.setattr(cores, "PAUSE_SECONDS", 0)
+    assert cores.wait(60)
+    assert not list(measured)
+
+
+def test_a_cell_does_not_wait_for_ever(monkeypatch):
+    monkeypatch.setattr(cores, "copy_scaling", lambda: 1.0)
+    monkeypatch.setattr(cores, "PAUSE_SECONDS", 1e-3)
+    assert not cores.wait(10e-3)
+
+
+def test_how_a_copy_scales_is_measured():
+    with timing.threads(2):
+        assert 0 < cores.copy_scaling() < 10
+
+
 # ---------- runs
 
 
@@ -231,7 +263,7 @@ def test_a_run_has_raw_samples_kernel_times_versions_and_the_strategy():
         )
     json.dumps(found)
     (cell,) = found["cells"]
-    assert set(cell["contenders"]) == {"eager", "cpp", "cpp ×1", "copy", "launch"}
+    assert set(cell["contenders"]) == {"eager", "cpp", "cpp ×1", "copy", "copy ×1", "launch"}
     for entry in cell["contenders"].values():
         assert len(entry["seconds"]) >= 5
         assert entry["kernel_seconds"] >= 0

@@ -25,9 +25,13 @@ MACHINE = {
 
 def cell(of: Cell, **seconds: float) -> dict:
     """A cell as the runner makes it; ``ours`` and ``one`` stand for cpp and cpp ×1."""
-    names = {"ours": "cpp", "one": "cpp ×1", "cross": "cross-entropy"}
+    names = {"ours": "cpp", "one": "cpp ×1", "cross": "cross-entropy", "copy_one": "copy ×1"}
     entries = {
-        names.get(name, name): {"kind": "floor" if name == "copy" else "baseline", "seconds": [s] * 5, "stride": 8}
+        names.get(name, name): {
+            "kind": "floor" if name.startswith("copy") else "baseline",
+            "seconds": [s] * 5,
+            "stride": 8,
+        }
         for name, s in seconds.items()
     }
     return {
@@ -38,7 +42,15 @@ def cell(of: Cell, **seconds: float) -> dict:
 
 
 def run_of(*cells: dict, grid: str = "full") -> dict:
-    found = {"machine": MACHINE, "grid": grid, "missing": [], "dropped": [], "failures": [], "cells": list(cells)}
+    found = {
+        "machine": MACHINE,
+        "grid": grid,
+        "effort": {"seconds": 1.0},
+        "missing": [],
+        "dropped": [],
+        "failures": [],
+        "cells": list(cells),
+    }
     return found | {"verdicts": [verdict._asdict() for verdict in verdicts.of(found)]}
 
 
@@ -71,6 +83,18 @@ def test_a_bound_from_above():
     assert judged(target, *cells).number == pytest.approx(1.4)
     assert judged(target, *cells).state == MET
     assert judged(target._replace(bound=1.3), *cells).state == MISSED
+
+
+def test_scaling_is_told_beside_that_of_a_copy_from_memory():
+    cold = {"input_sets": 3}
+    cells = [cell(CASES[0], one=1.8, ours=1.0, copy_one=1.0, copy=1.0),
+             cell(CASES[1], one=1.5, ours=1.0, copy_one=1.1, copy=1.0) | cold]  # fmt: skip
+    target = Target("t", verdicts.scaling, 1.8, CASES[:2], over=verdicts.timing.geometric_mean,
+                    floor=verdicts.copy_scaling)  # fmt: skip
+    found = judged(target, *cells)
+    assert (found.state, found.floor) == (MISSED, pytest.approx(1.1))
+    assert found.sentence.endswith("; of a copy 1.1×")
+    assert "of a copy" not in judged(target._replace(floor=None), *cells).sentence
 
 
 def test_what_is_not_measured_is_neither_met_nor_missed():
@@ -254,6 +278,12 @@ def test_profile_writes_a_trace_with_our_op_in_it(tmp_path, capsys):
 def test_profiling_someone_unknown_is_refused_by_name(tmp_path, capsys):
     assert command.main(["profile", *OWN, "--who", "nobody", "--out", str(tmp_path)]) == 2
     assert "who must be of eager" in capsys.readouterr().err
+
+
+def test_waiting_for_the_cores_is_said():
+    run = run_of(cell(CASES[0], ours=1.0))
+    assert not report.waited(run)
+    assert "or 60 s later" in report.omissions(run | {"effort": {"apart": 60.0}})[-1]
 
 
 def test_a_disturbed_cell_is_named():
