@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from . import grid, machine, ops, profiling, report, runner, verdicts
+from . import cores, grid, machine, ops, profiling, report, runner, verdicts
 from .case import DTYPES
 
 SIZES = ("rows", "classes", "width", "teachers", "students")
@@ -45,12 +45,12 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument("--quick", action="store_true", help="the same as --grid quick")
     where.add_argument("--budget", type=float, metavar="SECONDS", help="start no cell after so many seconds")
     where.add_argument(
-        "--apart",
+        "--patience",
         type=float,
         default=0,
         metavar="SECONDS",
-        help="wait up to so long before a cell until a copy on all cores is 1.5 times as fast as on one: the host of a "
-        "virtual machine may have put its cores on one cache",
+        help=f"on a virtual machine: wait up to so long until a copy on all cores is {cores.APART} times as fast as on "
+        "one, and time a cell once more if other work disturbed it much",
     )
     add_case(bench)
 
@@ -97,7 +97,7 @@ def run_bench(options: argparse.Namespace) -> int:
     found = runner.run(
         device,
         cells,
-        runner.Effort(seconds, apart=options.apart),
+        runner.Effort(seconds, patience=options.patience),
         budget=options.budget,
         keep=lambda so_far: report.write_json(so_far, options.out, stem),
         what=name,

@@ -11,7 +11,7 @@ from . import peers
 from .case import Case, Exact, Inputs, Loss
 
 EAGER, COMPILE, COPY, LAUNCH = "eager", "compile", "copy", "launch"
-ONE_THREAD = " ×1"  # after the name of an implementation
+ONE_THREAD = " ×1"  # after the name of an implementation, or of the copy
 BASELINE, PEER, ANCHOR, OURS, FLOOR = "baseline", "peer", "anchor", "ours", "floor"
 GROUPS = ("eager", "stacked", "compile", "compile-stacked", "peers", "anchors", "ours", "one-thread", "floors")
 

@@ -8,12 +8,12 @@ import torch
 from . import timing
 
 APART = 1.5  # a copy on all cores is this many times as fast as on one
-COPIED_BYTES = 64 << 20  # out of any cache
+COPIED_BYTES = 64 << 20
 COPIES = 3  # the best of so many
 PAUSE_SECONDS = 0.5
 
 
-def copy_scaling() -> float:
+def speedup_of_copy() -> float:
     """How many times faster a copy is on all of PyTorch's threads than on one."""
     source = torch.ones(COPIED_BYTES // 4)
     sink = torch.ones_like(source)
@@ -28,6 +28,6 @@ def copy_scaling() -> float:
 def wait(seconds: float) -> bool:
     """Until the cores are apart, at most so many seconds; whether they are."""
     until = time.monotonic() + seconds
-    while not (apart := copy_scaling() >= APART) and time.monotonic() < until:
+    while not (apart := speedup_of_copy() >= APART) and time.monotonic() < until:
         time.sleep(PAUSE_SECONDS)
     return apart

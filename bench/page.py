@@ -42,8 +42,8 @@ def card(verdict: verdicts.Verdict) -> dict:
         "name": verdict.name,
         "number": unit(verdict.number),
         "bound": f"{'at most' if verdict.at_most else 'at least'} {unit(verdict.bound)}",
-        "over": f"{verdict.over} of {verdict.measured} of {verdict.cells} cells",
-        "worst": f"worst: {verdict.worst}, {unit(verdict.worst_number)}{verdict.beside}" if verdict.worst else "",
+        "over": verdict.found_in,
+        "worst": f"worst: {verdict.worst}, {unit(verdict.worst_number)}" if verdict.worst else "",
     }
 
 

@@ -21,7 +21,8 @@ PROTOCOL = (
     "Every contender is first held against a float64 oracle, loss and gradient; who is wrong is not timed.",
     "Times are medians of 5 to 40 samples in interleaved rounds, a sample the mean of as many calls as the clock "
     "needs; ± is half the distance of the quartiles. Ratios are medians over stretches of rounds, within which both "
-    "sides saw the same machine.",
+    "sides saw the same machine. With --patience a cell waits for cores that do not share a way to memory, as those of "
+    "a virtual machine may, and is timed once more if other work had a fifth of the processors.",
     "Cases above a quarter of the last cache rotate through inputs of their own, so that a call finds none of them in "
     "the cache; smaller ones are warm. The copy, of the minimal bytes (half read, half written), rotates likewise.",
     "eager is the loss as people write it, a loop over teachers; compile is torch.compile of that, static shapes, one "
@@ -142,14 +143,14 @@ def own_sentence(cell: dict) -> str:
 
 
 def omissions(run: dict) -> list[str]:
-    """Who did not take part, what was left out, and what is to be measured again."""
+    """Who did not take part, what was left out, and what the machine disturbed."""
     absent = [f"not here: {m['name']}: {m['why']}" for m in run["missing"]]
-    return absent + [f"not measured: {what}" for what in run["dropped"]] + disturbed(run) + waited(run)
+    return absent + [f"not measured: {what}" for what in run["dropped"]] + disturbed(run) + impatient(run)
 
 
-def waited(run: dict) -> list[str]:
-    seconds = run["effort"].get("apart")
-    return [f"cells began when the cores were apart, or {seconds:g} s later"] if seconds else []
+def impatient(run: dict) -> list[str]:
+    """The cells for which waiting was in vain."""
+    return [f"on one cache: {title(cell)}: its timing began so" for cell in run["cells"] if cell.get("apart") is False]
 
 
 def text(run: dict) -> str:

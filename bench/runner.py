@@ -16,6 +16,7 @@ from .timing import Call
 
 CELL_SECONDS = {"cpu": 12.0, "cuda": 2.0}  # of timing a cell
 QUICK_SECONDS = 0.4
+TOO_MUCH = 0.2  # of the processors, for others than the benchmark
 PROFILED_SECONDS, MOST_PROFILED = 0.05, 20
 
 
@@ -25,7 +26,7 @@ class Effort(NamedTuple):
     seconds: float
     kernels: bool = True
     memory: bool = True
-    apart: float = 0  # seconds that a cell waits at most until the cores are (cores.py)
+    patience: float = 0  # seconds that a cell waits at most for cores that are apart (cores.py)
 
 
 def run(
@@ -81,8 +82,6 @@ def note_missing(known: list[dict], missing: list[contenders.Missing]) -> None:
 def measure(cell: Cell, device: str, effort: Effort) -> dict:
     """A contender that is wrong or cannot run is there with the reason."""
     case, of, who = cell
-    if device == "cpu" and effort.apart:
-        cores.wait(effort.apart)
     taking_part, missing = contenders.on(case, device, who)
     sets = rotation.sets(case, device)
     entries, calls = checked(taking_part, cell, sets)
@@ -90,10 +89,8 @@ def measure(cell: Cell, device: str, effort: Effort) -> dict:
         for name, floor in floors(cell, device, len(sets)).items():
             entries[name] = {"kind": contenders.FLOOR}
             calls[name] = floor
-    began, busy = time.monotonic(), machine.busy_seconds()
-    for name, samples in timing.interleaved(calls, device, effort.seconds).items():
+    for name, samples in (timed := patiently_timed(calls, device, effort)).samples.items():
         entries[name] |= samples._asdict()
-    others = machine.share_of_others(busy, time.monotonic() - began)
     if effort.kernels and of != GRAPH:
         for name, call in calls.items():
             n_calls = int(PROFILED_SECONDS / timing.median(entries[name]["seconds"]))
@@ -118,13 +115,33 @@ def measure(cell: Cell, device: str, effort: Effort) -> dict:
         "slack_bytes": memory.slack(device),
         "minimal_bytes": minimal_bytes(cell),
         "input_sets": n_sets,
-        "others": others,
+        "others": timed.others,
+        "apart": timed.apart,
         "ours": ours,
         "strategy": case.strategy(ours, device, of != FORWARD),
         "contenders": entries,
         "missing": missing,
         "dropped": dropped,
     }
+
+
+class Timed(NamedTuple):
+    samples: dict[str, timing.Samples]
+    others: float | None  # other work's share of the processors
+    apart: bool | None  # whether the cores were so when it began; None: nobody asked
+
+
+def patiently_timed(calls: dict[str, Call], device: str, effort: Effort) -> Timed:
+    """With patience, what much other work has disturbed is timed once more."""
+    patient = effort.patience > 0 and device == "cpu" and torch.get_num_threads() > 1
+    for _ in range(2):
+        apart = cores.wait(effort.patience) if patient else None
+        began, busy = time.monotonic(), machine.busy_seconds()
+        samples = timing.interleaved(calls, device, effort.seconds)
+        others = machine.share_of_others(busy, time.monotonic() - began)
+        if not patient or (others or 0) < TOO_MUCH:
+            break
+    return Timed(samples, others, apart)
 
 
 def minimal_bytes(cell: Cell) -> int | None:
@@ -150,7 +167,7 @@ def checked(taking_part: list[Contender], cell: Cell, sets: list) -> tuple[dict[
 
 
 def floors(cell: Cell, device: str, n_sets: int) -> dict[str, Call]:
-    """A copy of the minimal bytes, as cold as the contenders are, and the least that a call can be."""
+    """A copy of the minimal bytes, as cold as the contenders are, on one thread too, and the least a call can be."""
     found = {LAUNCH: Call(empty_launch(device))}
     moved = minimal_bytes(cell)
     if moved is not None:

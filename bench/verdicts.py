@@ -24,7 +24,7 @@ class Target(NamedTuple):
     over: Callable[[Sequence[float]], float] | None = None  # None: every cell must be within the bound
     at_most: bool = False  # the bound is the largest number that is allowed; else the smallest
     only: Callable[[dict], bool] = lambda cell: True  # of the cells, where it depends on what was measured
-    floor: Measure | None = None  # the same number of the floor, for scale
+    of_copy: Measure | None = None  # the same number of a copy, for comparison, where it has one
 
     def within(self, number: float) -> bool:
         return number <= self.bound if self.at_most else number >= self.bound
@@ -42,24 +42,24 @@ class Verdict(NamedTuple):
     worst_number: float | None
     measured: int
     cells: int
-    floor: float | None = None  # the same of the floor, over its cells
+    of_copy: float | None = None  # the same number of a copy, over the cells where it has one
 
     @property
-    def beside(self) -> str:
-        """What the floor makes of it."""
-        return "" if self.floor is None else f"; of a copy {in_unit(self.floor, self.unit)}"
+    def found_in(self) -> str:
+        cells = f"{self.measured} cells" if self.measured == self.cells else f"{self.measured} of {self.cells} cells"
+        copy = "" if self.of_copy is None else f"; a copy from memory {in_unit(self.of_copy, self.unit)}"
+        return f"{self.over} of {cells}{copy}"
 
     @property
     def sentence(self) -> str:
         limit = f"target {'at most' if self.at_most else 'at least'} {in_unit(self.bound, self.unit)}"
         if self.number is None:
             return f"{self.state:>12}  {self.name}: {limit}"
-        cells = f"{self.measured} cells" if self.measured == self.cells else f"{self.measured} of {self.cells} cells"
-        said = f"{self.state:>12}  {self.name}: {in_unit(self.number, self.unit)} ({self.over} of {cells}), {limit}; "
+        said = f"{self.state:>12}  {self.name}: {in_unit(self.number, self.unit)} ({self.found_in}), {limit}; "
         return (
             said
             + (f"worst {in_unit(self.worst_number, self.unit)} " if self.over != WORST else "")
-            + f"at {self.worst}{self.beside}"
+            + f"at {self.worst}"
         )
 
 
@@ -79,8 +79,8 @@ def scaling(cell: dict) -> float | None:
     return results.speedup(cell, cell["ours"], cell["ours"] + ONE_THREAD)
 
 
-def copy_scaling(cell: dict) -> float | None:
-    """From memory; what is in cache the copy does not share out."""
+def scaling_of_copy(cell: dict) -> float | None:
+    """From memory: small ones stay in cache, and PyTorch does not share them out."""
     if cell["input_sets"] == 1:
         return None
     return results.speedup(cell, COPY, COPY + ONE_THREAD)
@@ -123,7 +123,7 @@ TARGETS: dict[str, tuple[Target, ...]] = {
         Target("no cell below, where torch.compile takes under 300 µs", times(COMPILE), 1.5,
                (*CPU_GRID, grid.HOST_OVERHEAD), only=is_short),
         Target("speed of a copy of the minimal bytes, C ≥ 1000, fp32", of_copy, 0.75, CPU_LONG, unit="%"),
-        Target("one to two cores", scaling, 1.8, CPU_GRID, over=timing.geometric_mean, floor=copy_scaling),
+        Target("one to two cores", scaling, 1.8, CPU_GRID, over=timing.geometric_mean, of_copy=scaling_of_copy),
         Target("peak memory over one gradient + O(N·K)", memory_beyond, 1.0, CPU_GRID, at_most=True),
         Target("host overhead: time over that of F.cross_entropy", host_overhead, 1.5, (grid.HOST_OVERHEAD,),
                at_most=True),
@@ -158,7 +158,7 @@ def key_of(cell: grid.Cell) -> tuple[str, ...]:
 def judge(target: Target, measured: dict[tuple, dict]) -> Verdict:
     """``measured``: the cells of the results by ``key``."""
     found: list[tuple[float, str]] = []
-    floors: list[float] = []
+    copies: list[float] = []
     expected = 0
     for wanted in target.cells:
         cell = measured.get(key_of(wanted))
@@ -168,15 +168,16 @@ def judge(target: Target, measured: dict[tuple, dict]) -> Verdict:
         number = target.measure(cell) if cell is not None else None
         if number is not None:
             found.append((number, results.title(cell)))
-            floor = target.floor(cell) if target.floor else None
-            floors += [] if floor is None else [floor]
+            of_copy = target.of_copy(cell) if target.of_copy else None
+            copies += [] if of_copy is None else [of_copy]
     over = WORST if target.over is None else "geometric mean"
     common = (target.bound, target.at_most, target.unit, over)
     if not found:
         return Verdict(target.name, OPEN, None, *common, None, None, 0, expected)
     worst_number, worst = max(found) if target.at_most else min(found)
-    number = worst_number if target.over is None else target.over([number for number, _ in found])
+    over_cells = target.over or (max if target.at_most else min)
+    number = over_cells([number for number, _ in found])
     passed = target.within(number)
     state = MISSED if not passed else MET if len(found) == expected else PART
-    floor = target.over(floors) if floors else None
-    return Verdict(target.name, state, number, *common, worst, worst_number, len(found), expected, floor)
+    of_copy = over_cells(copies) if copies else None
+    return Verdict(target.name, state, number, *common, worst, worst_number, len(found), expected, of_copy)

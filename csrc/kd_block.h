@@ -41,23 +41,29 @@ MTKD_INLINE Bundle<T, N> exp_at_one(const Bundle<T, N>& e, const Bundle<T, N>& x
   return TemperedExp<T>(1)(x);
 }
 
+template <typename T>
+constexpr int kGuessed = 8 * kLanes<T>;  // classes
+
 // What the sweeps over the columns need to know.
 template <typename T>
 struct Sweep {
   T inv_t;  // 1/τ
-  T reach;  // how far a logit may lie above what the exponentials are relative to: e⁸ at the colder of τ and 1
+  T reach;  // how far a logit may lie above what the exponentials are relative to: e⁴ at the colder of τ and 1
   TemperedExp<T> exp;
   AtOne student_at_one, teacher_at_one;
   bool entropy, totals;
+  bool guesses;  // where rows of one tile start from, see kd_sweep.h
 
   Sweep(const KDArgs<T>& args, bool hard, bool teacher_weights, bool entropy)
       : inv_t(1 / args.temperature),
-        reach(8 * std::min(T(1), args.temperature)),
+        reach(4 * std::min(T(1), args.temperature)),
         exp(args.temperature),
         student_at_one(at_one(args.temperature, hard)),
         teacher_at_one(at_one(args.temperature, teacher_weights)),
         entropy(entropy),
-        totals(hard && args.label_smoothing != 0) {}
+        totals(hard && args.label_smoothing != 0),
+        guesses(args.classes >= 2 * kGuessed<T> && args.temperature >= 1 && !entropy &&
+                args.divergence != Divergence::dkd) {}
 };
 
 template <typename T>
@@ -97,7 +103,8 @@ constexpr int kLines = kIsAcross<T, At> ? 1 : kLanes<T>;  // of a block at most
 // What the sweep leaves of one tensor's rows (SoftmaxState of row_stats.h), and a teacher's cross sum.
 template <typename T>
 struct States {
-  Lanes<T> max, sum, sum1, dot1, total, cross;
+  Lanes<T> max;  // or what stands in for it, a logit of the row at most kGuessReach below (kd_sweep.h)
+  Lanes<T> sum, sum1, dot1, total, cross;
   Lanes<T> label;  // the logit at the target, where a cross-entropy is wanted
 
   void clear() {  // by registers: an assignment of {} is a slow string instruction

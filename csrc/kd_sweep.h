@@ -2,9 +2,14 @@
 //
 // One exponential per element (two where τ is not 1, 2 or 4 and a weight rule or the hard label wants T = 1).
 //
-// Exponentials are relative to the largest logit of a row's first tile, which is searched for it, or, of a row of one
-// tile, to a guess. The largest is then found on the way. Where it lies out of reach (Sweep), the row's states are
-// raised and the tile is swept again; within reach rows of several tiles are raised when all are done.
+// Exponentials are relative to the largest logit of a row's first tile, which is searched for it. In the tiles that
+// follow the largest is found on the way. Where it lies out of reach (Sweep), the row's states are raised and the
+// tile is swept again; within reach they are raised when all tiles are done.
+//
+// Rows of one tile may start from a guess, the largest of a few classes and the target: a search of what comes from
+// memory costs 3 to 8%, for nothing is computed meanwhile. Rows for which it lies too far below are swept again; the
+// others stay relative to it. Not where the weights are entropies, small differences of what grows with the distance;
+// nor where logits spread, below τ = 1; nor where the target stands apart.
 
 // The columns that this tensor is asked for next, fetched while these are worked on: the K + 1 rows are too many short
 // streams for the hardware to foresee.
@@ -89,7 +94,7 @@ Vec<T> largest(const Vectors<T>& x) {
 }
 
 template <typename T>
-constexpr int kGuessed = 8 * kLanes<T>;  // classes
+constexpr T kGuessReach = 8;
 
 // The largest of a row's first numbers and its target's.
 template <typename T>
@@ -115,26 +120,19 @@ struct TileLines {
     });
   }
 
-  // The largest logit of each row, or a guess at it. NaN is not seen.
+  // The largest logit of each row, in which NaN is not seen, or a guess at it.
   template <typename Reads>
-  Vec<T> maxima(const Block<T>& block, const Reads& reads, bool guesses) const {
+  Vec<T> references(const Block<T>& block, const Reads& reads, bool guesses) const {
     Gathered<T, At> of(block, reads, -infinity<T>());
     for_each_line<At>(block, reads, [&](At at) {
       const Vectors<T>& x = line[at.line];
       const int64_t target = block.target[at.line];
-      of.of[at.line] = guesses && target >= 0 ? largest_guessed(x, target) : largest(x);
+      const bool guessed = !kIsAcross<T, At> && guesses && target >= 0;
+      of.of[at.line] = guessed ? largest_guessed(x, target) : largest(x);
     });
     return of.largest_of_rows();
   }
 };
-
-// Whether the target and a few classes tell enough of a row's largest logit. To search a row that comes from memory
-// costs 3 to 8%, for nothing is computed meanwhile.
-template <typename T>
-bool guesses_maxima(const KDArgs<T>& args, const Scratch<T>& scratch) {
-  const bool long_enough = args.classes >= 2 * kGuessed<T>;
-  return long_enough && scratch.one_tile() && !scratch.across() && args.divergence != Divergence::dkd;
-}
 
 // Raises the row of a block of one to a larger maximum; `before` classes have been absorbed.
 template <typename T>
@@ -151,13 +149,21 @@ Raised<T> raise_row(States<T>& states, Lanes<T>& reference, T max, int64_t befor
   return raised;
 }
 
-// The rows that lie out of reach, before a tile is swept again: one of several tiles, or several of which nothing has
-// been absorbed.
+// After a tile, whose largest logits are known by now: which rows are to be swept again, from other references.
 template <typename T>
-Raised<T> raise_far(States<T>& states, Lanes<T>& reference, Integers<T> far, Vec<T> max, int64_t before, T inv_t) {
-  if (before > 0) return raise_row(states, reference, max[0], before, inv_t);
-  reference = far != 0 ? max : reference.all();
-  return {Raise<T>(), T(0)};
+Integers<T> settle_references(bool one_tile, States<T>& states, Lanes<T>& reference, Vec<T> max, int64_t before,
+                              const Sweep<T>& sweep, Raised<T>& raised) {
+  const Vec<T> above = max - reference.all();
+  if (one_tile) {
+    const Integers<T> far = above > kGuessReach<T>;
+    states.max = reference = far != 0 ? max : reference.all();
+    return far;
+  }
+  const Integers<T> far = above > sweep.reach;  // the block has one row, in every lane
+  const Vec<T> highest = larger_of(states.max.all(), max);
+  if (any_of(far)) raised = raise_row(states, reference, max[0], before, sweep.inv_t);
+  states.max = highest;
+  return far;
 }
 
 // A teacher's cross sum, after it or the student has been raised.
@@ -261,7 +267,7 @@ void absorb_student(const KDArgs<T>& args, Block<T>& block, const Sweep<T>& swee
   Lanes<T>& reference = block.student_reference;
   if (kAcross || begin == 0) {
     states.clear();
-    states.max = reference = tile.maxima(block, kEveryRow, guesses_maxima(args, scratch));
+    states.max = reference = tile.references(block, kEveryRow, sweep.guesses && scratch.one_tile());
   }
   const Ahead next = ahead_of(args, args.student, block.rows, begin, kAcross);
   block.student_raised = {Raise<T>(), states.sum[0]};
@@ -271,14 +277,10 @@ void absorb_student(const KDArgs<T>& args, Block<T>& block, const Sweep<T>& swee
   };
   sweep_lines(kEveryRow);
   if constexpr (!kAcross) {
-    const Vec<T> max = sums.max.largest_of_rows();
-    const Integers<T> far = max - reference.all() > sweep.reach;
-    if (any_of(far)) {
-      const int64_t before = begin - block.apart_in(0, 0, begin);
-      block.student_raised = raise_far(states, reference, far, max, before, sweep.inv_t);
-      sweep_lines([&](int row) { return far[row] != 0; });
-    }
-    states.max = scratch.one_tile() ? reference.all() : larger_of(states.max.all(), max);
+    const int64_t before = begin - block.apart_in(0, 0, begin);
+    const Integers<T> far = settle_references(scratch.one_tile(), states, reference, sums.max.largest_of_rows(), before,
+                                              sweep, block.student_raised);
+    if (any_of(far)) sweep_lines([&](int row) { return far[row] != 0; });
   }
   if (!kAcross && !scratch.one_tile()) scratch.reference(0, begin) = reference[0];
   states.sum = states.sum.all() + sums.sum.sum_of_rows();
@@ -389,7 +391,8 @@ void absorb_teacher(const KDArgs<T>& args, Block<T>& block, int k, const Sweep<T
   const TileLines<T, At> tile(args.teacher[k], block, begin, count, scratch, reads);
   States<T>& states = block.teacher_state[k];
   Lanes<T>& reference = block.teacher_reference[k];
-  if (kAcross || begin == 0) states.max = reference = tile.maxima(block, reads, guesses_maxima(args, scratch));
+  if (kAcross || begin == 0)
+    states.max = reference = tile.references(block, reads, sweep.guesses && scratch.one_tile());
   Raised<T> raised{Raise<T>(), states.sum[0]};
   const Ahead next = ahead_of(args, args.teacher[k], block.rows, begin, kAcross);
   GatheredSums<T, At> sums(block, reads);
@@ -409,13 +412,9 @@ void absorb_teacher(const KDArgs<T>& args, Block<T>& block, int k, const Sweep<T
   };
   sweep_lines(reads, false);
   if constexpr (!kAcross) {
-    const Vec<T> max = sums.max.largest_of_rows();
-    const Integers<T> far = max - reference.all() > sweep.reach;
-    if (any_of(far)) {
-      raised = raise_far(states, reference, far, max, begin, sweep.inv_t);
-      sweep_lines([&](int row) { return reads(row) && far[row] != 0; }, false);
-    }
-    states.max = scratch.one_tile() ? reference.all() : larger_of(states.max.all(), max);
+    const Integers<T> far =
+        settle_references(scratch.one_tile(), states, reference, sums.max.largest_of_rows(), begin, sweep, raised);
+    if (any_of(far)) sweep_lines([&](int row) { return reads(row) && far[row] != 0; }, false);
   }
   if constexpr (kCrosses) {
     if (any_of(crossed - crossed != 0)) sweep_lines(reads, true);

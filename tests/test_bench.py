@@ -235,21 +235,47 @@ def test_the_copy_rotates_and_moves_the_minimal_bytes(monkeypatch):
 
 def test_a_cell_waits_until_the_cores_are_apart(monkeypatch):
     measured = iter([1.1, 1.2, 1.9])
-    monkeypatch.setattr(cores, "copy_scaling", lambda: next(measured))
+    monkeypatch.setattr(cores, "speedup_of_copy", lambda: next(measured))
     monkeypatch.setattr(cores, "PAUSE_SECONDS", 0)
     assert cores.wait(60)
     assert not list(measured)
 
 
 def test_a_cell_does_not_wait_for_ever(monkeypatch):
-    monkeypatch.setattr(cores, "copy_scaling", lambda: 1.0)
+    monkeypatch.setattr(cores, "speedup_of_copy", lambda: 1.0)
     monkeypatch.setattr(cores, "PAUSE_SECONDS", 1e-3)
     assert not cores.wait(10e-3)
 
 
-def test_how_a_copy_scales_is_measured():
+def test_how_a_copy_scales_is_measured_on_one_thread_and_on_all(monkeypatch):
+    def seconds_of(call, *_):
+        call.step(0)
+        return 3.0 / torch.get_num_threads()
+
+    monkeypatch.setattr(timing, "batch_seconds", seconds_of)
     with timing.threads(2):
-        assert 0 < cores.copy_scaling() < 10
+        assert cores.speedup_of_copy() == 2.0
+
+
+def timed_with(patience, threads=2):
+    with timing.threads(threads):
+        return runner.patiently_timed({"nothing": Call(lambda i: None)}, "cpu", runner.Effort(0.01, patience=patience))
+
+
+def test_with_patience_a_disturbed_cell_is_timed_once_more(monkeypatch):
+    shares, waits = iter([0.5, 0.01]), []
+    monkeypatch.setattr(cores, "wait", lambda seconds: waits.append(seconds) is None)
+    monkeypatch.setattr(machine, "share_of_others", lambda *_: next(shares))
+    timed = timed_with(patience=3.0)
+    assert (timed.others, timed.apart, waits) == (0.01, True, [3.0, 3.0])
+
+
+@pytest.mark.parametrize("options", [{"patience": 0.0}, {"patience": 3.0, "threads": 1}])
+def test_without_patience_or_with_one_core_nobody_waits(monkeypatch, options):
+    monkeypatch.setattr(cores, "wait", None)
+    monkeypatch.setattr(machine, "share_of_others", lambda *_: 0.5)
+    timed = timed_with(**options)
+    assert (timed.others, timed.apart) == (0.5, None)
 
 
 # ---------- runs

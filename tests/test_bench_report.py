@@ -42,15 +42,7 @@ def cell(of: Cell, **seconds: float) -> dict:
 
 
 def run_of(*cells: dict, grid: str = "full") -> dict:
-    found = {
-        "machine": MACHINE,
-        "grid": grid,
-        "effort": {"seconds": 1.0},
-        "missing": [],
-        "dropped": [],
-        "failures": [],
-        "cells": list(cells),
-    }
+    found = {"machine": MACHINE, "grid": grid, "missing": [], "dropped": [], "failures": [], "cells": list(cells)}
     return found | {"verdicts": [verdict._asdict() for verdict in verdicts.of(found)]}
 
 
@@ -90,11 +82,12 @@ def test_scaling_is_told_beside_that_of_a_copy_from_memory():
     cells = [cell(CASES[0], one=1.8, ours=1.0, copy_one=1.0, copy=1.0),
              cell(CASES[1], one=1.5, ours=1.0, copy_one=1.1, copy=1.0) | cold]  # fmt: skip
     target = Target("t", verdicts.scaling, 1.8, CASES[:2], over=verdicts.timing.geometric_mean,
-                    floor=verdicts.copy_scaling)  # fmt: skip
+                    of_copy=verdicts.scaling_of_copy)  # fmt: skip
     found = judged(target, *cells)
-    assert (found.state, found.floor) == (MISSED, pytest.approx(1.1))
-    assert found.sentence.endswith("; of a copy 1.1×")
-    assert "of a copy" not in judged(target._replace(floor=None), *cells).sentence
+    assert (found.state, found.of_copy) == (MISSED, pytest.approx(1.1))
+    assert "2 cells; a copy from memory 1.1×)" in found.sentence
+    assert "copy" not in judged(target._replace(of_copy=None), *cells).sentence
+    assert page.card(found)["over"] == "geometric mean of 2 cells; a copy from memory 1.1×"
 
 
 def test_what_is_not_measured_is_neither_met_nor_missed():
@@ -280,10 +273,10 @@ def test_profiling_someone_unknown_is_refused_by_name(tmp_path, capsys):
     assert "who must be of eager" in capsys.readouterr().err
 
 
-def test_waiting_for_the_cores_is_said():
-    run = run_of(cell(CASES[0], ours=1.0))
-    assert not report.waited(run)
-    assert "or 60 s later" in report.omissions(run | {"effort": {"apart": 60.0}})[-1]
+def test_a_cell_that_waited_for_the_cores_in_vain_is_named():
+    first, second = cell(CASES[0], ours=1.0), cell(CASES[1], ours=1.0)
+    found = report.omissions(run_of(first | {"apart": True}, second | {"apart": False}))
+    assert found == [f"on one cache: {results.title(second)}: its timing began so"]
 
 
 def test_a_disturbed_cell_is_named():
