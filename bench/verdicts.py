@@ -71,7 +71,7 @@ def times(baseline: str) -> Measure:
     return lambda cell: results.speedup(cell, cell["ours"], baseline)
 
 
-def of_copy(cell: dict) -> float | None:
+def share_of_copy(cell: dict) -> float | None:
     return results.share_of_floor(cell, cell["ours"], COPY)
 
 
@@ -122,7 +122,7 @@ TARGETS: dict[str, tuple[Target, ...]] = {
         Target("no cell below, against torch.compile", times(COMPILE), 3, CPU_GRID, only=lambda c: not is_short(c)),
         Target("no cell below, where torch.compile takes under 300 µs", times(COMPILE), 1.5,
                (*CPU_GRID, grid.HOST_OVERHEAD), only=is_short),
-        Target("speed of a copy of the minimal bytes, C ≥ 1000, fp32", of_copy, 0.75, CPU_LONG, unit="%"),
+        Target("speed of a copy of the minimal bytes, C ≥ 1000, fp32", share_of_copy, 0.75, CPU_LONG, unit="%"),
         Target("one to two cores", scaling, 1.8, CPU_GRID, over=timing.geometric_mean, of_copy=scaling_of_copy),
         Target("peak memory over one gradient + O(N·K)", memory_beyond, 1.0, CPU_GRID, at_most=True),
         Target("host overhead: time over that of F.cross_entropy", host_overhead, 1.5, (grid.HOST_OVERHEAD,),
@@ -134,7 +134,7 @@ TARGETS: dict[str, tuple[Target, ...]] = {
         Target("against torch.compile, C ≥ 1000, bf16", times(COMPILE), 3, GPU_LARGE, over=timing.geometric_mean),
         Target("against eager PyTorch, small shapes", times(EAGER), 10, GPU_SMALL, over=timing.geometric_mean),
         Target("against torch.compile, small shapes", times(COMPILE), 3, GPU_SMALL, over=timing.geometric_mean),
-        Target("speed of a copy of the minimal bytes, C ≥ 1000, bf16", of_copy, 0.9, GPU_LARGE, unit="%"),
+        Target("speed of a copy of the minimal bytes, C ≥ 1000, bf16", share_of_copy, 0.9, GPU_LARGE, unit="%"),
         Target("peak memory over one gradient + O(N·K)", memory_beyond, 1.0, GPU_ALL, at_most=True),
         Target("RKD angle against its published form", times(EAGER), 20, GPU_ANGLE),
     ),

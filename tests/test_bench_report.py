@@ -112,7 +112,7 @@ def test_cells_are_split_where_torch_compile_is_short():
 
 def test_the_measures():
     found = cell(CASES[0], copy=3.0, ours=4.0, one=7.2)
-    assert verdicts.of_copy(found) == pytest.approx(0.75)
+    assert verdicts.share_of_copy(found) == pytest.approx(0.75)
     assert verdicts.scaling(found) == pytest.approx(1.8)
     allowed = found["gradient_bytes"] + found["number_bytes"] + found["slack_bytes"]
     assert verdicts.memory_beyond(found) is None

@@ -3,7 +3,7 @@ first classes, and computed again where the guess is far off."""
 
 import pytest
 import torch
-from cases.kd import BF16, F16, F32, F64, INF, check
+from cases.kd import BF16, F16, F32, F64, INF, check, check_rows_alone
 
 SEEN = 128  # the most classes that a guess sees beside the target: 8 registers of floats, csrc/kd_block.h
 OPTIONS = dict(weights="confidence", temperature=4.0, ce_weight=0.5, label_smoothing=0.1)
@@ -135,13 +135,4 @@ def test_the_bits_of_a_row_are_its_own(instruction_set, dtype, classes):
     target = target.clamp(max=classes - SEEN // 2)
     student, teachers = far_larger(student), [a_little_larger(teachers[0]), far_larger(teachers[1])]
     check(instruction_set, student, teachers, target, **OPTIONS)
-
-    def gradient(rows):
-        leaf = student[rows].requires_grad_()
-        of_rows = [t[rows] for t in teachers]
-        loss = instruction_set.loss(leaf, of_rows, target[rows], reduction="sum", **OPTIONS)
-        return torch.autograd.grad(loss, leaf)[0]
-
-    together = gradient(slice(None))
-    for n in range(len(student)):
-        assert torch.equal(together[n : n + 1], gradient(slice(n, n + 1)))
+    check_rows_alone(instruction_set, student, teachers, target, **OPTIONS)

@@ -614,6 +614,19 @@ def check(
     return got
 
 
+def check_rows_alone(backend, student, teachers, target, **options) -> None:
+    """The gradient of a row has the same bits whatever rows are beside it."""
+
+    def gradient(rows: slice) -> torch.Tensor:
+        leaf = student[rows].requires_grad_()
+        loss = backend.loss(leaf, [t[rows] for t in teachers], target[rows], reduction="sum", **options)
+        return torch.autograd.grad(loss, leaf)[0]
+
+    together = gradient(slice(None))
+    for n in range(len(student)):
+        assert torch.equal(together[n : n + 1], gradient(slice(n, n + 1)))
+
+
 # The table.
 
 WITHOUT_TARGET = tuple(name for name, divergence in DIVERGENCES.items() if not divergence.takes_target)
