@@ -62,7 +62,7 @@ struct Sweep {
         teacher_at_one(at_one(args.temperature, teacher_weights)),
         entropy(entropy),
         totals(hard && args.label_smoothing != 0),
-        guesses(args.classes >= 2 * kGuessed<T> && args.temperature >= 1 && !entropy &&
+        guesses(args.classes >= 2 * kGuessed<T> && args.classes <= kTileColumns && args.temperature >= 1 && !entropy &&
                 args.divergence != Divergence::dkd) {}
 };
 
@@ -86,6 +86,7 @@ struct Along {
   int line;  // the row
 
   T of(const Lanes<T>& x) const { return x[line]; }
+  void set(Lanes<T>& x, T value) const { x[line] = value; }
   void add(Lanes<T>& x, Vec<T> more) const { x[line] += sum_of<T>(more); }
 };
 template <typename T>
@@ -93,6 +94,7 @@ struct Across {
   static constexpr int line = 0;
 
   Vec<T> of(const Lanes<T>& x) const { return x.all(); }
+  void set(Lanes<T>& x, Vec<T> value) const { x = value; }
   void add(Lanes<T>& x, Vec<T> more) const { x = x.all() + more; }
 };
 template <typename T, typename At>
@@ -251,42 +253,48 @@ struct Block {
   }
 };
 
-// What the lines of a block have gathered, a part in each lane. Along, the lanes of all rows are joined at once: 16
-// rows of 16 lanes take 45 instructions, where each by itself takes 15.
-template <typename T, typename At>
-struct Gathered {
-  Vec<T> of[kLanes<T>];
+// What a line of a tensor's tile adds to its states, a part in each lane.
+template <typename T>
+struct LineSums {
+  Vec<T> max = splat(-infinity<T>()), sum{}, sum1{}, dot1{}, cross{};
 
-  template <typename Reads>
-  Gathered(const Block<T>& block, const Reads& reads, T nothing = 0) : alone_(block.rows == 1) {
-    if (alone_) return;
-    for (int r = 0; r < kLanes<T>; ++r)
-      if (r >= block.rows || !reads(r)) of[r] = splat(nothing);
+  void operator+=(const LineSums& more) {
+    max = larger_of(max, more.max);
+    sum += more.sum;
+    sum1 += more.sum1;
+    dot1 += more.dot1;
+    cross += more.cross;
   }
-
-  Vec<T> sum_of_rows() const {
-    if (alone_) return splat(sum_of<T>(of[0]));
-    return join_rows<T>(of, [](Vec<T> x, Vec<T> y) { return x + y; });
-  }
-  Vec<T> largest_of_rows() const {
-    if (alone_) return splat(max_of<T>(of[0]));
-    return join_rows<T>(of, [](Vec<T> x, Vec<T> y) { return y > x ? y : x; });
-  }
-
- private:
-  bool alone_;
 };
 
-// Across, every lane has its row.
+// The same of every row of a block that goes along, until the lanes of all rows are joined at once: 16 rows of 16 lanes
+// take 45 instructions, where each by itself takes 15.
 template <typename T>
-struct Gathered<T, Across<T>> {
-  Vec<T> of[1];
+class GatheredSums {
+  struct OfRows {
+    alignas(MTKD_VEC_BYTES) T lanes[kLanes<T>][kLanes<T>];
 
-  template <typename Reads>
-  Gathered(const Block<T>&, const Reads&, T = 0) {}
+    Vec<T> join() const {
+      Vec<T> x[kLanes<T>];
+      for (int r = 0; r < kLanes<T>; ++r) x[r] = load(lanes[r]);
+      return join_rows<T>(x, [](Vec<T> x, Vec<T> y) { return x + y; });
+    }
+  };
+  OfRows sum_{}, sum1_{}, dot1_{}, cross_{};
 
-  Vec<T> sum_of_rows() const { return of[0]; }
-  Vec<T> largest_of_rows() const { return of[0]; }
+ public:
+  void set(int row, const LineSums<T>& of) {
+    store(sum_.lanes[row], of.sum);
+    store(sum1_.lanes[row], of.sum1);
+    store(dot1_.lanes[row], of.dot1);
+    store(cross_.lanes[row], of.cross);
+  }
+  void join(States<T>& states) const {
+    states.sum = sum_.join();
+    states.sum1 = sum1_.join();
+    states.dot1 = dot1_.join();
+    states.cross = cross_.join();
+  }
 };
 
 // What the exponentials of a teacher and of the student weigh in the student's gradient; at a target that stands apart

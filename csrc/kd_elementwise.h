@@ -12,7 +12,7 @@ void student_tile(const KDArgs<T>& args, const Block<T>& block, At at, const Swe
              log_sum = at.of(block.student.log_sum);
   const auto to_q = T(1) / sum;
   T *log_q = scratch.shifted(at.line), *q = scratch.student_exps(at.line, begin);
-  const T* s = read_line(args.student, block, at, begin, count, scratch.widened(at.line), kEveryRow);
+  const T* s = read_line(args.student, block, at, begin, count, scratch.widened(0), kEveryRow);
   for_each_vector(Vectors<T>(s, count), false, [&](int i, auto x, auto) {
     const auto shifted = x - max;
     store(log_q + i, shifted * sweep.inv_t - log_sum);
@@ -28,21 +28,12 @@ inline void for_each_element(const KDArgs<T>& args, const Block<T>& block, At at
              log_sum = at.of(block.teacher[k].log_sum);
   const auto to_p = T(1) / sum;
   const T *log_q = scratch.shifted(at.line), *q = scratch.student_exps(at.line, begin);
-  const T* t = read_line(args.teacher[k], block, at, begin, count, scratch.widened(at.line), reads);
+  const T* t = read_line(args.teacher[k], block, at, begin, count, scratch.widened(0), reads);
   for_each_vector(Vectors<T>(t, count), false, [&](int i, auto x, auto) {
     const auto shifted = x - max, p = sweep.exp(shifted) * to_p, log_p = shifted * sweep.inv_t - log_sum;
     for (int v = 0; v < x.size; ++v, i += kLanes<T>)
       step(i, p.of[v], element<kDivergence>(p.of[v], log_p.of[v], load(q + i), load(log_q + i), args.beta));
   });
-}
-
-template <typename T>
-bool reads_line(const Block<T>& block, Along<T> at, int k) {
-  return block.reads(k, at.line);
-}
-template <typename T>
-bool reads_line(const Block<T>& block, Across<T>, int k) {
-  return block.reads_some(k);
 }
 
 // Second sweep: D and G of every teacher that is read.
@@ -52,9 +43,9 @@ void sum_elements(const KDArgs<T>& args, Block<T>& block, At at, const Sweep<T>&
     const int count = tile_count(scratch.line(), begin);
     student_tile(args, block, at, sweep, begin, count, scratch);
     for (int k = 0; k < args.teachers; ++k) {
-      if (!reads_line(block, at, k)) continue;
-      Vec<T> divergence{}, slope{};
       const auto reads = [&](int row) { return block.reads(k, row); };
+      if (!reads_line(at, reads)) continue;
+      Vec<T> divergence{}, slope{};
       for_each_element<kDivergence>(args, block, at, k, sweep, begin, count, scratch, reads,
                                     [&](int, Vec<T>, const Element<Vec<T>>& of) {
                                       divergence += of.of_student + of.of_teacher;

@@ -39,8 +39,7 @@ template <typename T, typename At>
 Ahead ahead_of_line(const KDArgs<T>& args, const Logits& x, const Block<T>& block, At at, int64_t begin,
                     const Scratch<T>& scratch) {
   const int64_t start = block.start(x, at.line);
-  if (scratch.one_tile() || x.class_stride != 1)
-    return ahead_of(args, x, block.rows, begin, scratch.across()).of_row(start);
+  if (scratch.one_tile() || x.class_stride != 1) return ahead_of(args, x, begin, scratch.across()).of_row(start);
   const int64_t on = begin > 0 ? begin - kTileColumns : x.inner_stride;
   return Ahead{reinterpret_cast<uintptr_t>(x.data), element_bytes(x.dtype)}.of_row(start + on);
 }

@@ -14,6 +14,26 @@ MTKD_INLINE void for_each_line(const Block<T>& block, const Reads& reads, const 
       if (reads(row)) body(At{row});
   }
 }
+// Some rows of a block, or all.
+struct Rows {
+  int begin, end;
+};
+template <typename T, typename At, typename Body>
+MTKD_INLINE void for_each_line(Rows rows, const Body& body) {
+  if constexpr (kIsAcross<T, At>)
+    body(At());
+  else
+    for (int row = rows.begin; row < rows.end; ++row) body(At{row});
+}
+// Across, a row that is not read is passed over in the line.
+template <typename T, typename Reads>
+bool reads_line(Along<T> at, const Reads& reads) {
+  return reads(at.line);
+}
+template <typename T, typename Reads>
+bool reads_line(Across<T>, const Reads&) {
+  return true;
+}
 // Of every line, whichever way they go.
 template <typename T, typename Body>
 MTKD_INLINE void for_all_lines(const Block<T>& block, bool across, const Body& body) {

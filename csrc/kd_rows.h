@@ -144,8 +144,22 @@ void settle_block(const KDForward<T>& args, Block<T>& block, const Lanes<T>& los
   for (int row = 0; args.keep_stats && row < block.rows; ++row) write_stats(args, block, row);
 }
 
+// What the block will be written to, and the targets that follow.
+template <typename T>
+MTKD_INLINE void touch_outputs(const KDForward<T>& args, const Block<T>& block) {
+  const int bytes = element_bytes(args.gradient.dtype);
+  const auto* const gradient = static_cast<const char*>(args.gradient.data);
+  for (int row = 0; gradient && row < block.rows; ++row)
+    touch_pages(gradient + block.start(args.gradient, row) * bytes, args.classes * bytes);
+  __builtin_prefetch(args.row_loss + block.n[0]);
+  __builtin_prefetch(args.row_stats + RowStats{args.teachers}.scale() * args.rows + block.n[0]);
+  const int64_t next = block.n[block.rows - 1] + 1;
+  if (args.target && next < args.rows) __builtin_prefetch(args.target + next);
+}
+
 template <typename T>
 void forward_block(const KDForward<T>& args, const Sweep<T>& sweep, Block<T>& block, Scratch<T>& scratch) {
+  touch_outputs(args, block);
   if (scratch.across()) block.find_near();
   scratch.start(block.n[0]);
   start_teachers(args, block);

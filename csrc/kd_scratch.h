@@ -2,9 +2,10 @@
 // the gradient the exponentials of the first sweep, which then need only be weighed. Rows of several tiles keep them
 // elsewhere (kd_behind.h). Included once per instruction set.
 
-constexpr int64_t kBlockBytes = 128 << 10;  // of a block of short rows
-constexpr int64_t kKeptBytes = 4 << 20;     // of pixels with many classes
-constexpr int64_t kKeptShare = 8;           // of the gradient's memory at most, the inverse
+constexpr int64_t kBlockBytes = 256 << 10;   // of a block that goes along; reading pauses at its end
+constexpr int64_t kAcrossBytes = 128 << 10;  // of one that goes across
+constexpr int64_t kKeptBytes = 4 << 20;      // of pixels with many classes
+constexpr int64_t kKeptShare = 8;            // of the gradient's memory at most, the inverse
 constexpr int64_t kShortRow = 128;  // classes up to which rows are worked on across (kd_block.h), wherever they lie
 
 // Whether what a thread keeps of `rows` rows, beyond a block of short ones, is little beside their gradient.
@@ -18,7 +19,7 @@ bool affordable(const KDArgs<T>& args, int64_t rows, int64_t bytes) {
 template <typename T>
 bool goes_across(const KDArgs<T>& args, int64_t rows) {
   const int64_t bytes = args.classes * kLanes<T> * int64_t{sizeof(T)} * (args.teachers + 2);
-  if (bytes <= kBlockBytes) return args.classes <= kShortRow || lies_in_planes(args.student);
+  if (bytes <= kAcrossBytes) return args.classes <= kShortRow || lies_in_planes(args.student);
   return lies_in_planes(args.student) && affordable(args, rows, bytes);
 }
 
@@ -57,6 +58,7 @@ class Scratch {
     const int64_t fitting = std::clamp<int64_t>(kBlockBytes / line_bytes, 1, std::min<int64_t>(kLanes<T>, rows));
     lines_ = one_tile() && !across_ ? fitting : 1;
     rows_ = across_ ? kLanes<T> : lines_;
+    if (gathers()) gathered_.resize(args.teachers + 1);
     teacher_pitch_ = exps != Exps::unused && weighs_exps(args.divergence) ? tile_pitch_ : 0;
 
     const int64_t per_tile = lines_ * tile_pitch_;
@@ -95,6 +97,13 @@ class Scratch {
   T* widened(int line) { return memory_.get() + line * tile_pitch_; }
   T* shifted(int line) { return shifted_ + line * tile_pitch_; }  // s − max
 
+  // Rows of a block that are swept together.
+  int rows_together() const { return across_ ? kLanes<T> : std::clamp<int64_t>(kTileColumns / line_, 1, kLanes<T>); }
+
+  // What the rows of a block have come to, where they are joined in the end.
+  bool gathers() const { return one_tile() && !across_; }
+  GatheredSums<T>& gathered(int tensor) { return gathered_[tensor]; }
+
   // e^{(x−reference)/τ} of the tile at `begin`, kept or of the current tile only; those of the teachers overwrite each
   // other if they are not used.
   T* student_exps(int line, int64_t begin) {
@@ -124,6 +133,7 @@ class Scratch {
   const int64_t line_, tiles_, tile_pitch_, behind_bytes_;  // behind: a tile of all tensors
   Behind<T> behind_;
   int64_t rows_, lines_, teacher_pitch_;
+  std::vector<GatheredSums<T>> gathered_;
   std::unique_ptr<T, Free> memory_;
   T *shifted_, *student_exps_, *teacher_exps_, *references_;
 };

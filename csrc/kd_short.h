@@ -83,7 +83,7 @@ template <typename T, AtOne kAtOne>
 void absorb_line(const Vectors<T>& s, const Sweep<T>& sweep, States<T>& states, const Ahead& ahead, T* shifted,
                  T* exps) {
   const Vec<T> max = largest(s);
-  const StudentSums<T> sums = student_sums<T, kAtOne>(s, max, sweep.exp, ahead, shifted, exps);
+  const LineSums<T> sums = student_sums<T, kAtOne>(s, max, sweep.exp, ahead, shifted, exps);
   states.max = max;
   states.sum = sums.sum;
   states.sum1 = sums.sum1;
@@ -93,8 +93,8 @@ template <typename T, AtOne kAtOne, bool kEntropy>
 void absorb_line(const Vectors<T>& t, const Sweep<T>& sweep, States<T>& states, const Ahead& ahead,
                  const T* student_shifted, T* exps) {
   const Vec<T> max = largest(t);
-  const TeacherSums<T> sums = teacher_sums<T, Expectation::teacher, kAtOne, kEntropy>(t, max, student_shifted, nullptr,
-                                                                                      sweep.exp, ahead, false, exps);
+  const LineSums<T> sums = teacher_sums<T, Expectation::teacher, kAtOne, kEntropy>(t, max, student_shifted, nullptr,
+                                                                                   sweep.exp, ahead, false, exps);
   states.max = max;
   states.sum = sums.sum;
   states.sum1 = sums.sum1;
@@ -110,7 +110,7 @@ void absorb_block(const KDForward<T>& args, Block<T>& block, const Sweep<T>& swe
   Vectors<T> line(to, classes * kLanes<T>);
   const auto start = [&](const Logits& x) {
     read_block(x, n, classes, to);
-    return ahead_of(args, x, kLanes<T>, 0, true).of_row(n * x.inner_stride);
+    return ahead_of(args, x, 0, true).of_row(n * x.inner_stride);
   };
   States<T>& student = block.student_state;
   const Ahead ahead = start(args.student);

@@ -29,17 +29,17 @@ struct Ahead {
   }
 };
 
-// Two tiles ahead in the row (one is too short a time for a memory that is busy), then on to the next block's row.
-// Across, two blocks ahead; pixels look ahead as they are read (kd_lines.h).
+// Two tiles ahead in the row (one is too short a time for a memory that is busy), then on to the next row; in rows of
+// one tile a tile ahead, or two rows. Across, two blocks ahead; pixels look ahead as they are read (kd_lines.h).
 template <typename T>
-Ahead ahead_of(const KDArgs<T>& args, const Logits& x, int rows, int64_t begin, bool across) {
+MTKD_INLINE Ahead ahead_of(const KDArgs<T>& args, const Logits& x, int64_t begin, bool across) {
   constexpr int64_t kDistance = 2;
   const auto data = reinterpret_cast<uintptr_t>(x.data);
   if (x.class_stride != 1) return {data, 0};
   const int bytes = element_bytes(x.dtype);
   if (across) return {data + kDistance * kLanes<T> * x.inner_stride * bytes, bytes};
   const int64_t tile = begin / kTileColumns + kDistance, tiles = (args.classes + kTileColumns - 1) / kTileColumns;
-  const int64_t rows_on = std::max<int64_t>(rows, tiles == 1 ? kDistance : 1);
+  const int64_t rows_on = tiles == 1 ? std::max(kDistance, kTileColumns / args.classes) : 1;
   const int64_t in_next = std::min(tile - tiles, tiles - 1) * kTileColumns + rows_on * x.inner_stride;
   return {data + (tile < tiles ? tile * kTileColumns : in_next) * bytes, bytes};
 }
@@ -77,7 +77,7 @@ MTKD_INLINE void for_each_part(const Vectors<T>& x, const Body& body) {
 
 // The largest number in each lane of a line, in four chains: one would wait for every comparison.
 template <typename T>
-Vec<T> largest(const Vectors<T>& x) {
+MTKD_INLINE Vec<T> largest(const Vectors<T>& x) {
   constexpr int kL = kLanes<T>;
   Vec<T> high[4];
   for (Vec<T>& h : high) h = splat(-infinity<T>());
@@ -99,38 +99,40 @@ constexpr T kGuessReach = 8;
 // The largest of a row's first numbers and its target's.
 template <typename T>
 Vec<T> largest_guessed(const Vectors<T>& x, int64_t target) {
-  Vec<T> high = splat(x.values[target]);
-  for (int i = 0; i < kGuessed<T>; i += kLanes<T>) raise_to(high, load(x.values + i));
-  return high;
+  Vec<T> high[2] = {splat(x.values[target]), load(x.values)};
+#pragma GCC unroll 8
+  for (int i = kLanes<T>; i < kGuessed<T>; i += kLanes<T>) raise_to(high[i / kLanes<T> % 2], load(x.values + i));
+  return larger_of(high[0], high[1]);
 }
 
-// One tensor's part of a tile: the block's lines.
+// What the exponentials of a line are relative to, at first: its largest logits, in which NaN is not seen, or a guess.
+template <typename T>
+MTKD_INLINE T first_reference(const Vectors<T>& x, const Block<T>& block, Along<T> at, const Sweep<T>& sweep) {
+  const int64_t target = block.target[at.line];
+  return max_of<T>(sweep.guesses && target >= 0 ? largest_guessed(x, target) : largest(x));
+}
+template <typename T>
+MTKD_INLINE Vec<T> first_reference(const Vectors<T>& x, const Block<T>&, Across<T>, const Sweep<T>&) {
+  return largest(x);
+}
+
+// One tensor's part of a tile: some lines of a block.
 template <typename T, typename At>
 struct TileLines {
-  int64_t start[kLines<T, At>];  // where a row begins
   Vectors<T> line[kLines<T, At>];
 
+  // Sets what the exponentials of the first tile are relative to: of all lines at once, for what depends on a search
+  // waits for it.
   template <typename Reads>
-  TileLines(const Logits& x, const Block<T>& block, int64_t begin, int count, Scratch<T>& scratch, const Reads& reads) {
+  MTKD_INLINE TileLines(const Logits& x, const Block<T>& block, Rows rows, const Sweep<T>& sweep, int64_t begin,
+                        int count, Scratch<T>& scratch, const Reads& reads, Lanes<T>& reference) {
     const int numbers = kIsAcross<T, At> ? count * kLanes<T> : count;
-    for_each_line<At>(block, reads, [&](At at) {
-      const int r = at.line;
-      start[r] = block.start(x, r);
-      line[r].fill(read_line(x, block, at, begin, numbers, scratch.widened(r), reads), numbers);
+    for_each_line<T, At>(rows, [&](At at) MTKD_ALWAYS_INLINE {
+      if (!reads_line(at, reads)) return;
+      Vectors<T>& to = line[at.line];
+      to.fill(read_line(x, block, at, begin, numbers, scratch.widened(at.line), reads), numbers);
+      if (begin == 0) at.set(reference, first_reference(to, block, at, sweep));
     });
-  }
-
-  // The largest logit of each row, in which NaN is not seen, or a guess at it.
-  template <typename Reads>
-  Vec<T> references(const Block<T>& block, const Reads& reads, bool guesses) const {
-    Gathered<T, At> of(block, reads, -infinity<T>());
-    for_each_line<At>(block, reads, [&](At at) {
-      const Vectors<T>& x = line[at.line];
-      const int64_t target = block.target[at.line];
-      const bool guessed = !kIsAcross<T, At> && guesses && target >= 0;
-      of.of[at.line] = guessed ? largest_guessed(x, target) : largest(x);
-    });
-    return of.largest_of_rows();
   }
 };
 
@@ -149,21 +151,27 @@ Raised<T> raise_row(States<T>& states, Lanes<T>& reference, T max, int64_t befor
   return raised;
 }
 
-// After a tile, whose largest logits are known by now: which rows are to be swept again, from other references.
+// After a tile of such a row: whether it is to be swept again, because its largest logit lies out of reach.
 template <typename T>
-Integers<T> settle_references(bool one_tile, States<T>& states, Lanes<T>& reference, Vec<T> max, int64_t before,
-                              const Sweep<T>& sweep, Raised<T>& raised) {
-  const Vec<T> above = max - reference.all();
-  if (one_tile) {
-    const Integers<T> far = above > kGuessReach<T>;
-    states.max = reference = far != 0 ? max : reference.all();
-    return far;
-  }
-  const Integers<T> far = above > sweep.reach;  // the block has one row, in every lane
-  const Vec<T> highest = larger_of(states.max.all(), max);
-  if (any_of(far)) raised = raise_row(states, reference, max[0], before, sweep.inv_t);
-  states.max = highest;
+bool raises_row(States<T>& states, Lanes<T>& reference, Vec<T> largest, int64_t before, const Sweep<T>& sweep,
+                Raised<T>& raised) {
+  const T max = max_of<T>(largest), highest = std::max(states.max[0], max);
+  const bool far = max > reference[0] + sweep.reach;
+  if (far) raised = raise_row(states, reference, max, before, sweep.inv_t);
+  states.max[0] = highest;
   return far;
+}
+
+// The same of a row of one tile, whose guess was too low.
+template <typename T>
+MTKD_INLINE bool starts_higher(Along<T> at, Lanes<T>& reference, Vec<T> largest) {
+  const bool far = any_of(largest > reference[at.line] + kGuessReach<T>);
+  if (far) reference[at.line] = max_of<T>(largest);
+  return far;
+}
+template <typename T>
+MTKD_INLINE bool starts_higher(Across<T>, Lanes<T>&, Vec<T>) {
+  return false;
 }
 
 // A teacher's cross sum, after it or the student has been raised.
@@ -203,19 +211,13 @@ void add_total(Lanes<T>& to, const Block<T>& block, Across<T>, int64_t, const Ve
     if (block.apart[row] >= 0) to[row] = total_without(shifted + row, kLanes<T>, s.whole / kLanes<T>, block.apart[row]);
 }
 
-// What a line of the student's tile adds to its row's state, a part in each lane.
-template <typename T>
-struct StudentSums {
-  Vec<T> max = splat(-infinity<T>()), sum{}, sum1{};
-};
-
 // The exponentials of a line and its sums.
 template <typename T, AtOne kAtOne, typename Less>
-MTKD_INLINE StudentSums<T> student_sums(const Vectors<T>& s, Less less, TemperedExp<T> exp, Ahead ahead, T* shifted,
-                                        T* exps) {
-  StudentSums<T> sums;
+MTKD_INLINE LineSums<T> student_sums(const Vectors<T>& s, Less less, TemperedExp<T> exp, Ahead ahead, T* shifted,
+                                     T* exps) {
+  LineSums<T> sums;
   for_each_part(s, [&](const Vectors<T>& part, int from) MTKD_ALWAYS_INLINE {
-    StudentSums<T> of;
+    LineSums<T> of;
     for_each_vector(part, false, [=, &of](int i, auto x, auto) MTKD_ALWAYS_INLINE {
       i += from;
       ahead.prefetch<x.size>(i);
@@ -226,68 +228,47 @@ MTKD_INLINE StudentSums<T> student_sums(const Vectors<T>& s, Less less, Tempered
       add_to(of.sum, e);
       if constexpr (kAtOne != AtOne::unused) add_to(of.sum1, exp_at_one<kAtOne>(e, shift));
     });
-    raise_to(sums.max, of.max);
-    sums.sum += of.sum;
-    sums.sum1 += of.sum1;
+    sums += of;
   });
   return sums;
 }
 
-// The same of all lines of a tile.
+// Adds what a line's tile has come to, or puts it beside that of the block's other rows.
 template <typename T, typename At>
-struct GatheredStudentSums {
-  Gathered<T, At> max, sum, sum1;
-
-  explicit GatheredStudentSums(const Block<T>& block)
-      : max(block, kEveryRow, -infinity<T>()), sum(block, kEveryRow), sum1(block, kEveryRow) {}
-};
-
-template <typename T, AtOne kAtOne, typename At, typename Of>
-void sum_student(const TileLines<T, At>& tile, const Block<T>& block, const Of& rows, const Sweep<T>& sweep,
-                 int64_t begin, const Ahead& next, Scratch<T>& scratch, GatheredStudentSums<T, At>& sums) {
-  Lanes<T> offset;
-  offset = offset_of(block.student_reference.all());
-  for_each_line<At>(block, rows, [&](At at) {
-    const int line = at.line;
-    const StudentSums<T> of =
-        student_sums<T, kAtOne>(tile.line[line], at.of(offset), sweep.exp, next.of_row(tile.start[line]),
-                                scratch.shifted(line), scratch.student_exps(line, begin));
-    sums.max.of[line] = of.max;
-    sums.sum.of[line] = of.sum;
-    sums.sum1.of[line] = of.sum1;
-  });
+MTKD_INLINE void add_sums(At at, const LineSums<T>& of, int tensor, States<T>& states, Scratch<T>& scratch) {
+  if (scratch.gathers()) return scratch.gathered(tensor).set(at.line, of);
+  at.add(states.sum, of.sum);
+  at.add(states.sum1, of.sum1);
+  at.add(states.dot1, of.dot1);
+  at.add(states.cross, of.cross);
 }
 
+// A tile of the student, some lines of it.
 template <typename T, AtOne kAtOne, typename At>
-void absorb_student(const KDArgs<T>& args, Block<T>& block, const Sweep<T>& sweep, int64_t begin, int count,
+void absorb_student(const KDArgs<T>& args, Block<T>& block, Rows rows, const Sweep<T>& sweep, int64_t begin, int count,
                     Scratch<T>& scratch) {
-  constexpr bool kAcross = kIsAcross<T, At>;
-  const TileLines<T, At> tile(args.student, block, begin, count, scratch, kEveryRow);
+  const Logits& x = args.student;
   States<T>& states = block.student_state;
   Lanes<T>& reference = block.student_reference;
-  if (kAcross || begin == 0) {
-    states.clear();
-    states.max = reference = tile.references(block, kEveryRow, sweep.guesses && scratch.one_tile());
-  }
-  const Ahead next = ahead_of(args, args.student, block.rows, begin, kAcross);
-  block.student_raised = {Raise<T>(), states.sum[0]};
-  GatheredStudentSums<T, At> sums(block);
-  const auto sweep_lines = [&](const auto& rows) {
-    sum_student<T, kAtOne>(tile, block, rows, sweep, begin, next, scratch, sums);
-  };
-  sweep_lines(kEveryRow);
-  if constexpr (!kAcross) {
-    const int64_t before = begin - block.apart_in(0, 0, begin);
-    const Integers<T> far = settle_references(scratch.one_tile(), states, reference, sums.max.largest_of_rows(), before,
-                                              sweep, block.student_raised);
-    if (any_of(far)) sweep_lines([&](int row) { return far[row] != 0; });
-  }
-  if (!kAcross && !scratch.one_tile()) scratch.reference(0, begin) = reference[0];
-  states.sum = states.sum.all() + sums.sum.sum_of_rows();
-  if constexpr (kAtOne == AtOne::unused) return;
-  states.sum1 = states.sum1.all() + sums.sum1.sum_of_rows();
-  for_each_line<At>(block, kEveryRow, [&](At at) {
+  const Ahead next = ahead_of(args, x, begin, kIsAcross<T, At>);
+  const TileLines<T, At> tile(x, block, rows, sweep, begin, count, scratch, kEveryRow, reference);
+  if (begin == 0 && !scratch.gathers()) states.max = reference.all();
+  for_each_line<T, At>(rows, [&](At at) MTKD_ALWAYS_INLINE {
     const Vectors<T>& s = tile.line[at.line];
+    const int64_t start = block.start(x, at.line);
+    LineSums<T> sums;
+    block.student_raised = {Raise<T>(), states.sum[0]};
+    const auto again = [&] {
+      if (scratch.one_tile()) return starts_higher(at, reference, sums.max);
+      return raises_row(states, reference, sums.max, begin - block.apart_in(0, 0, begin), sweep, block.student_raised);
+    };
+    do {
+      sums = student_sums<T, kAtOne>(s, offset_of(at.of(reference)), sweep.exp, next.of_row(start),
+                                     scratch.shifted(at.line), scratch.student_exps(at.line, begin));
+    } while (again());
+    if (!scratch.one_tile()) scratch.reference(0, begin) = reference[0];
+    add_sums(at, sums, 0, states, scratch);
+    if constexpr (kAtOne == AtOne::unused) return;
     read_targets(block, at, begin, s, states.label);
     if (sweep.totals) add_total(states.total, block, at, begin, s, scratch.shifted(at.line));
   });
@@ -309,28 +290,14 @@ MTKD_INLINE void add_cross(Vec<T>& sum, const Bundle<T, N>& dx, const Bundle<T, 
   add_to(sum, each(weight, ratios, e) * ratios);
 }
 
-// What a line of a teacher's tile adds to its row's state, a part in each lane.
-template <typename T>
-struct TeacherSums {
-  Vec<T> max = splat(-infinity<T>()), sum{}, sum1{}, dot1{}, cross{};
-
-  void operator+=(const TeacherSums& more) {
-    max = larger_of(max, more.max);
-    sum += more.sum;
-    sum1 += more.sum1;
-    dot1 += more.dot1;
-    cross += more.cross;
-  }
-};
-
 // The exponentials of a line and its sums.
 template <typename T, Expectation kExpectation, AtOne kAtOne, bool kEntropy, typename Less>
-MTKD_INLINE TeacherSums<T> teacher_sums(const Vectors<T>& t, Less less, const T* student_shifted, const T* student_exps,
-                                        TemperedExp<T> exp, Ahead ahead, bool careful, T* exps) {
+MTKD_INLINE LineSums<T> teacher_sums(const Vectors<T>& t, Less less, const T* student_shifted, const T* student_exps,
+                                     TemperedExp<T> exp, Ahead ahead, bool careful, T* exps) {
   constexpr bool kForward = kExpectation == Expectation::teacher;
-  TeacherSums<T> sums;
+  LineSums<T> sums;
   for_each_part(t, [&](const Vectors<T>& part, int from) MTKD_ALWAYS_INLINE {
-    TeacherSums<T> of;
+    LineSums<T> of;
     // By value: a store may write to whatever is referred to.
     for_each_vector(part, careful, [=, &of](int i, auto x, auto careful) MTKD_ALWAYS_INLINE {
       i += from;
@@ -358,81 +325,49 @@ MTKD_INLINE TeacherSums<T> teacher_sums(const Vectors<T>& t, Less less, const T*
   return sums;
 }
 
-// The same of all lines of a tile.
-template <typename T, typename At>
-struct GatheredSums {
-  Gathered<T, At> max, sum, sum1, dot1, cross;
-
-  template <typename Reads>
-  GatheredSums(const Block<T>& block, const Reads& reads)
-      : max(block, reads, -infinity<T>()),
-        sum(block, reads),
-        sum1(block, reads),
-        dot1(block, reads),
-        cross(block, reads) {}
-
-  void set(int line, const TeacherSums<T>& of) {
-    max.of[line] = of.max;
-    sum.of[line] = of.sum;
-    sum1.of[line] = of.sum1;
-    dot1.of[line] = of.dot1;
-    cross.of[line] = of.cross;
-  }
-};
-
-// A tile of teacher k, and the cross sum with the student's.
+// A tile of teacher k, some lines of it, and the cross sums with the student's.
 template <typename T, Expectation kExpectation, AtOne kAtOne, bool kEntropy, typename At>
-void absorb_teacher(const KDArgs<T>& args, Block<T>& block, int k, const Sweep<T>& sweep, int64_t begin, int count,
-                    Scratch<T>& scratch) {
-  const auto reads = [&](int row) { return block.reads(k, row); };
-  if (!block.reads_some(k)) return;
+void absorb_teacher(const KDArgs<T>& args, Block<T>& block, Rows rows, int k, const Sweep<T>& sweep, int64_t begin,
+                    int count, Scratch<T>& scratch) {
   constexpr bool kCrosses = kExpectation != Expectation::none;
-  constexpr bool kAcross = kIsAcross<T, At>;
-  const TileLines<T, At> tile(args.teacher[k], block, begin, count, scratch, reads);
+  const Logits& x = args.teacher[k];
   States<T>& states = block.teacher_state[k];
   Lanes<T>& reference = block.teacher_reference[k];
-  if (kAcross || begin == 0)
-    states.max = reference = tile.references(block, reads, sweep.guesses && scratch.one_tile());
-  Raised<T> raised{Raise<T>(), states.sum[0]};
-  const Ahead next = ahead_of(args, args.teacher[k], block.rows, begin, kAcross);
-  GatheredSums<T, At> sums(block, reads);
-  Vec<T> crossed{};
-
-  const auto sweep_lines = [&](const auto& rows, bool careful) {
-    Lanes<T> offset;
-    offset = offset_of(reference.all());
-    for_each_line<At>(block, rows, [&](At at) {
-      const int line = at.line;
-      const Ahead ahead = next.of_row(tile.start[line]);
-      sums.set(line, teacher_sums<T, kExpectation, kAtOne, kEntropy>(
-                         tile.line[line], at.of(offset), scratch.shifted(line), scratch.student_exps(line, begin),
-                         sweep.exp, ahead, careful, scratch.teacher_exps(k, line, begin)));
-    });
-    if constexpr (kCrosses) crossed = sums.cross.sum_of_rows();
-  };
-  sweep_lines(reads, false);
-  if constexpr (!kAcross) {
-    const Integers<T> far =
-        settle_references(scratch.one_tile(), states, reference, sums.max.largest_of_rows(), begin, sweep, raised);
-    if (any_of(far)) sweep_lines([&](int row) { return reads(row) && far[row] != 0; }, false);
-  }
-  if constexpr (kCrosses) {
-    if (any_of(crossed - crossed != 0)) sweep_lines(reads, true);
-    if (!kAcross && begin > 0) raise_cross(states, kExpectation, raised, block.student_raised);
-    states.cross = states.cross.all() + crossed;
-  }
-  if (!kAcross && !scratch.one_tile()) scratch.reference(k + 1, begin) = reference[0];
-  states.sum = states.sum.all() + sums.sum.sum_of_rows();
-  if constexpr (kEntropy) states.dot1 = states.dot1.all() + sums.dot1.sum_of_rows();
-  if constexpr (kAtOne == AtOne::unused) return;
-  states.sum1 = states.sum1.all() + sums.sum1.sum_of_rows();
-  for_each_line<At>(block, reads, [&](At at) { read_targets(block, at, begin, tile.line[at.line], states.label); });
+  const auto reads = [&](int row) { return block.reads(k, row); };
+  const Ahead next = ahead_of(args, x, begin, kIsAcross<T, At>);
+  const TileLines<T, At> tile(x, block, rows, sweep, begin, count, scratch, reads, reference);
+  if (begin == 0 && !scratch.gathers()) states.max = reference.all();
+  for_each_line<T, At>(rows, [&](At at) MTKD_ALWAYS_INLINE {
+    LineSums<T> sums;
+    if (!reads_line(at, reads)) return add_sums(at, sums, k + 1, states, scratch);
+    const Vectors<T>& t = tile.line[at.line];
+    const int64_t start = block.start(x, at.line);
+    Raised<T> raised{Raise<T>(), states.sum[0]};
+    bool careful = false;
+    const auto again = [&] {
+      if (scratch.one_tile() ? starts_higher(at, reference, sums.max)
+                             : raises_row(states, reference, sums.max, begin, sweep, raised))
+        return true;
+      if (!kCrosses || careful) return false;
+      careful = any_of(sums.cross - sums.cross != 0);
+      return careful;
+    };
+    do {
+      sums = teacher_sums<T, kExpectation, kAtOne, kEntropy>(
+          t, offset_of(at.of(reference)), scratch.shifted(at.line), scratch.student_exps(at.line, begin), sweep.exp,
+          next.of_row(start), careful, scratch.teacher_exps(k, at.line, begin));
+    } while (again());
+    if (kCrosses && !scratch.one_tile() && begin > 0) raise_cross(states, kExpectation, raised, block.student_raised);
+    if (!scratch.one_tile()) scratch.reference(k + 1, begin) = reference[0];
+    add_sums(at, sums, k + 1, states, scratch);
+    if constexpr (kAtOne != AtOne::unused) read_targets(block, at, begin, t, states.label);
+  });
 }
 
 template <typename T>
-using AbsorbStudent = void (*)(const KDArgs<T>&, Block<T>&, const Sweep<T>&, int64_t, int, Scratch<T>&);
+using AbsorbStudent = void (*)(const KDArgs<T>&, Block<T>&, Rows, const Sweep<T>&, int64_t, int, Scratch<T>&);
 template <typename T>
-using AbsorbTeacher = void (*)(const KDArgs<T>&, Block<T>&, int, const Sweep<T>&, int64_t, int, Scratch<T>&);
+using AbsorbTeacher = void (*)(const KDArgs<T>&, Block<T>&, Rows, int, const Sweep<T>&, int64_t, int, Scratch<T>&);
 
 template <typename T, typename At>
 AbsorbStudent<T> student_absorber(AtOne at_one) {
@@ -487,18 +422,37 @@ void raise_to_maxima(const KDArgs<T>& args, Block<T>& block, const Sweep<T>& swe
   }
 }
 
-// Every state of the block's rows: the student's tile stays in cache while the K teachers pass by.
+// The states of a block's rows from what they have gathered.
+template <typename T>
+void join_gathered(Block<T>& block, int teachers, Scratch<T>& scratch) {
+  const auto join = [&](States<T>& states, const Lanes<T>& reference, const GatheredSums<T>& of) {
+    states.max = reference.all();
+    of.join(states);
+  };
+  join(block.student_state, block.student_reference, scratch.gathered(0));
+  for (int k = 0; k < teachers; ++k)
+    if (block.reads_some(k)) join(block.teacher_state[k], block.teacher_reference[k], scratch.gathered(k + 1));
+}
+
+// Every state of the block's rows, some rows at a time: what the student leaves of them stays in the nearest cache
+// while the K teachers pass by.
 template <typename At, typename T>
 void sweep_tiles(const KDForward<T>& args, Block<T>& block, const Sweep<T>& sweep, Scratch<T>& scratch) {
   const AbsorbStudent<T> absorb_s = student_absorber<T, At>(sweep.student_at_one);
   const AbsorbTeacher<T> absorb_t =
       teacher_absorber<T, At>(expectation_of(args.divergence), sweep.teacher_at_one, sweep.entropy);
+  const int teachers = args.kd_scale != 0 ? args.teachers : 0;
+  block.student_state.clear();
   for (int64_t begin = 0; begin < args.classes; begin += scratch.tile_columns()) {
     const int count = static_cast<int>(std::min(args.classes - begin, scratch.tile_columns()));
-    absorb_s(args, block, sweep, begin, count, scratch);
-    for (int k = 0; k < args.teachers; ++k)
-      if (args.kd_scale != 0) absorb_t(args, block, k, sweep, begin, count, scratch);
+    for (Rows rows{0, 0}; rows.end < block.rows;) {
+      rows = {rows.end, std::min(rows.end + scratch.rows_together(), block.rows)};
+      absorb_s(args, block, rows, sweep, begin, count, scratch);
+      for (int k = 0; k < teachers; ++k)
+        if (block.reads_some(k)) absorb_t(args, block, rows, k, sweep, begin, count, scratch);
+    }
   }
+  if (scratch.gathers()) join_gathered(block, teachers, scratch);
 }
 
 template <typename T>
