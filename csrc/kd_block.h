@@ -267,36 +267,6 @@ struct LineSums {
   }
 };
 
-// The same of every row of a block that goes along, until the lanes of all rows are joined at once: 16 rows of 16 lanes
-// take 45 instructions, where each by itself takes 15.
-template <typename T>
-class GatheredSums {
-  struct OfRows {
-    alignas(MTKD_VEC_BYTES) T lanes[kLanes<T>][kLanes<T>];
-
-    Vec<T> join() const {
-      Vec<T> x[kLanes<T>];
-      for (int r = 0; r < kLanes<T>; ++r) x[r] = load(lanes[r]);
-      return join_rows<T>(x, [](Vec<T> x, Vec<T> y) { return x + y; });
-    }
-  };
-  OfRows sum_{}, sum1_{}, dot1_{}, cross_{};
-
- public:
-  void set(int row, const LineSums<T>& of) {
-    store(sum_.lanes[row], of.sum);
-    store(sum1_.lanes[row], of.sum1);
-    store(dot1_.lanes[row], of.dot1);
-    store(cross_.lanes[row], of.cross);
-  }
-  void join(States<T>& states) const {
-    states.sum = sum_.join();
-    states.sum1 = sum1_.join();
-    states.dot1 = dot1_.join();
-    states.cross = cross_.join();
-  }
-};
-
 // What the exponentials of a teacher and of the student weigh in the student's gradient; at a target that stands apart
 // it is `at_target` less.
 template <typename T>

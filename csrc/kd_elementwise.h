@@ -44,7 +44,7 @@ void sum_elements(const KDArgs<T>& args, Block<T>& block, At at, const Sweep<T>&
     student_tile(args, block, at, sweep, begin, count, scratch);
     for (int k = 0; k < args.teachers; ++k) {
       const auto reads = [&](int row) { return block.reads(k, row); };
-      if (!reads_line(at, reads)) continue;
+      if (!reads_line(block, at, k)) continue;
       Vec<T> divergence{}, slope{};
       for_each_element<kDivergence>(args, block, at, k, sweep, begin, count, scratch, reads,
                                     [&](int, Vec<T>, const Element<Vec<T>>& of) {

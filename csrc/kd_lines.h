@@ -3,21 +3,13 @@
 
 constexpr auto kEveryRow = [](int) { return true; };
 
-// Calls body(at) for every line of the block that is read. What is called goes by reference: a copy of what it has just
-// captured, a register at a time, would stall.
-template <typename At, typename T, typename Reads, typename Body>
-MTKD_INLINE void for_each_line(const Block<T>& block, const Reads& reads, const Body& body) {
-  if constexpr (kIsAcross<T, At>) {
-    body(At());
-  } else {
-    for (int row = 0; row < block.rows; ++row)
-      if (reads(row)) body(At{row});
-  }
-}
 // Some rows of a block, or all.
 struct Rows {
   int begin, end;
 };
+
+// Calls body(at) for every line of these rows. What is called goes by reference: a copy of what it has just captured, a
+// register at a time, would stall.
 template <typename T, typename At, typename Body>
 MTKD_INLINE void for_each_line(Rows rows, const Body& body) {
   if constexpr (kIsAcross<T, At>)
@@ -25,20 +17,21 @@ MTKD_INLINE void for_each_line(Rows rows, const Body& body) {
   else
     for (int row = rows.begin; row < rows.end; ++row) body(At{row});
 }
-// Across, a row that is not read is passed over in the line.
-template <typename T, typename Reads>
-bool reads_line(Along<T> at, const Reads& reads) {
-  return reads(at.line);
-}
-template <typename T, typename Reads>
-bool reads_line(Across<T>, const Reads&) {
-  return true;
-}
 // Of every line, whichever way they go.
 template <typename T, typename Body>
 MTKD_INLINE void for_all_lines(const Block<T>& block, bool across, const Body& body) {
-  if (across) return for_each_line<Across<T>>(block, kEveryRow, body);
-  for_each_line<Along<T>>(block, kEveryRow, body);
+  if (across) return for_each_line<T, Across<T>>({0, block.rows}, body);
+  for_each_line<T, Along<T>>({0, block.rows}, body);
+}
+
+// Whether a line is read, or a row of it.
+template <typename T>
+bool reads_line(const Block<T>& block, Along<T> at, int k) {
+  return block.reads(k, at.line);
+}
+template <typename T>
+bool reads_line(const Block<T>& block, Across<T>, int k) {
+  return block.reads_some(k);
 }
 
 // A tile of a row as read_tile has it; a target that stands apart counts as −inf there.

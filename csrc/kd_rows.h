@@ -144,12 +144,12 @@ void settle_block(const KDForward<T>& args, Block<T>& block, const Lanes<T>& los
   for (int row = 0; args.keep_stats && row < block.rows; ++row) write_stats(args, block, row);
 }
 
-// What the block will be written to, and the targets that follow.
+// The gradient and the losses, where the block will be written to, and the targets of rows to come.
 template <typename T>
 MTKD_INLINE void touch_outputs(const KDForward<T>& args, const Block<T>& block) {
   const int bytes = element_bytes(args.gradient.dtype);
   const auto* const gradient = static_cast<const char*>(args.gradient.data);
-  for (int row = 0; gradient && row < block.rows; ++row)
+  for (int row = 0; gradient && args.gradient.class_stride == 1 && row < block.rows; ++row)
     touch_pages(gradient + block.start(args.gradient, row) * bytes, args.classes * bytes);
   __builtin_prefetch(args.row_loss + block.n[0]);
   __builtin_prefetch(args.row_stats + RowStats{args.teachers}.scale() * args.rows + block.n[0]);

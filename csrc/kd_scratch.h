@@ -2,7 +2,7 @@
 // the gradient the exponentials of the first sweep, which then need only be weighed. Rows of several tiles keep them
 // elsewhere (kd_behind.h). Included once per instruction set.
 
-constexpr int64_t kBlockBytes = 256 << 10;   // of a block that goes along; reading pauses at its end
+constexpr int64_t kBlockBytes = 192 << 10;   // of a block that goes along; no row is read while it is written
 constexpr int64_t kAcrossBytes = 128 << 10;  // of one that goes across
 constexpr int64_t kKeptBytes = 4 << 20;      // of pixels with many classes
 constexpr int64_t kKeptShare = 8;            // of the gradient's memory at most, the inverse
@@ -35,8 +35,12 @@ bool streams_gradient(const KDArgs<T>& args, const Gradient& of) {
 // What becomes of the exponentials of the first sweep, where the student's gradient weighs them.
 enum class Exps { unused, kept, computed_again };
 
+// The sums of a row that is gathered.
+enum Sum { kSum, kSum1, kDot1, kCross, kSums };
+
 template <typename T>
 class Scratch {
+  static constexpr int kSumsOfRow = kSums * kLanes<T>;  // numbers
   const bool across_;
 
  public:
@@ -54,23 +58,29 @@ class Scratch {
         tile_pitch_(pitch_of(one_tile() ? line_ : kTileColumns)),
         behind_bytes_((args.teachers + 1) * tile_pitch_ * int64_t{sizeof(T)}),
         behind_(behind) {
-    const int64_t line_bytes = tile_pitch_ * (args.teachers + 2) * int64_t{sizeof(T)};
-    const int64_t fitting = std::clamp<int64_t>(kBlockBytes / line_bytes, 1, std::min<int64_t>(kLanes<T>, rows));
-    lines_ = one_tile() && !across_ ? fitting : 1;
+    const int64_t sums_of_row = gathers() && exps != Exps::computed_again ? (args.teachers + 1) * kSumsOfRow : 0;
+    const int64_t row_bytes = (tile_pitch_ * (args.teachers + 1) + sums_of_row) * int64_t{sizeof(T)};
+    const int64_t fitting = std::clamp<int64_t>(kBlockBytes / row_bytes, 1, std::min<int64_t>(kLanes<T>, rows));
+    lines_ = gathers() ? fitting : 1;
     rows_ = across_ ? kLanes<T> : lines_;
-    if (gathers()) gathered_.resize(args.teachers + 1);
+    const auto together = static_cast<uint64_t>(std::clamp<int64_t>(kTileColumns / line_, 1, kLanes<T>));
+    together_ = gathers() ? static_cast<int>(std::bit_floor(together)) : 1;
+    shifted_lines_ = at_one(args.temperature, true) == AtOne::own ? kLanes<T> : together_;
     teacher_pitch_ = exps != Exps::unused && weighs_exps(args.divergence) ? tile_pitch_ : 0;
 
     const int64_t per_tile = lines_ * tile_pitch_;
     const int64_t teachers = teacher_pitch_ ? args.teachers * per_tile : tile_pitch_;
     const int64_t references = one_tile() ? 0 : tiles_ * (args.teachers + 1);
-    const size_t bytes = (3 * per_tile + teachers + references) * sizeof(T);
+    const int64_t widened = std::min<int64_t>(together_, lines_) * tile_pitch_,
+                  shifted = std::min<int64_t>(shifted_lines_, lines_) * tile_pitch_;
+    const size_t bytes = (widened + shifted + per_tile + teachers + lines_ * sums_of_row + references) * sizeof(T);
     memory_.reset(static_cast<T*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
     if (!memory_) throw std::bad_alloc();
-    shifted_ = memory_.get() + per_tile;
-    student_exps_ = shifted_ + per_tile;
+    shifted_ = memory_.get() + widened;
+    student_exps_ = shifted_ + shifted;
     teacher_exps_ = student_exps_ + per_tile;
-    references_ = teacher_exps_ + teachers;
+    sums_ = teacher_exps_ + teachers;
+    references_ = sums_ + lines_ * sums_of_row;
   }
 
   // What the exponentials of a tile are relative to, of a row of several; tensor 0 is the student.
@@ -93,16 +103,17 @@ class Scratch {
   int64_t line() const { return line_; }  // numbers
   int64_t tile_columns() const { return across_ ? line_ / kLanes<T> : kTileColumns; }
 
-  // Of the current tile:
-  T* widened(int line) { return memory_.get() + line * tile_pitch_; }
-  T* shifted(int line) { return shifted_ + line * tile_pitch_; }  // s − max
+  // Rows of a block that are swept together, a power of two: what the student leaves of them stays in the nearest
+  // cache.
+  int rows_together() const { return across_ ? kLanes<T> : together_; }
 
-  // Rows of a block that are swept together.
-  int rows_together() const { return across_ ? kLanes<T> : std::clamp<int64_t>(kTileColumns / line_, 1, kLanes<T>); }
-
-  // What the rows of a block have come to, where they are joined in the end.
+  // Whether a row's sums, a part in each lane, wait for those of the block's other rows.
   bool gathers() const { return one_tile() && !across_; }
-  GatheredSums<T>& gathered(int tensor) { return gathered_[tensor]; }
+  T* sums(int tensor, int row) { return sums_ + (tensor * lines_ + row) * kSumsOfRow; }
+
+  // Of the rows that are swept together, or of all where the gradient wants them too:
+  T* widened(int line) { return memory_.get() + (line & (together_ - 1)) * tile_pitch_; }
+  T* shifted(int line) { return shifted_ + (line & (shifted_lines_ - 1)) * tile_pitch_; }  // s − reference
 
   // e^{(x−reference)/τ} of the tile at `begin`, kept or of the current tile only; those of the teachers overwrite each
   // other if they are not used.
@@ -133,7 +144,7 @@ class Scratch {
   const int64_t line_, tiles_, tile_pitch_, behind_bytes_;  // behind: a tile of all tensors
   Behind<T> behind_;
   int64_t rows_, lines_, teacher_pitch_;
-  std::vector<GatheredSums<T>> gathered_;
+  int together_, shifted_lines_;  // powers of two
   std::unique_ptr<T, Free> memory_;
-  T *shifted_, *student_exps_, *teacher_exps_, *references_;
+  T *shifted_, *student_exps_, *teacher_exps_, *sums_, *references_;
 };

@@ -2,6 +2,9 @@
 //
 // One exponential per element (two where τ is not 1, 2 or 4 and a weight rule or the hard label wants T = 1).
 //
+// Some rows at a time are swept in all tensors, one after the other, so that what the student leaves of them stays in
+// the nearest cache; what the lanes of a row have come to is joined at the end of its block.
+//
 // Exponentials are relative to the largest logit of a row's first tile, which is searched for it. In the tiles that
 // follow the largest is found on the way. Where it lies out of reach (Sweep), the row's states are raised and the
 // tile is swept again; within reach they are raised when all tiles are done.
@@ -106,6 +109,7 @@ Vec<T> largest_guessed(const Vectors<T>& x, int64_t target) {
 }
 
 // What the exponentials of a line are relative to, at first: its largest logits, in which NaN is not seen, or a guess.
+// All lines have theirs before one is swept: what depends on a search waits for it.
 template <typename T>
 MTKD_INLINE T first_reference(const Vectors<T>& x, const Block<T>& block, Along<T> at, const Sweep<T>& sweep) {
   const int64_t target = block.target[at.line];
@@ -116,22 +120,18 @@ MTKD_INLINE Vec<T> first_reference(const Vectors<T>& x, const Block<T>&, Across<
   return largest(x);
 }
 
-// One tensor's part of a tile: some lines of a block.
+// One tensor's part of a tile: some lines of a block, those that are read.
 template <typename T, typename At>
 struct TileLines {
   Vectors<T> line[kLines<T, At>];
 
-  // Sets what the exponentials of the first tile are relative to: of all lines at once, for what depends on a search
-  // waits for it.
-  template <typename Reads>
-  MTKD_INLINE TileLines(const Logits& x, const Block<T>& block, Rows rows, const Sweep<T>& sweep, int64_t begin,
-                        int count, Scratch<T>& scratch, const Reads& reads, Lanes<T>& reference) {
+  TileLines(const Logits& x, const Block<T>& block, Rows rows, int tensor, int64_t begin, int count,
+            Scratch<T>& scratch) {
     const int numbers = kIsAcross<T, At> ? count * kLanes<T> : count;
+    const auto reads = [&](int row) { return tensor == 0 || block.reads(tensor - 1, row); };
     for_each_line<T, At>(rows, [&](At at) MTKD_ALWAYS_INLINE {
-      if (!reads_line(at, reads)) return;
-      Vectors<T>& to = line[at.line];
-      to.fill(read_line(x, block, at, begin, numbers, scratch.widened(at.line), reads), numbers);
-      if (begin == 0) at.set(reference, first_reference(to, block, at, sweep));
+      if (!kIsAcross<T, At> && !reads(at.line)) return;
+      line[at.line].fill(read_line(x, block, at, begin, numbers, scratch.widened(at.line), reads), numbers);
     });
   }
 };
@@ -151,26 +151,26 @@ Raised<T> raise_row(States<T>& states, Lanes<T>& reference, T max, int64_t befor
   return raised;
 }
 
-// After a tile of such a row: whether it is to be swept again, because its largest logit lies out of reach.
+// After a tile of such a row: raises it if its largest logit lies out of reach. Whether the tile is to be swept again.
 template <typename T>
-bool raises_row(States<T>& states, Lanes<T>& reference, Vec<T> largest, int64_t before, const Sweep<T>& sweep,
-                Raised<T>& raised) {
+bool raise_if_far(States<T>& states, Lanes<T>& reference, Vec<T> largest, int64_t before, const Sweep<T>& sweep,
+                  Raised<T>& raised) {
   const T max = max_of<T>(largest), highest = std::max(states.max[0], max);
-  const bool far = max > reference[0] + sweep.reach;
+  const bool far = max - reference[0] > sweep.reach;
   if (far) raised = raise_row(states, reference, max, before, sweep.inv_t);
   states.max[0] = highest;
   return far;
 }
 
-// The same of a row of one tile, whose guess was too low.
+// The same of a row of one tile, whose guess was too low: there is nothing to raise.
 template <typename T>
-MTKD_INLINE bool starts_higher(Along<T> at, Lanes<T>& reference, Vec<T> largest) {
-  const bool far = any_of(largest > reference[at.line] + kGuessReach<T>);
+MTKD_INLINE bool restart_if_far(Along<T> at, Lanes<T>& reference, Vec<T> largest) {
+  const bool far = any_of(largest - reference[at.line] > kGuessReach<T>);
   if (far) reference[at.line] = max_of<T>(largest);
   return far;
 }
 template <typename T>
-MTKD_INLINE bool starts_higher(Across<T>, Lanes<T>&, Vec<T>) {
+MTKD_INLINE bool restart_if_far(Across<T>, Lanes<T>&, Vec<T>) {
   return false;
 }
 
@@ -233,14 +233,41 @@ MTKD_INLINE LineSums<T> student_sums(const Vectors<T>& s, Less less, TemperedExp
   return sums;
 }
 
-// Adds what a line's tile has come to, or puts it beside that of the block's other rows.
-template <typename T, typename At>
+// Adds what a line's tile has come to, or puts it beside that of the block's other rows. Which sums there are: kSum1 if
+// the exponentials at one are used, kDot1 for entropies, kCross of a teacher where a cross sum is wanted.
+template <typename T, bool kSum1s, bool kDot1s, bool kCrosses, typename At>
 MTKD_INLINE void add_sums(At at, const LineSums<T>& of, int tensor, States<T>& states, Scratch<T>& scratch) {
-  if (scratch.gathers()) return scratch.gathered(tensor).set(at.line, of);
-  at.add(states.sum, of.sum);
-  at.add(states.sum1, of.sum1);
-  at.add(states.dot1, of.dot1);
-  at.add(states.cross, of.cross);
+  const bool gathers = scratch.gathers();
+  T* const to = gathers ? scratch.sums(tensor, at.line) : nullptr;
+  const auto add = [&](Sum which, Lanes<T>& state, Vec<T> sum) MTKD_ALWAYS_INLINE {
+    if (gathers)
+      store(to + which * kLanes<T>, sum);
+    else
+      at.add(state, sum);
+  };
+  add(kSum, states.sum, of.sum);
+  if constexpr (kSum1s) add(kSum1, states.sum1, of.sum1);
+  if constexpr (kDot1s) add(kDot1, states.dot1, of.dot1);
+  if constexpr (kCrosses) add(kCross, states.cross, of.cross);
+}
+
+// The states of rows whose sums have been put side by side: the lanes of all rows are joined at once, for 16 rows of 16
+// lanes take 45 instructions, where each by itself takes 15.
+template <typename T>
+Vec<T> join_gathered(int rows, int tensor, Sum which, Scratch<T>& scratch) {
+  const auto of_row = [&](int row) { return load(scratch.sums(tensor, row) + which * kLanes<T>); };
+  if (rows == 1) return splat(sum_of<T>(of_row(0)));
+  Vec<T> sums[kLanes<T>];
+  for (int r = 0; r < kLanes<T>; ++r) sums[r] = r < rows ? of_row(r) : Vec<T>{};
+  return join_rows<T>(sums, [](Vec<T> x, Vec<T> y) { return x + y; });
+}
+template <typename T, bool kSum1s, bool kDot1s, bool kCrosses>
+void join_sums(int rows, int tensor, const Lanes<T>& reference, States<T>& states, Scratch<T>& scratch) {
+  states.max = reference.all();
+  states.sum = join_gathered(rows, tensor, kSum, scratch);
+  if constexpr (kSum1s) states.sum1 = join_gathered(rows, tensor, kSum1, scratch);
+  if constexpr (kDot1s) states.dot1 = join_gathered(rows, tensor, kDot1, scratch);
+  if constexpr (kCrosses) states.cross = join_gathered(rows, tensor, kCross, scratch);
 }
 
 // A tile of the student, some lines of it.
@@ -251,7 +278,11 @@ void absorb_student(const KDArgs<T>& args, Block<T>& block, Rows rows, const Swe
   States<T>& states = block.student_state;
   Lanes<T>& reference = block.student_reference;
   const Ahead next = ahead_of(args, x, begin, kIsAcross<T, At>);
-  const TileLines<T, At> tile(x, block, rows, sweep, begin, count, scratch, kEveryRow, reference);
+  const TileLines<T, At> tile(x, block, rows, 0, begin, count, scratch);
+  if (begin == 0)
+    for_each_line<T, At>(rows, [&](At at) MTKD_ALWAYS_INLINE {
+      at.set(reference, first_reference(tile.line[at.line], block, at, sweep));
+    });
   if (begin == 0 && !scratch.gathers()) states.max = reference.all();
   for_each_line<T, At>(rows, [&](At at) MTKD_ALWAYS_INLINE {
     const Vectors<T>& s = tile.line[at.line];
@@ -259,23 +290,26 @@ void absorb_student(const KDArgs<T>& args, Block<T>& block, Rows rows, const Swe
     LineSums<T> sums;
     block.student_raised = {Raise<T>(), states.sum[0]};
     const auto again = [&] {
-      if (scratch.one_tile()) return starts_higher(at, reference, sums.max);
-      return raises_row(states, reference, sums.max, begin - block.apart_in(0, 0, begin), sweep, block.student_raised);
+      if (scratch.one_tile()) return restart_if_far(at, reference, sums.max);
+      const int64_t before = begin - block.apart_in(0, 0, begin);
+      return raise_if_far(states, reference, sums.max, before, sweep, block.student_raised);
     };
     do {
       sums = student_sums<T, kAtOne>(s, offset_of(at.of(reference)), sweep.exp, next.of_row(start),
                                      scratch.shifted(at.line), scratch.student_exps(at.line, begin));
     } while (again());
     if (!scratch.one_tile()) scratch.reference(0, begin) = reference[0];
-    add_sums(at, sums, 0, states, scratch);
+    add_sums<T, kAtOne != AtOne::unused, false, false>(at, sums, 0, states, scratch);
     if constexpr (kAtOne == AtOne::unused) return;
     read_targets(block, at, begin, s, states.label);
     if (sweep.totals) add_total(states.total, block, at, begin, s, scratch.shifted(at.line));
   });
+  if (scratch.gathers() && rows.end == block.rows)
+    join_sums<T, kAtOne != AtOne::unused, false, false>(block.rows, 0, reference, states, scratch);
 }
 
 // Adds cross_term of row_stats.h for every element, where x − y, shifted both, is e's ratio. Careless ones are not
-// finite where a logit is −inf; of other rows they are the same, bit for bit.
+// finite where a logit is −inf; elsewhere they are the same, bit for bit.
 template <typename T, int N>
 MTKD_INLINE void add_cross(Vec<T>& sum, const Bundle<T, N>& dx, const Bundle<T, N>& e, const Bundle<T, N>& dy,
                            std::false_type) {
@@ -333,20 +367,26 @@ void absorb_teacher(const KDArgs<T>& args, Block<T>& block, Rows rows, int k, co
   const Logits& x = args.teacher[k];
   States<T>& states = block.teacher_state[k];
   Lanes<T>& reference = block.teacher_reference[k];
-  const auto reads = [&](int row) { return block.reads(k, row); };
+  const auto add = [&](At at, const LineSums<T>& sums) MTKD_ALWAYS_INLINE {
+    add_sums<T, kAtOne != AtOne::unused, kEntropy, kCrosses>(at, sums, k + 1, states, scratch);
+  };
   const Ahead next = ahead_of(args, x, begin, kIsAcross<T, At>);
-  const TileLines<T, At> tile(x, block, rows, sweep, begin, count, scratch, reads, reference);
+  const TileLines<T, At> tile(x, block, rows, k + 1, begin, count, scratch);
+  if (begin == 0)
+    for_each_line<T, At>(rows, [&](At at) MTKD_ALWAYS_INLINE {
+      if (reads_line(block, at, k)) at.set(reference, first_reference(tile.line[at.line], block, at, sweep));
+    });
   if (begin == 0 && !scratch.gathers()) states.max = reference.all();
   for_each_line<T, At>(rows, [&](At at) MTKD_ALWAYS_INLINE {
     LineSums<T> sums;
-    if (!reads_line(at, reads)) return add_sums(at, sums, k + 1, states, scratch);
+    if (!reads_line(block, at, k)) return add(at, sums);
     const Vectors<T>& t = tile.line[at.line];
     const int64_t start = block.start(x, at.line);
     Raised<T> raised{Raise<T>(), states.sum[0]};
     bool careful = false;
     const auto again = [&] {
-      if (scratch.one_tile() ? starts_higher(at, reference, sums.max)
-                             : raises_row(states, reference, sums.max, begin, sweep, raised))
+      if (scratch.one_tile() ? restart_if_far(at, reference, sums.max)
+                             : raise_if_far(states, reference, sums.max, begin, sweep, raised))
         return true;
       if (!kCrosses || careful) return false;
       careful = any_of(sums.cross - sums.cross != 0);
@@ -359,9 +399,11 @@ void absorb_teacher(const KDArgs<T>& args, Block<T>& block, Rows rows, int k, co
     } while (again());
     if (kCrosses && !scratch.one_tile() && begin > 0) raise_cross(states, kExpectation, raised, block.student_raised);
     if (!scratch.one_tile()) scratch.reference(k + 1, begin) = reference[0];
-    add_sums(at, sums, k + 1, states, scratch);
+    add(at, sums);
     if constexpr (kAtOne != AtOne::unused) read_targets(block, at, begin, t, states.label);
   });
+  if (scratch.gathers() && rows.end == block.rows)
+    join_sums<T, kAtOne != AtOne::unused, kEntropy, kCrosses>(block.rows, k + 1, reference, states, scratch);
 }
 
 template <typename T>
@@ -422,18 +464,6 @@ void raise_to_maxima(const KDArgs<T>& args, Block<T>& block, const Sweep<T>& swe
   }
 }
 
-// The states of a block's rows from what they have gathered.
-template <typename T>
-void join_gathered(Block<T>& block, int teachers, Scratch<T>& scratch) {
-  const auto join = [&](States<T>& states, const Lanes<T>& reference, const GatheredSums<T>& of) {
-    states.max = reference.all();
-    of.join(states);
-  };
-  join(block.student_state, block.student_reference, scratch.gathered(0));
-  for (int k = 0; k < teachers; ++k)
-    if (block.reads_some(k)) join(block.teacher_state[k], block.teacher_reference[k], scratch.gathered(k + 1));
-}
-
 // Every state of the block's rows, some rows at a time: what the student leaves of them stays in the nearest cache
 // while the K teachers pass by.
 template <typename At, typename T>
@@ -443,6 +473,8 @@ void sweep_tiles(const KDForward<T>& args, Block<T>& block, const Sweep<T>& swee
       teacher_absorber<T, At>(expectation_of(args.divergence), sweep.teacher_at_one, sweep.entropy);
   const int teachers = args.kd_scale != 0 ? args.teachers : 0;
   block.student_state.clear();
+  block.student_reference = splat(-infinity<T>());  // of rows that are not there, or not read
+  for (int k = 0; k < teachers; ++k) block.teacher_reference[k] = splat(-infinity<T>());
   for (int64_t begin = 0; begin < args.classes; begin += scratch.tile_columns()) {
     const int count = static_cast<int>(std::min(args.classes - begin, scratch.tile_columns()));
     for (Rows rows{0, 0}; rows.end < block.rows;) {
@@ -452,7 +484,6 @@ void sweep_tiles(const KDForward<T>& args, Block<T>& block, const Sweep<T>& swee
         if (block.reads_some(k)) absorb_t(args, block, rows, k, sweep, begin, count, scratch);
     }
   }
-  if (scratch.gathers()) join_gathered(block, teachers, scratch);
 }
 
 template <typename T>

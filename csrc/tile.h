@@ -140,11 +140,13 @@ void stream_numbers(E* out, int count, const E* from) {
   for (; i < count; ++i) out[i] = from[i];
 }
 
-// Fetches a line of each page of an output that is soon to be written: the processor looks up where the page lies
-// meanwhile. A store waits for that, and every store behind it. Always inlined, see Ahead (kd_sweep.h).
+// Fetches a line of each page of an output that is soon to be written, so that the processor looks up meanwhile where
+// the page lies. A store waits for that, and every store behind it. Always inlined, see Ahead (kd_sweep.h).
 MTKD_INLINE void touch_pages(const void* out, int64_t bytes) {
   constexpr int64_t kPage = 4096;
-  for (int64_t at = 0; at < bytes; at += kPage) __builtin_prefetch(static_cast<const char*>(out) + at);
+  const auto* const first = static_cast<const char*>(out);
+  for (int64_t at = 0; at < bytes; at += kPage) __builtin_prefetch(first + at);
+  __builtin_prefetch(first + bytes - 1);
 }
 
 // Whether write_tile has a form that goes past the caches.

@@ -156,6 +156,17 @@ def test_cpp_keeps_no_pixels_of_its_own_where_many_threads_share_few():
     assert extra <= 9 / 8 * gradient_bytes(student) + NOISE
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "tvd"])
+@pytest.mark.parametrize("in_planes", [False, True])
+def test_cpp_reads_no_teacher_of_weight_zero(tmp_path, divergence, in_planes):
+    """Pages of a file that are read are the process's."""
+    file = torch.from_file(str(tmp_path / "teacher"), shared=True, size=N * C)
+    tensors = torch.randn(N * C), torch.randn(N * C), file
+    student, teacher, unread = (x.reshape(1024, -1).t() if in_planes else x.reshape(N, C) for x in tensors)
+    run = loss_and_gradient(student, [teacher, unread], weights=torch.tensor([1.0, 0.0]), divergence=divergence)
+    assert peak_extra(run) < gradient_bytes(student) + NOISE
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_cpp_allocates_nothing_of_that_size_without_a_gradient(dtype, reduction):
