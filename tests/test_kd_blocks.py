@@ -3,7 +3,7 @@ before it, nor which thread had it."""
 
 import pytest
 import torch
-from cases.kd import BF16, F32, F64, INF, check
+from cases.kd import BF16, F32, F64, INF, assert_same_bits, check, loss_and_gradient
 
 ROWS = 53  # whole blocks of every instruction set, and some rows more
 ODD = torch.arange(ROWS) % 2 == 1
@@ -13,17 +13,6 @@ def draw(classes, dtype=F32, rows=ROWS):
     g = torch.Generator().manual_seed(classes)
     student, *teachers = (torch.randn(rows, classes, generator=g).mul(2).to(dtype) for _ in range(3))
     return student, teachers, torch.randint(classes, (rows,), generator=g)
-
-
-def loss_and_gradient(backend, student, teachers, target, **options):
-    leaf = student.detach().requires_grad_()
-    loss = backend.loss(leaf, teachers, target, reduction="none", **options)
-    return loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]
-
-
-def assert_same_bits(these, those, rows):
-    for ours, theirs in zip(these, those, strict=True):
-        torch.testing.assert_close(ours[rows], theirs[rows], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("classes", [129, 300, 1001, 1025])

@@ -3,7 +3,7 @@ row's numbers must not tell which way its block went."""
 
 import pytest
 import torch
-from cases.kd import BF16, F16, F32, F64, INF, check
+from cases.kd import BF16, F16, F32, F64, INF, assert_same_bits, check, loss_and_gradient
 
 ROWS = 70  # whole blocks of every instruction set, and some rows more
 OPTIONS = dict(weights="confidence", temperature=4.0, ce_weight=0.5, label_smoothing=0.1)
@@ -25,17 +25,6 @@ def rows_apart(x):
 
 def planes(x):
     return x.t().contiguous().t()
-
-
-def loss_and_gradient(implementation, student, teachers, target, **options):
-    leaf = student.detach().requires_grad_()
-    loss = implementation.loss(leaf, teachers, target, reduction="none", **options)
-    return loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]
-
-
-def assert_same_bits(these, those, rows):
-    for ours, theirs in zip(these, those, strict=True):
-        torch.testing.assert_close(ours[rows], theirs[rows], rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("classes", [1, 2, 10, 33, 65, 128])

@@ -614,6 +614,18 @@ def check(
     return got
 
 
+def loss_and_gradient(backend, student, teachers, target, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of every row."""
+    leaf = student.detach().requires_grad_()
+    loss = backend.loss(leaf, teachers, target, reduction="none", **options)
+    return loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]
+
+
+def assert_same_bits(these, those, rows) -> None:
+    for ours, theirs in zip(these, those, strict=True):
+        torch.testing.assert_close(ours[rows], theirs[rows], rtol=0, atol=0)
+
+
 def check_rows_alone(backend, student, teachers, target, **options) -> None:
     """The gradient of a row has the same bits whatever rows are beside it."""
 
