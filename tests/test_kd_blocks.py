@@ -4,6 +4,7 @@ before it, nor which thread had it."""
 import pytest
 import torch
 from cases.kd import BF16, F32, F64, INF, assert_same_bits, check, loss_and_gradient
+from cases.threads import using_threads
 
 ROWS = 53  # whole blocks of every instruction set, and some rows more
 ODD = torch.arange(ROWS) % 2 == 1
@@ -50,12 +51,8 @@ def test_blocks_inherit_nothing(instruction_set, classes, divergence):
 def test_threads_do_not_tell(instruction_set, classes, weights):
     student, teachers, target = draw(classes, rows=10 * ROWS)
     options = dict(weights=weights, temperature=4.0, ce_weight=0.5)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
+    with using_threads(1):
         alone = loss_and_gradient(instruction_set, student, teachers, target, **options)
-        torch.set_num_threads(3)
+    with using_threads(3):
         shared = loss_and_gradient(instruction_set, student, teachers, target, **options)
-    finally:
-        torch.set_num_threads(threads)
     assert_same_bits(alone, shared, slice(None))

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases.kd import BF16, F16, F32, LAYOUTS
+from cases.threads import using_threads
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtkd_fast import hint_loss, multi_teacher_divergence, multi_teacher_kd_loss, rkd_angle_loss, rkd_distance_loss
@@ -77,13 +78,9 @@ def test_the_measure_sees_a_tensor_and_what_pytorch_did_not_allocate():
 
 def test_cpp_keeps_no_rows_of_its_own_where_many_threads_share_few():
     """What a thread keeps in cache (3.7 MB for five teachers of 131072 classes) is not to outgrow the gradient."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(4)
-    try:
+    with using_threads(4):
         student, *teachers = (torch.randn(16, 131072).bfloat16() for _ in range(6))
         extra = peak_extra(loss_and_gradient(student, teachers, weights="confidence"))
-    finally:
-        torch.set_num_threads(threads)
     assert extra <= 9 / 8 * gradient_bytes(student) + NOISE
 
 
@@ -146,13 +143,9 @@ def test_cpp_needs_one_gradient_and_two_numbers_a_position_for_attention(form):
 
 def test_cpp_keeps_no_pixels_of_its_own_where_many_threads_share_few():
     """A register of pixels of 10 tensors of 65536 classes is 40 MB a thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(4)
-    try:
+    with using_threads(4):
         student, *teachers = (torch.randn(1, 65536, 8, 4).movedim(1, -1) for _ in range(9))
         extra = peak_extra(loss_and_gradient(student, teachers, weights="confidence"))
-    finally:
-        torch.set_num_threads(threads)
     assert extra <= 9 / 8 * gradient_bytes(student) + NOISE
 
 

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from cases.kd import BF16, F32, check
+from cases.threads import using_threads
 
 FORKED = """
 import multiprocessing, pytest, torch
@@ -34,13 +35,9 @@ def test_trap_35_one_thread_and_many_give_the_same_bits(backend, shape, dtype):
     target = torch.randint(shape[1], shape[:1])
 
     def once(n_threads):
-        threads = torch.get_num_threads()
-        torch.set_num_threads(n_threads)
-        try:
+        with using_threads(n_threads):
             loss = backend.loss(student, teachers, target, weights="confidence", ce_weight=1.0)
             return loss.detach(), torch.autograd.grad(loss, student)[0]
-        finally:
-            torch.set_num_threads(threads)
 
     one = once(1)
     for n_threads in (2, 5):
