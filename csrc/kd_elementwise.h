@@ -43,9 +43,9 @@ void sum_elements(const KDArgs<T>& args, Block<T>& block, At at, const Sweep<T>&
     const int count = tile_count(scratch.line(), begin);
     student_tile(args, block, at, sweep, begin, count, scratch);
     for (int k = 0; k < args.teachers; ++k) {
-      const auto reads = [&](int row) { return block.reads(k, row); };
       if (!reads_line(block, at, k)) continue;
       Vec<T> divergence{}, slope{};
+      const auto reads = [&](int row) { return block.reads(k, row); };
       for_each_element<kDivergence>(args, block, at, k, sweep, begin, count, scratch, reads,
                                     [&](int, Vec<T>, const Element<Vec<T>>& of) {
                                       divergence += of.of_student + of.of_teacher;

@@ -144,7 +144,7 @@ void settle_block(const KDForward<T>& args, Block<T>& block, const Lanes<T>& los
   for (int row = 0; args.keep_stats && row < block.rows; ++row) write_stats(args, block, row);
 }
 
-// The gradient and the losses, where the block will be written to, and the targets of rows to come.
+// The gradient and the losses, where a block of rows that are not short will be written to, and the targets to come.
 template <typename T>
 MTKD_INLINE void touch_outputs(const KDForward<T>& args, const Block<T>& block) {
   const int bytes = element_bytes(args.gradient.dtype);
@@ -159,8 +159,10 @@ MTKD_INLINE void touch_outputs(const KDForward<T>& args, const Block<T>& block) 
 
 template <typename T>
 void forward_block(const KDForward<T>& args, const Sweep<T>& sweep, Block<T>& block, Scratch<T>& scratch) {
-  touch_outputs(args, block);
-  if (scratch.across()) block.find_near();
+  if (scratch.across())
+    block.find_near();
+  else
+    touch_outputs(args, block);
   scratch.start(block.n[0]);
   start_teachers(args, block);
   sweep_block(args, block, sweep, scratch);
