@@ -2,8 +2,8 @@
 
     compute-sanitizer --tool memcheck python -m mtkd_fast.bench.sanitize [cuda|cpu]
 
-Shapes straddle what the kernels choose between: a warp's worth of classes, a register-resident row, a row in shared
-memory, one longer than that, odd ends, one teacher and many, aligned and not.
+Shapes straddle what the kernels choose between: a warp's worth of classes, a register-resident row, a row in the shared
+memory of a block or of a cluster of them, one longer than that, odd ends, one teacher and many, aligned and not.
 """
 
 import itertools
@@ -24,7 +24,7 @@ from mtkd_fast import (
     rkd_distance_loss,
 )
 
-SHAPES = ((3, 10, 1), (33, 100, 3), (5, 1000, 8), (2, 1023, 2), (3, 4096, 3), (2, 32001, 3), (1, 131073, 2))
+SHAPES = ((3, 10, 1), (33, 100, 3), (5, 1000, 8), (2, 1023, 2), (3, 4096, 3), (2, 32001, 3), (1, 131073, 2), (1, 400001, 2))
 HALVES = (torch.bfloat16, torch.float16)
 RULES = ("uniform", "confidence", "entropy", "given")
 DIVERGENCES = ("forward_kl", "reverse_kl")

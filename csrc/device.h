@@ -17,9 +17,11 @@ struct LaunchShape {
   int64_t blocks;
   int threads;
   int shared_bytes;
+  int cluster = 1;  // blocks that run side by side and see each other's shared memory
 };
 
 constexpr int kWarp = 32;
+constexpr int kMaxCluster = 16;
 
 namespace device {
 constexpr float kLog2E = 1.4426950408889634f;  // for exp2
@@ -56,6 +58,51 @@ MTKD_DEVICE char* shared_memory() {
   extern __shared__ Words dynamic_shared_memory[];
   return reinterpret_cast<char*>(dynamic_shared_memory);
 }
+
+// A cluster of blocks; before sm_90 each block is one by itself.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+MTKD_DEVICE int cluster_rank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+MTKD_DEVICE int cluster_blocks() {
+  uint32_t blocks;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
+  return static_cast<int>(blocks);
+}
+MTKD_DEVICE int64_t cluster_index() {
+  uint32_t index;
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(index));
+  return index;
+}
+MTKD_DEVICE int64_t grid_clusters() {
+  uint32_t clusters;
+  asm("mov.u32 %0, %%nclusterid.x;" : "=r"(clusters));
+  return clusters;
+}
+// What a thread of the cluster has written to shared memory, all threads see afterwards.
+MTKD_DEVICE void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// What lies at this address in the shared memory of another block of the cluster.
+MTKD_DEVICE float load_of_block(const float* shared, int block) {
+  float x;
+  asm volatile(
+      "{\n\t.reg .b32 there;\n\tmapa.shared::cluster.u32 there, %1, %2;\n\tld.shared::cluster.f32 %0, [there];\n\t}"
+      : "=f"(x)
+      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "r"(block)
+      : "memory");
+  return x;
+}
+#else
+MTKD_DEVICE int cluster_rank() { return 0; }
+MTKD_DEVICE int cluster_blocks() { return 1; }
+MTKD_DEVICE int64_t cluster_index() { return block_index(); }
+MTKD_DEVICE int64_t grid_clusters() { return grid_blocks(); }
+MTKD_DEVICE void sync_cluster() { __syncthreads(); }
+MTKD_DEVICE float load_of_block(const float* shared, int) { return *shared; }
+#endif
 
 MTKD_DEVICE void sync_block() { __syncthreads(); }
 MTKD_DEVICE void sync_warp() { __syncwarp(); }
@@ -140,11 +187,21 @@ MTKD_DEVICE void wait_for_copies() {
 
 // Host side.
 inline int64_t max_blocks() { return 0x7fffffff; }
+inline int64_t max_clusters(int blocks) { return max_blocks() / blocks; }
 
 // The most dynamic shared memory that one block can ask for, or -1.
 inline int shared_memory_limit(int device) {
   int bytes = -1;
   return cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess ? bytes : -1;
+}
+
+// The largest cluster that a launch can ask for: 16 blocks are more than every device with clusters must have.
+inline int cluster_limit(int device) {
+  constexpr int kPortable = 8;
+  int has_clusters = 0, major = 0;
+  if (cudaDeviceGetAttribute(&has_clusters, cudaDevAttrClusterLaunch, device) != cudaSuccess || !has_clusters) return 1;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return 1;
+  return major == 9 || major == 10 ? kMaxCluster : kPortable;
 }
 
 inline int multiprocessors(int device) {
@@ -161,11 +218,22 @@ const char* launch(void (*kernel)(Args), LaunchShape shape, void* stream, const 
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes);
     if (refused != cudaSuccess) return cudaGetErrorString(refused);
   }
+  if (shape.cluster > 1) {
+    const cudaError_t refused = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (refused != cudaSuccess) return cudaGetErrorString(refused);
+  }
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &cluster;
+  config.numAttrs = shape.cluster > 1 ? 1 : 0;
   void* parameters[] = {const_cast<Args*>(&args)};
-  const cudaError_t error =
-      cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(shape.blocks)),
-                       dim3(static_cast<unsigned>(shape.threads)), parameters, static_cast<size_t>(shape.shared_bytes),
-                       static_cast<cudaStream_t>(stream));
+  const cudaError_t error = cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), parameters);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -1,6 +1,7 @@
-// The threads that share one row: part of a warp, or a block. Both merge a state of their threads into one that every
-// thread then holds. A state is a plain struct of floats with merge_lanes(width), which joins neighbouring lanes, and
-// a default value that is empty.
+// The threads that share one row: part of a warp, a block, or a cluster of blocks. Each merges a state of its threads
+// into one that every thread then holds. A state is a plain struct of floats with merge_lanes(width), which joins
+// neighbouring lanes, and a default value that is empty. What a group keeps in shared memory every block of it has for
+// itself, written by the thread that leads there.
 #pragma once
 
 #include "device.h"
@@ -38,15 +39,24 @@ MTKD_DEVICE float max_lanes(float x, int width) {
 
 MTKD_DEVICE bool any_lane(bool x, int width) { return sum_lanes(x ? 1.0f : 0.0f, width) != 0; }
 
+// Groups that lie within a block: whole blocks take rows in turn, and end when they are done.
+struct WithinBlock {
+  MTKD_DEVICE static int64_t place() { return device::block_index(); }
+  MTKD_DEVICE static int64_t places() { return device::grid_blocks(); }
+  MTKD_DEVICE static void leave() {}
+};
+
 // `width` lanes of a warp, a power of two, share a row; a block holds threads/width rows. Every lane of a warp takes
 // every step, whatever its row wants, since the shuffles need them all.
-struct LaneGroup {
+struct LaneGroup : WithinBlock {
   int width;
 
   MTKD_DEVICE explicit LaneGroup(int width, char*) : width(width) {}
   MTKD_DEVICE int rank() const { return device::thread_index() % width; }
   MTKD_DEVICE int size() const { return width; }
+  MTKD_DEVICE bool leads() const { return rank() == 0; }
   MTKD_DEVICE int lanes() const { return width; }
+  MTKD_DEVICE int groups_in_block() const { return device::block_threads() / width; }
   MTKD_DEVICE int index_in_block() const { return device::thread_index() / width; }
   MTKD_DEVICE int groups_in_warp() const { return kWarp / width; }
   MTKD_DEVICE bool any(bool x) const { return device::any_in_warp(x); }  // of all rows that walk together
@@ -62,14 +72,16 @@ struct LaneGroup {
 
 // The whole block shares a row. One barrier a merge: the scratch is used in turns, so that a warp still reading one
 // half cannot meet a warp that already writes the next.
-struct BlockGroup {
+struct BlockGroup : WithinBlock {
   float* scratch;  // [2][kMaxStateFields][kMaxWarps]
   int turn = 0;
 
   MTKD_DEVICE explicit BlockGroup(int, char* shared) : scratch(reinterpret_cast<float*>(shared)) {}
   MTKD_DEVICE int rank() const { return device::thread_index(); }
   MTKD_DEVICE int size() const { return device::block_threads(); }
+  MTKD_DEVICE bool leads() const { return rank() == 0; }
   MTKD_DEVICE int lanes() const { return kWarp; }
+  static constexpr int groups_in_block() { return 1; }
   MTKD_DEVICE int index_in_block() const { return 0; }
   static constexpr int groups_in_warp() { return 1; }
   MTKD_DEVICE bool any(bool x) const { return x; }  // the same for every thread
@@ -98,6 +110,57 @@ struct BlockGroup {
   }
 
   static constexpr int scratch_bytes() { return 2 * kMaxStateFields * kMaxWarps * sizeof(float); }
+};
+
+// A cluster of blocks shares a row. A merge is one within each block, then one across the blocks: each posts what it
+// has come to in its shared memory, and after a barrier of the cluster every warp reads those of all blocks, a block a
+// lane. Again in turns, with one barrier.
+struct ClusterGroup {
+  BlockGroup block;
+  float* posted;  // [2][kMaxStateFields], behind the block's scratch
+  int turn = 0;
+
+  MTKD_DEVICE explicit ClusterGroup(int, char* shared)
+      : block(0, shared), posted(reinterpret_cast<float*>(shared + BlockGroup::scratch_bytes())) {}
+  MTKD_DEVICE int rank() const { return device::cluster_rank() * device::block_threads() + device::thread_index(); }
+  MTKD_DEVICE int size() const { return device::cluster_blocks() * device::block_threads(); }
+  MTKD_DEVICE bool leads() const { return device::thread_index() == 0; }
+  MTKD_DEVICE int lanes() const { return kWarp; }
+  static constexpr int groups_in_block() { return 1; }
+  MTKD_DEVICE int index_in_block() const { return 0; }
+  static constexpr int groups_in_warp() { return 1; }
+  MTKD_DEVICE bool any(bool x) const { return x; }
+  MTKD_DEVICE void sync() const { device::sync_block(); }  // what is shared beyond merges, each block has for itself
+  MTKD_DEVICE static int64_t place() { return device::cluster_index(); }
+  MTKD_DEVICE static int64_t places() { return device::grid_clusters(); }
+  MTKD_DEVICE static void leave() { device::sync_cluster(); }  // others may still read what this block has posted
+
+  template <typename State, typename MergeLanes>
+  MTKD_DEVICE void merge(State& state, const MergeLanes& merge_lanes) {
+    constexpr int kFields = sizeof(State) / sizeof(float);
+    block.merge(state, merge_lanes);
+    float* const mine = posted + turn * kMaxStateFields;
+    turn ^= 1;
+    float* const fields = reinterpret_cast<float*>(&state);
+    if (leads()) {
+#pragma unroll
+      for (int i = 0; i < kFields; ++i) mine[i] = fields[i];
+    }
+    device::sync_cluster();
+    const int lane = device::thread_index() % kWarp;
+    state = State();
+    if (lane < device::cluster_blocks()) {
+#pragma unroll
+      for (int i = 0; i < kFields; ++i) fields[i] = device::load_of_block(mine + i, lane);
+    }
+    merge_lanes(state, kWarp);
+  }
+
+  static constexpr int scratch_bytes() {  // whole Words, for what follows
+    constexpr int kPosted = 2 * kMaxStateFields * static_cast<int>(sizeof(float));
+    static_assert(kPosted % sizeof(Words) == 0, "");
+    return BlockGroup::scratch_bytes() + kPosted;
+  }
 };
 
 }  // namespace mtkd_fast

@@ -4,6 +4,7 @@
 //   classes <= 6144    a block shares a row, 8 or 16 columns a thread in registers           kd_resident, BlockGroup
 //                      (elementwise divergences: 8, classes <= 4096)
 //   what fits          a block shares a row in shared memory                                 kd_resident, SharedTile
+//   what fits          a cluster of 2 to 16 blocks does (sm_90 and later)                    kd_resident, SharedTile
 //   else               a block streams over a row (forward), blocks share its columns
 //                      (backward)                                                            kd_streaming, kd_backward
 //
@@ -34,7 +35,11 @@ constexpr int kWideColumns = kWideTileThreads * 2 * kChunk;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-int64_t at_most_grid(int64_t blocks) { return blocks < device::max_blocks() ? blocks : device::max_blocks(); }
+// Blocks, or clusters of them.
+int64_t at_most_grid(int64_t groups, int cluster = 1) {
+  const int64_t most = device::max_clusters(cluster);
+  return groups < most ? groups : most;
+}
 
 bool has_two_sums(WeightRule rule) { return rule == WeightRule::confidence || rule == WeightRule::entropy; }
 
@@ -200,10 +205,20 @@ bool fits_in_registers(const KDArgs<float>& args, int device) {
          block_shape<2 * kChunk>(args).shared_bytes <= limit;
 }
 
-int64_t shared_tile_bytes(const KDArgs<float>& args, WeightRule rule) {
-  const int64_t tile = has_two_sums(rule) ? SharedTile<true>::shared_bytes(args, kTileThreads)
-                                          : SharedTile<false>::shared_bytes(args, kTileThreads);
-  return BlockGroup::scratch_bytes() + summary_bytes(args.teachers) + tile;
+int64_t shared_tile_bytes(const KDArgs<float>& args, WeightRule rule, int cluster) {
+  const int64_t tile = has_two_sums(rule) ? SharedTile<true>::shared_bytes(args, cluster)
+                                          : SharedTile<false>::shared_bytes(args, cluster);
+  const int scratch = cluster > 1 ? ClusterGroup::scratch_bytes() : BlockGroup::scratch_bytes();
+  return scratch + summary_bytes(args.teachers) + tile;
+}
+
+// The fewest blocks, a power of two, whose shared memory has room for a row; none that could: 0.
+int blocks_for_row(const KDArgs<float>& args, WeightRule rule, int device) {
+  const int limit = device::shared_memory_limit(device), most = device::cluster_limit(device);
+  for (int cluster = 1; cluster <= most; cluster *= 2) {
+    if (shared_tile_bytes(args, rule, cluster) <= limit) return cluster;
+  }
+  return 0;
 }
 
 }  // namespace
@@ -211,7 +226,7 @@ int64_t shared_tile_bytes(const KDArgs<float>& args, WeightRule rule) {
 bool kd_fits_on_chip(const KDArgs<float>& args, WeightRule rule, int device) {
   if (refused(args) != nullptr) return false;
   if (along_pixels(args)) return pixels_fit_in_registers(args, device);
-  return fits_in_registers(args, device) || shared_tile_bytes(args, rule) <= device::shared_memory_limit(device);
+  return fits_in_registers(args, device) || blocks_for_row(args, rule, device) > 0;
 }
 
 const char* kd_forward_in_registers(const KDForward<float>& args, int device, void* stream) {
@@ -237,16 +252,26 @@ const char* kd_forward_of_pixels(const KDForward<float>& args, int device, void*
   });
 }
 
-const char* kd_forward_in_shared_memory(const KDForward<float>& args, int device, void* stream) {
+template <typename Group>
+const char* forward_by_shared_tiles(const KDForward<float>& args, int cluster, int device, void* stream) {
   const ResidentArgs resident{args, kWarp, any_wide(args)};
-  const int64_t bytes = shared_tile_bytes(args, args.rule);
+  const int64_t bytes = shared_tile_bytes(args, args.rule, cluster);
   if (bytes > device::shared_memory_limit(device)) return "the rows have too many classes for shared memory";
-  const LaunchShape shape{at_most_grid(args.rows), kTileThreads, static_cast<int>(bytes)};
+  const LaunchShape shape{at_most_grid(args.rows, cluster) * cluster, kTileThreads, static_cast<int>(bytes), cluster};
   return with_kernel(args, [&](auto kind, auto sums) {
     constexpr bool two = decltype(sums)::value;
-    return device::launch(kd_resident<decltype(kind)::value, two, BlockGroup, SharedTile<two>, kTileThreads>, shape,
-                          stream, resident);
+    return device::launch(kd_resident<decltype(kind)::value, two, Group, SharedTile<two>, kTileThreads>, shape, stream,
+                          resident);
   });
+}
+
+const char* kd_forward_in_shared_memory(const KDForward<float>& args, int device, void* stream) {
+  return forward_by_shared_tiles<BlockGroup>(args, 1, device, stream);
+}
+
+const char* kd_forward_by_clusters(const KDForward<float>& args, int blocks, int device, void* stream) {
+  if (blocks > device::cluster_limit(device)) return "the device has no clusters of so many blocks";
+  return forward_by_shared_tiles<ClusterGroup>(args, blocks, device, stream);
 }
 
 const char* kd_forward_streaming(const KDForward<float>& args, int device, void* stream) {
@@ -289,10 +314,11 @@ const char* kd_forward_cuda(const KDForward<float>& args, int device, void* stre
     if (args.gradient.data == nullptr) return kd_forward_streaming_of_pixels(args, device, stream);
   }
   if (fits_in_registers(args, device)) return kd_forward_in_registers(args, device, stream);
-  const bool spares_a_sweep =
-      is_elementwise(args.divergence) && shared_tile_bytes(args, args.rule) <= device::shared_memory_limit(device);
-  return args.gradient.data != nullptr || spares_a_sweep ? kd_forward_in_shared_memory(args, device, stream)
-                                                         : kd_forward_streaming(args, device, stream);
+  const int blocks = blocks_for_row(args, args.rule, device);
+  const bool spares_a_sweep = is_elementwise(args.divergence) && blocks > 0;
+  if (args.gradient.data == nullptr && !spares_a_sweep) return kd_forward_streaming(args, device, stream);
+  return blocks > 1 ? kd_forward_by_clusters(args, blocks, device, stream)
+                    : kd_forward_in_shared_memory(args, device, stream);
 }
 
 const char* kd_backward_cuda(const KDBackward<float>& args, int device, void* stream) {

@@ -15,7 +15,7 @@ MTKD_HD constexpr int power_of_two_from(int n) {
 
 // A block is one set of 32 pixels whose classes `warps` warps share, or, with a warp for each, several sets that know
 // nothing of one another.
-struct PixelGroup {
+struct PixelGroup : WithinBlock {
   int warps;
   float* scratch;  // [kMaxStateFields][warps][pitch] states, [kMaxStateFields][kWarp] merged ones
 
@@ -23,7 +23,9 @@ struct PixelGroup {
   MTKD_DEVICE int lane() const { return device::thread_index() % kWarp; }
   MTKD_DEVICE int rank() const { return warps == 1 ? 0 : device::thread_index() / kWarp; }
   MTKD_DEVICE int size() const { return warps; }
+  MTKD_DEVICE bool leads() const { return rank() == 0; }
   MTKD_DEVICE int lanes() const { return 1; }
+  MTKD_DEVICE int groups_in_block() const { return device::block_threads() / warps; }
   MTKD_DEVICE int index_in_block() const { return warps == 1 ? device::thread_index() : lane(); }
   static constexpr int groups_in_warp() { return kWarp; }
   MTKD_DEVICE bool any(bool x) const { return device::any_in_warp(x); }  // the same for every warp of the set

@@ -160,14 +160,14 @@ struct ResidentRow {
     const float weight = known_weight(args, k, row);
     const bool reads = reads_teacher(args, row, weight);
     if (!group.any(reads)) {
-      if (group.rank() == 0) summaries[k] = TeacherSummary{};
+      if (group.leads()) summaries[k] = TeacherSummary{};
       tile.fetch_teacher(k + Tile::kDepth, wanted_teacher(k + Tile::kDepth));
       return;
     }
     tile.teacher_arrives(k, args.teacher[k].dtype, reads);
     if (kAhead) tile.fetch_teacher(k + Tile::kDepth, wanted_teacher(k + Tile::kDepth));
-    // Where weights are known, one thread needs it: the one that finishes the summary.
-    const bool needs_label = reads && wants_label_of_teachers<kind>(args.rule) && (two_sums || group.rank() == 0);
+    // Where weights are known, one thread of a block needs it: the one that finishes the summary.
+    const bool needs_label = reads && wants_label_of_teachers<kind>(args.rule) && (two_sums || group.leads());
     const float at_label = needs_label ? label_logit(teacher_logits(k), row) : 0.0f;
 
     float dx[kWidth], e[kWidth];
@@ -192,7 +192,7 @@ struct ResidentRow {
       tile.fetch_piece(j, next);
     }
     if constexpr (kind == Kind::elementwise) group.merge(sums, AddLanes{});
-    if (group.rank() != 0) return;
+    if (!group.leads()) return;
     if constexpr (kind == Kind::elementwise) {
       summary.divergence = sums.divergence;
       summary.slope = sums.slope;
@@ -226,9 +226,9 @@ struct ResidentRow {
     tile.fetch_student(wanted(args.student, reads_student()));
 #pragma unroll 1
     for (int k = 0; k < Tile::kDepth; ++k) tile.fetch_teacher(k, wanted_teacher(k));
-    // One thread finishes the row. DKD's gradient of the hard label is everyone's.
-    const bool needs_label =
-        wants_label_of_student<kind>(args, row) && (group.rank() == 0 || (kind == Kind::dkd && args.ce_weight != 0));
+    // One thread finishes the row; one of a block, the summaries. DKD's gradient of the hard label is everyone's.
+    const bool finishes = kind == Kind::dkd ? group.leads() || args.ce_weight != 0 : group.rank() == 0;
+    const bool needs_label = wants_label_of_student<kind>(args, row) && finishes;
     const float at_label = needs_label ? label_logit(student_logits(), row) : 0.0f;
     tile.student_arrives(args.student.dtype, reads_student());
     const SoftmaxState<float> student = absorb_student_row();
@@ -263,7 +263,7 @@ template <Kind kind, bool two_sums, typename Group, typename Tile, int max_threa
 MTKD_KERNEL(max_threads, 1)
 kd_resident(MTKD_PARAM(ResidentArgs) args) {
   Group group(args.group_width, device::shared_memory());
-  const int rows_in_block = device::block_threads() / group.size();
+  const int rows_in_block = group.groups_in_block();
   TeacherSummary* summaries = summaries_of(group, device::shared_memory());
   Tile tile(args, args.wide, group.rank(), group.size(),
             reinterpret_cast<char*>(summaries) + summary_bytes(rows_in_block * args.teachers));
@@ -271,8 +271,8 @@ kd_resident(MTKD_PARAM(ResidentArgs) args) {
 
   // Lanes of one warp walk on together: a row beyond the last one does not count.
   const int first_of_warp = group.index_in_block() / group.groups_in_warp() * group.groups_in_warp();
-  const int64_t step = device::grid_blocks() * rows_in_block;
-  for (int64_t base = device::block_index() * rows_in_block; base + first_of_warp < args.rows; base += step) {
+  const int64_t step = Group::places() * rows_in_block;
+  for (int64_t base = Group::place() * rows_in_block; base + first_of_warp < args.rows; base += step) {
     const int64_t index = base + group.index_in_block();
     ResidentRow<kind, two_sums, Group, Tile> row{args,
                                                  terms,
@@ -283,6 +283,7 @@ kd_resident(MTKD_PARAM(ResidentArgs) args) {
     row.forward();
     group.sync();  // the summaries have been read
   }
+  group.leave();
 }
 
 }  // namespace mtkd_fast

@@ -128,112 +128,122 @@ struct RegisterTile : RegisterSums<N, two_sums> {
   }
 };
 
-// In shared memory: piece j is chunk rank + j·size of the row. Floats lie in two planes of four columns a chunk, so
-// that neighbouring threads touch neighbouring 16 bytes. Bytes a column: student and widest teacher as they are, 4 or 8
-// of sums.
+// In shared memory: each block of the group has a stretch of the row, and of its chunks piece j is number thread +
+// j·threads. Floats lie in two planes of four columns a chunk, so that neighbouring threads touch neighbouring 16
+// bytes. Bytes a column: student and widest teacher as they are, 4 or 8 of sums.
 template <bool two_sums>
 struct SharedTile {
   static constexpr int kWidth = kChunk;
   static constexpr int kChunks = 1;
   static constexpr int kDepth = 1;
 
-  int rank, size;
   int64_t classes;
-  int chunks;
+  int pitch;         // chunks that a block has, but for the last ones
+  int first, count;  // chunk of the row, chunks of this block
   Words *s, *t, *plain, *by_signal;
   DType student_dtype, teacher_dtype;
 
-  static int64_t shared_bytes(const KDArgs<float>& args, int) {
+  static MTKD_HD int64_t chunks_of(int64_t classes) { return (classes + kChunk - 1) / kChunk; }
+  static MTKD_HD int64_t chunks_of_block(int64_t classes, int blocks) {
+    return (chunks_of(classes) + blocks - 1) / blocks;
+  }
+
+  static int64_t shared_bytes(const KDArgs<float>& args, int blocks) {
     int widest = 2;
     for (int k = 0; k < args.teachers; ++k) {
       if (args.teacher[k].dtype == DType::f32) widest = 4;
     }
     const int64_t bytes_per_column = host_element_size(args.student.dtype) + widest + (two_sums ? 8 : 4);
-    return (args.classes + kChunk - 1) / kChunk * kChunk * bytes_per_column;
+    return chunks_of_block(args.classes, blocks) * kChunk * bytes_per_column;
   }
 
   MTKD_DEVICE SharedTile(const KDForward<float>& args, bool, int rank, int size, char* shared)
-      : rank(rank),
-        size(size),
-        classes(args.classes),
-        chunks(static_cast<int>((args.classes + kChunk - 1) / kChunk)),
+      : classes(args.classes),
+        pitch(static_cast<int>(chunks_of_block(args.classes, size / device::block_threads()))),
+        first(rank / device::block_threads() * pitch),
         plain(reinterpret_cast<Words*>(shared)) {
-    by_signal = plain + 2 * chunks;
-    s = by_signal + (two_sums ? 2 * chunks : 0);
-    t = s + (args.student.dtype == DType::f32 ? 2 * chunks : chunks);
+    by_signal = plain + 2 * pitch;
+    s = by_signal + (two_sums ? 2 * pitch : 0);
+    t = s + (args.student.dtype == DType::f32 ? 2 * pitch : pitch);
+    const int left = static_cast<int>(chunks_of(args.classes)) - first;
+    count = left < pitch ? left : pitch;
   }
 
-  MTKD_DEVICE int pieces() const { return rank < chunks ? (chunks - 1 - rank) / size + 1 : 0; }
-  MTKD_DEVICE int64_t chunk(int j, int) const { return rank + static_cast<int64_t>(j) * size; }
+  MTKD_DEVICE int pieces() const {
+    const int thread = device::thread_index();
+    return thread < count ? (count - 1 - thread) / device::block_threads() + 1 : 0;
+  }
+  MTKD_DEVICE int64_t chunk(int j, int) const { return first + at(j); }
 
   MTKD_DEVICE void fetch_student(const Wanted& from) const { fetch(s, from); }
   MTKD_DEVICE void fetch_teacher(int, const Wanted& from) const { fetch(t, from); }
   MTKD_DEVICE void fetch_piece(int j, const Wanted& from) const {
-    if (from.reads) copy(t, chunk(j, 0), from.row);
+    if (from.reads) copy(t, j, from.row);
     device::commit_copies();
   }
   MTKD_DEVICE void student_arrives(DType dtype, bool reads) {
     device::wait_for_copies<0>();
     student_dtype = dtype;
     if (reads) return;
-    for (int64_t c = rank; c < chunks; c += size) put_raw(s, c, empty_chunk(dtype), dtype);
+    for (int j = 0; j < pieces(); ++j) put_raw(s, j, empty_chunk(dtype), dtype);
   }
   MTKD_DEVICE void teacher_arrives(int, DType dtype, bool) {
     device::wait_for_copies<0>();
     teacher_dtype = dtype;
   }
 
-  MTKD_DEVICE void student(int j, float (&x)[kChunk]) const { get(s, chunk(j, 0), student_dtype, x); }
-  MTKD_DEVICE void teacher(int j, float (&x)[kChunk]) const { get(t, chunk(j, 0), teacher_dtype, x); }
+  MTKD_DEVICE void student(int j, float (&x)[kChunk]) const { get(s, j, student_dtype, x); }
+  MTKD_DEVICE void teacher(int j, float (&x)[kChunk]) const { get(t, j, teacher_dtype, x); }
 
   MTKD_DEVICE void clear() {
     const Words zero{};
-    for (int64_t c = rank; c < chunks; c += size) {
-      plain[c] = plain[chunks + c] = zero;
-      if (two_sums) by_signal[c] = by_signal[chunks + c] = zero;
+    for (int j = 0; j < pieces(); ++j) {
+      plain[at(j)] = plain[pitch + at(j)] = zero;
+      if (two_sums) by_signal[at(j)] = by_signal[pitch + at(j)] = zero;
     }
   }
   MTKD_DEVICE void accumulate(int j, const float (&x)[kChunk], float first, float fade, float second) {
     float sum[kChunk];
-    get(plain, chunk(j, 0), DType::f32, sum);
+    get(plain, j, DType::f32, sum);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) sum[i] += first * x[i];
-    put(plain, chunk(j, 0), sum);
+    put(plain, j, sum);
     if (!two_sums) return;
-    get(by_signal, chunk(j, 0), DType::f32, sum);
+    get(by_signal, j, DType::f32, sum);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) sum[i] = fade * sum[i] + second * x[i];
-    put(by_signal, chunk(j, 0), sum);
+    put(by_signal, j, sum);
   }
   MTKD_DEVICE void mean(int j, float a, float b, float (&x)[kChunk]) const {
-    get(plain, chunk(j, 0), DType::f32, x);
+    get(plain, j, DType::f32, x);
     if (!two_sums) return;
     float y[kChunk];
-    get(by_signal, chunk(j, 0), DType::f32, y);
+    get(by_signal, j, DType::f32, y);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) x[i] = a * x[i] - b * y[i];
   }
 
  private:
-  MTKD_DEVICE void get(const Words* from, int64_t c, DType dtype, float (&x)[kChunk]) const {
+  MTKD_DEVICE static int at(int j) { return device::thread_index() + j * device::block_threads(); }
+  MTKD_DEVICE void get(const Words* from, int j, DType dtype, float (&x)[kChunk]) const {
     RawChunk raw;
-    raw.low = from[c];
-    raw.high = dtype == DType::f32 ? from[chunks + c] : raw.low;
+    raw.low = from[at(j)];
+    raw.high = dtype == DType::f32 ? from[pitch + at(j)] : raw.low;
     decode(raw, dtype, x);
   }
-  MTKD_DEVICE void put_raw(Words* to, int64_t c, const RawChunk& raw, DType dtype) const {
-    to[c] = raw.low;
-    if (dtype == DType::f32) to[chunks + c] = raw.high;
+  MTKD_DEVICE void put_raw(Words* to, int j, const RawChunk& raw, DType dtype) const {
+    to[at(j)] = raw.low;
+    if (dtype == DType::f32) to[pitch + at(j)] = raw.high;
   }
-  MTKD_DEVICE void put(Words* to, int64_t c, const float (&x)[kChunk]) const {
-    put_raw(to, c, encode(x, DType::f32), DType::f32);
+  MTKD_DEVICE void put(Words* to, int j, const float (&x)[kChunk]) const {
+    put_raw(to, j, encode(x, DType::f32), DType::f32);
   }
 
-  MTKD_DEVICE void copy(Words* to, int64_t c, const InputRow& row) const {
-    copy_chunk(row, c, classes, to + c, to + chunks + c);
+  MTKD_DEVICE void copy(Words* to, int j, const InputRow& row) const {
+    copy_chunk(row, chunk(j, 0), classes, to + at(j), to + pitch + at(j));
   }
   MTKD_DEVICE void fetch(Words* to, const Wanted& from) const {
-    for (int64_t c = rank; from.reads && c < chunks; c += size) copy(to, c, from.row);
+    for (int j = 0; from.reads && j < pieces(); ++j) copy(to, j, from.row);
     device::commit_copies();
   }
 };

@@ -7,6 +7,7 @@ namespace mtkd_fast {
 
 const char* kd_forward_in_registers(const KDForward<float>&, int device, void* stream);
 const char* kd_forward_in_shared_memory(const KDForward<float>&, int device, void* stream);
+const char* kd_forward_by_clusters(const KDForward<float>&, int blocks, int device, void* stream);
 const char* kd_forward_streaming(const KDForward<float>&, int device, void* stream);
 const char* kd_forward_of_pixels(const KDForward<float>&, int device, void* stream);
 const char* kd_forward_streaming_of_pixels(const KDForward<float>&, int device, void* stream);

@@ -101,12 +101,12 @@ def test_nothing_spills(source, architecture):
 
 
 def test_every_variant_is_there(architecture):
-    """4 kinds of divergence × (1 or 2 sums) × 4 tiles of rows, 3 for the elementwise, and 4 of pixels; 4 streaming and
-    4 backward each of rows and of pixels; 1 rescale.
+    """4 kinds of divergence × (1 or 2 sums) × 4 tiles of rows, 3 for the elementwise, one more that clusters share, and
+    4 of pixels; 4 streaming and 4 backward each of rows and of pixels; 1 rescale.
     """
     names = list(instructions(SOURCES["kd"], architecture))
-    assert sum("kd_resident" in name for name in names) == 30 + 32
-    assert len(names) == 62 + 8 + 8 + 1
+    assert sum("kd_resident" in name for name in names) == 30 + 8 + 32
+    assert len(names) == 70 + 8 + 8 + 1
 
 
 @pytest.mark.parametrize(
@@ -144,6 +144,13 @@ def test_resident_rows_come_in_by_asynchronous_copies(architecture):
     for name, code in kernels(SOURCES["kd"], architecture, "kd_resident").items():
         assert [x for x in code if re.search(r"LDGSTS\S*\.128", x)], name
         assert [x for x in code if re.search(r"STG\.E\.128", x)], name
+
+
+def test_clusters_meet_at_their_own_barriers(architecture):
+    """After the student, after each teacher, after an elementwise sweep, and before the end."""
+    for name, code in kernels(SOURCES["kd"], architecture, "kd_resident").items():
+        barriers = 0 if architecture == "80" or "ClusterGroup" not in name else 4 if "KindE3E" in name else 3
+        assert count(code, "UCGABAR_ARV") == count(code, "UCGABAR_WAIT") == barriers, name
 
 
 @pytest.mark.parametrize("op", ["hint", "mixture"])

@@ -44,17 +44,19 @@ def run(lib, kernel: str, order: str = "forward"):
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_sound_kernels_pass(faults, order):
-    x, out = run(faults, "sound_neighbour", order)
-    assert out.equal(x.roll(-1))
+    for kernel in ("sound_neighbour", "sound_cluster"):
+        x, out = run(faults, kernel, order)
+        assert out.equal(x.roll(-1))
     x, out = run(faults, "sound_copy", order)
     assert out.equal(x)
     assert machine.traffic() == {"out": (0, 256), "in": (256, 0)}
 
 
-def test_a_missing_barrier_shows_in_some_order(faults):
+@pytest.mark.parametrize("kernel", ["missing_barrier", "missing_cluster_barrier"])
+def test_a_missing_barrier_shows_in_some_order(faults, kernel):
     right = []
     for order in ORDERS:
-        x, out = run(faults, "missing_barrier", order)
+        x, out = run(faults, kernel, order)
         right.append(out.equal(x.roll(-1)))
     assert not all(right)
 
@@ -74,6 +76,8 @@ def test_a_copy_that_nobody_awaits_leaves_nan(faults):
         ("fault_divergent_barrier", "divergent threads"),
         ("fault_absent_lanes", "divergent threads"),
         ("fault_early_exit", "has ended"),
+        ("fault_leaving_a_cluster", "a read from a block with threads that have ended"),
+        ("fault_divergent_clusters", "divergent threads"),
     ],
 )
 def test_faults_end_the_launch(faults, kernel, message):
@@ -112,6 +116,7 @@ def test_the_structs_are_those_of_the_headers(name, struct):
 
 OPTIONS = dict(beta=0.3, ce_weight=0.7, label_smoothing=0.1, ignore_index=-100)
 CHOSEN, REGISTERS, SHARED, STREAM = "", "_registers", "_shared", "_stream"
+PAIRS, CLUSTERS = "_pairs", "_clusters"  # clusters of 2 and of 16 blocks
 
 
 def inputs(n, classes, n_teachers, dtypes=(F32,), seed=0):
@@ -164,6 +169,9 @@ def assert_gradient_close(got, right):
         (CHOSEN, 4104, (BF16, F32)),  # two chunks a thread, but for the elementwise divergences
         (SHARED, 100, (BF16, F32)),
         (SHARED, 4099, (BF16,)),
+        (PAIRS, 100, (BF16, F32)),  # most threads, and the second block, have no columns
+        (PAIRS, 9001, (F32, BF16)),
+        (CLUSTERS, 33000, (BF16,)),
         (STREAM, 33, (F32, F16)),
         (STREAM, 9000, (BF16,)),
     ],
@@ -186,7 +194,7 @@ def test_every_forward_kernel(variant, classes, dtypes, rule, divergence):
     assert_gradient_close(got, gradient)
 
 
-@pytest.mark.parametrize("variant", [REGISTERS, SHARED, STREAM])
+@pytest.mark.parametrize("variant", [REGISTERS, SHARED, PAIRS, STREAM])
 @pytest.mark.parametrize("divergence", ["reverse_kl", "jsd", "dkd"])
 def test_the_order_of_threads_changes_nothing(variant, divergence):
     tensors = inputs(5, 300, 3, (BF16, F32))
@@ -277,7 +285,8 @@ def modelled(model, n_teachers):
 
 
 SHAPES = pytest.mark.parametrize(
-    ("variant", "classes"), [(REGISTERS, 96), (REGISTERS, 1000), (SHARED, 1000), (STREAM, 1000)]
+    ("variant", "classes"),
+    [(REGISTERS, 96), (REGISTERS, 1000), (SHARED, 1000), (PAIRS, 1000), (PAIRS, 9000), (STREAM, 1000)],
 )
 
 
@@ -299,6 +308,7 @@ def test_forward_reads_everything_once(variant, classes, dtypes, rule, divergenc
     run_forward(student, teachers, torch.zeros(4).long(), w, options, variant, variant != STREAM)
     model = kd_bytes(
         student, teachers, counted=4, label_of_student=divergence == "dkd", label_of_teachers=divergence == "dkd",
+        blocks=2 if variant == PAIRS else 1,
         sweeps=2 if divergence in ELEMENTWISE and variant == STREAM else 1,
         gradients=() if variant == STREAM else ("student",),
     )  # fmt: skip
@@ -320,16 +330,43 @@ def test_one_thread_of_a_block_that_streams_looks_up_the_labels(rule, divergence
 
 
 @pytest.mark.parametrize(
-    ("divergence", "classes", "sweeps"), [("forward_kl", 6500, 1), ("jsd", 6500, 1), ("jsd", 40000, 2)]
+    ("divergence", "classes", "clusters", "sweeps"),
+    [("forward_kl", 6500, 1, 1), ("jsd", 6500, 1, 1), ("jsd", 40000, 1, 2), ("jsd", 40000, 2, 1)],
 )
-def test_rows_that_fit_on_chip_are_swept_once(divergence, classes, sweeps):
+def test_rows_that_fit_on_chip_are_swept_once(divergence, classes, clusters, sweeps):
     student, teachers, _, w = inputs(2, classes, 2, (BF16, F32))
     options = dict(
         rule="given", divergence=divergence, temperature=2.0, kd_scale=4.0, beta=0.3, ce_weight=0.0,
         label_smoothing=0.0, ignore_index=-100,
     )  # fmt: skip
-    run_forward(student, teachers, torch.zeros(2).long(), w, options, CHOSEN, False)
+    with machine.use_clusters(clusters):
+        run_forward(student, teachers, torch.zeros(2).long(), w, options, CHOSEN, False)
     assert logits_bytes(2) == modelled(kd_bytes(student, teachers, counted=2, sweeps=sweeps), 2)
+
+
+@pytest.mark.parametrize(
+    ("classes", "dtype", "blocks"),
+    [
+        (16000, BF16, 1), (17000, BF16, 2), (32000, BF16, 2), (50257, BF16, 4), (128256, BF16, 8), (151936, BF16, 16),
+        (262144, BF16, 16), (263000, BF16, None),
+        (28672, F32, 2), (29000, F32, 4), (229000, F32, 16), (230000, F32, None),
+    ],
+)  # fmt: skip
+def test_the_smallest_cluster_that_holds_a_row(classes, dtype, blocks):
+    """Student, a float32 teacher and two sums a column: 14 or 16 bytes, beside 64 teachers' numbers."""
+    row = torch.empty((1, 1), dtype=dtype).expand(1, classes)
+    fitting = []
+    for limit in (1, 2, 4, 8, 16):
+        with machine.use_clusters(limit):
+            fitting += [limit] if emulator.fits_on_chip(row) else []
+    assert fitting[:1] == ([] if blocks is None else [blocks])
+
+
+def test_no_cluster_larger_than_the_device_has():
+    tensors = inputs(1, 100, 1)
+    options = dict(rule="uniform", divergence="forward_kl", temperature=2.0, kd_scale=4.0, **OPTIONS)
+    with machine.use_clusters(8), pytest.raises(emulator.EmulatorError, match="no clusters of so many blocks"):
+        run_forward(*tensors, options, CLUSTERS, True)
 
 
 @SHAPES

@@ -28,6 +28,7 @@ def kd_bytes(
     used: list[int] | None = None,
     label_of_student: bool = False,
     label_of_teachers: bool = False,
+    blocks: int = 1,
     sweeps: int = 1,
     gradients: tuple[str, ...] = (),
 ) -> Traffic:
@@ -36,14 +37,15 @@ def kd_bytes(
     An elementwise divergence of rows that do not fit on chip takes two ``sweeps``: the sums of both softmaxes first.
 
     ``counted`` rows are read, of teacher k only the ``used[k]`` rows in which its weight is not 0. Where a
-    cross-entropy is computed, the logit of each row's label is fetched once more by itself. Gradients are written
-    whole, zeros included.
+    cross-entropy is computed, the logit of each row's label is fetched once more by itself, in each of the ``blocks``
+    that share a row and need it. Gradients are written whole, zeros included.
     """
+    labels = blocks * counted
     used = [counted] * len(teachers) if used is None else used
     names = {"student": student} | {f"teacher {k}": t for k, t in enumerate(teachers)}
-    loads = {"student": sweeps * size(student, counted) + label_of_student * counted * student.element_size()}
+    loads = {"student": sweeps * size(student, counted) + label_of_student * labels * student.element_size()}
     for k, (teacher, rows) in enumerate(zip(teachers, used, strict=True)):
-        loads[f"teacher {k}"] = sweeps * size(teacher, rows) + label_of_teachers * counted * teacher.element_size()
+        loads[f"teacher {k}"] = sweeps * size(teacher, rows) + label_of_teachers * labels * teacher.element_size()
     stores = {f"gradient of {name}": size(names[name]) for name in gradients}
     return Traffic({name: n for name, n in loads.items() if n}, stores)
 

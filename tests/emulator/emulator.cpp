@@ -49,7 +49,7 @@ bool counts_sectors = false;
 // -----------------------------------------------------------------------------------------------------------------
 // fibers
 
-enum class Waits { nothing, at_barrier, at_warp, ended };
+enum class Waits { nothing, at_warp, at_barrier, at_cluster, ended };
 
 struct PendingCopy {
   void* to;
@@ -75,13 +75,14 @@ struct Slots {
   uint32_t value[2][kWarp];  // in turns: a lane may be one operation ahead of another
 };
 
-struct Block {
-  std::vector<Fiber*> threads;
+struct Cluster {
+  std::vector<Fiber*> threads;  // block after block
   std::vector<Slots> warps;
+  int block_threads;
 };
 
 std::vector<std::unique_ptr<Fiber>> pool;
-Block block;
+Cluster cluster;
 jmp_buf scheduler;
 void (*running_body)(const void*, const void*);
 const void* running_kernel;
@@ -133,37 +134,37 @@ void wait(Waits what, int line) {
 std::string describe(const Fiber& fiber) {
   const std::string who = "thread " + std::to_string(fiber.index);
   if (fiber.waits == Waits::ended) return who + " has ended";
-  return who +
-         (fiber.waits == Waits::at_barrier ? " waits at the barrier of line " : " waits at the shuffle of line ") +
-         std::to_string(fiber.line);
+  const char* const what = fiber.waits == Waits::at_warp      ? "shuffle"
+                           : fiber.waits == Waits::at_barrier ? "barrier"
+                                                              : "barrier of the cluster";
+  return who + " waits at the " + what + " of line " + std::to_string(fiber.line);
 }
 
-// All threads of [begin, end) wait alike, or it is a fault.
-void check_alike(int begin, int end) {
-  const Fiber& first = *block.threads[begin];
-  for (int i = begin + 1; i < end; ++i) {
-    const Fiber& other = *block.threads[i];
-    if (other.waits != first.waits || (first.waits != Waits::ended && other.line != first.line)) {
-      throw Fault("divergent threads: " + describe(first) + ", " + describe(other));
-    }
+// Two threads wait alike, or it is a fault.
+void check_alike(const Fiber& one, const Fiber& other) {
+  if (other.waits != one.waits || (one.waits != Waits::ended && other.line != one.line)) {
+    throw Fault("divergent threads: " + describe(one) + ", " + describe(other));
+  }
+}
+
+// Adds the threads of those groups of `size` in [from, to) of which some, and then all, wait at `what`.
+void release(Waits what, int size, int from, int to, std::vector<Fiber*>& ready) {
+  const auto begin = cluster.threads.begin();
+  for (int first = from; first < to; first += size) {
+    const auto waits = [&](const Fiber* fiber) { return fiber->waits == what; };
+    if (std::none_of(begin + first, begin + first + size, waits)) continue;
+    for (int i = first + 1; i < first + size; ++i) check_alike(*cluster.threads[first], *cluster.threads[i]);
+    ready.insert(ready.end(), begin + first, begin + first + size);
   }
 }
 
 // Every thread waits or has ended: lets those go on whose partners have all come. False when all have ended.
 bool release(std::vector<Fiber*>& ready) {
-  const int n = static_cast<int>(block.threads.size());
-  for (int begin = 0; begin < n; begin += kWarp) {
-    bool shuffles = false;
-    for (int i = begin; i < begin + kWarp; ++i) shuffles |= block.threads[i]->waits == Waits::at_warp;
-    if (!shuffles) continue;
-    check_alike(begin, begin + kWarp);
-    ready.insert(ready.end(), block.threads.begin() + begin, block.threads.begin() + begin + kWarp);
-  }
-  if (!ready.empty()) return true;
-  check_alike(0, n);
-  if (block.threads[0]->waits == Waits::ended) return false;
-  ready = block.threads;
-  return true;
+  const int all = static_cast<int>(cluster.threads.size());
+  release(Waits::at_warp, kWarp, 0, all, ready);
+  if (ready.empty()) release(Waits::at_barrier, cluster.block_threads, 0, all, ready);
+  if (ready.empty()) release(Waits::at_cluster, all, 0, all, ready);
+  return !ready.empty();
 }
 
 void put_in_order(std::vector<Fiber*>& ready) {
@@ -178,55 +179,74 @@ void check_guard(const char* shared, int bytes) {
 }
 
 // A warp, up to a barrier or its end.
-void run_warp(int begin) {
+void run_warp(Fiber* const* warp) {
   do {
-    for (int i = begin; i < begin + kWarp; ++i) {
-      resume(*block.threads[i]);
+    for (Fiber* const* fiber = warp; fiber != warp + kWarp; ++fiber) {
+      resume(**fiber);
       if (!fault.empty()) return;
     }
-    check_alike(begin, begin + kWarp);
-  } while (block.threads[begin]->waits == Waits::at_warp);
+    for (int i = 1; i < kWarp; ++i) check_alike(*warp[0], *warp[i]);
+  } while (warp[0]->waits == Waits::at_warp);
 }
 
-void run_warp_by_warp() {
-  const int n = static_cast<int>(block.threads.size());
+// Its threads from `first` on, up to a barrier of the cluster.
+void run_block_by_warps(int first) {
+  const int n = cluster.block_threads;
+  std::vector<Fiber*> ready;
   do {
-    for (int i = 0; i < n && fault.empty(); i += kWarp) run_warp(order_kind == 3 ? i : n - kWarp - i);
-    if (!fault.empty()) return;
-    check_alike(0, n);
-  } while (block.threads[0]->waits != Waits::ended);
-}
-
-void run_in_turns() {
-  std::vector<Fiber*> ready = block.threads;
-  do {
-    put_in_order(ready);
-    for (Fiber* fiber : ready) {
-      resume(*fiber);
+    for (int i = 0; i < n; i += kWarp) {
+      run_warp(cluster.threads.data() + first + (order_kind == 3 ? i : n - kWarp - i));
       if (!fault.empty()) return;
     }
     ready.clear();
-  } while (release(ready));
+    release(Waits::at_barrier, n, first, first + n, ready);
+  } while (!ready.empty());
 }
 
-void run_block(LaunchShape shape, int64_t index, char* shared) {
+void run_block_by_block() {
+  const int all = static_cast<int>(cluster.threads.size()), n = cluster.block_threads;
+  for (int i = 0; i < all && fault.empty(); i += n) run_block_by_warps(order_kind == 3 ? i : all - n - i);
+}
+
+void run_in_turns(std::vector<Fiber*>& ready) {
+  put_in_order(ready);
+  for (Fiber* fiber : ready) {
+    resume(*fiber);
+    if (!fault.empty()) return;
+  }
+}
+
+size_t shared_pitch(LaunchShape shape) { return (shape.shared_bytes + kGuardBytes + 127) / 128 * 128; }
+
+void start_block(LaunchShape shape, int64_t index, char* shared) {
   memset(shared, 0xff, shape.shared_bytes);  // NaN
   memset(shared + shape.shared_bytes, kGuard, kGuardBytes);
-  block.threads.clear();
-  block.warps.assign(shape.threads / kWarp, Slots());
+  const int rank = static_cast<int>(index % shape.cluster);
   for (int i = 0; i < shape.threads; ++i) {
-    Fiber& fiber = *pool[i];
-    static_cast<Thread&>(fiber) = {i, shape.threads, index, shape.blocks, shared};
+    Fiber& fiber = *pool[rank * shape.threads + i];
+    static_cast<Thread&>(fiber) = {i, shape.threads, index, shape.blocks, rank, shape.cluster, shared};
     fiber.started = false;
+    fiber.waits = Waits::nothing;
     fiber.warp_ops = 0;
     fiber.accesses.clear();
     fiber.uncommitted.clear();
     fiber.in_flight.clear();
-    block.threads.push_back(&fiber);
+    cluster.threads.push_back(&fiber);
   }
-  order_kind < 3 ? run_in_turns() : run_warp_by_warp();
-  if (!fault.empty()) return;
-  check_guard(shared, shape.shared_bytes);
+}
+
+void run_cluster(LaunchShape shape, int64_t first_block, char* shared) {
+  cluster.threads.clear();
+  cluster.block_threads = shape.threads;
+  cluster.warps.assign(shape.cluster * shape.threads / kWarp, Slots());
+  for (int i = 0; i < shape.cluster; ++i) start_block(shape, first_block + i, shared + i * shared_pitch(shape));
+  std::vector<Fiber*> ready = cluster.threads;
+  do {
+    order_kind < 3 ? run_in_turns(ready) : run_block_by_block();
+    if (!fault.empty()) return;
+    ready.clear();
+  } while (release(ready));
+  for (int i = 0; i < shape.cluster; ++i) check_guard(shared + i * shared_pitch(shape), shape.shared_bytes);
 }
 
 }  // namespace
@@ -236,12 +256,27 @@ void run_block(LaunchShape shape, int64_t index, char* shared) {
 
 void barrier(int line) { wait(Waits::at_barrier, line); }
 
+void cluster_barrier(int line) { wait(Waits::at_cluster, line); }
+
+float load_of_block(const float* shared, int block) {
+  if (block < 0 || block >= current->cluster_blocks) throw Fault("a read of a block that the cluster does not have");
+  Fiber* const* const there = cluster.threads.data() + block * current->block_threads;
+  for (int i = 0; i < current->block_threads; ++i) {
+    if (there[i]->waits == Waits::ended) throw Fault("a read from a block with threads that have ended");
+  }
+  const int64_t offset = reinterpret_cast<const char*>(shared) - current->shared;
+  float x;
+  memcpy(&x, there[0]->shared + offset, sizeof(x));
+  return x;
+}
+
 void warp_barrier(int line) { wait(Waits::at_warp, line); }
 
 // Posts this lane's value and waits for the others; the slots then hold those of all lanes.
 static const uint32_t* post(uint32_t value, int line) {
   Fiber& fiber = self();
-  uint32_t* slots = block.warps[fiber.index / kWarp].value[fiber.warp_ops++ % 2];
+  const int warp = (fiber.cluster_rank * fiber.block_threads + fiber.index) / kWarp;
+  uint32_t* slots = cluster.warps[warp].value[fiber.warp_ops++ % 2];
   slots[fiber.index % kWarp] = value;
   wait(Waits::at_warp, line);
   return slots;
@@ -292,6 +327,7 @@ void wait_for_copies(int pending) {
 }
 
 int shared_memory = 0;
+int cluster_limit = 1;
 
 const char* run(LaunchShape shape, void (*body)(const void*, const void*), const void* kernel, const void* args) {
   fault.clear();
@@ -299,19 +335,21 @@ const char* run(LaunchShape shape, void (*body)(const void*, const void*), const
   running_kernel = kernel;
   running_args = args;
   if (shape.blocks < 1 || shape.threads < 1 || shape.threads > kMaxThreads || shape.threads % kWarp != 0 ||
-      shape.shared_bytes < 0 || shape.shared_bytes > device::shared_memory_limit(0)) {
+      shape.shared_bytes < 0 || shape.shared_bytes > shared_memory || shape.cluster < 1 ||
+      shape.cluster > cluster_limit || shape.blocks % shape.cluster != 0) {
     fault = "a launch of " + std::to_string(shape.blocks) + " blocks of " + std::to_string(shape.threads) +
-            " threads with " + std::to_string(shape.shared_bytes) + " bytes of shared memory";
+            " threads with " + std::to_string(shape.shared_bytes) + " bytes of shared memory, in clusters of " +
+            std::to_string(shape.cluster);
     return fault.c_str();
   }
-  while (static_cast<int>(pool.size()) < shape.threads) {
+  while (static_cast<int>(pool.size()) < shape.cluster * shape.threads) {
     pool.push_back(std::make_unique<Fiber>());
     pool.back()->stack.reset(static_cast<char*>(malloc(kStackBytes)));
   }
   std::unique_ptr<char, decltype(&free)> shared{
-      static_cast<char*>(aligned_alloc(128, (shape.shared_bytes + kGuardBytes + 127) / 128 * 128)), free};
+      static_cast<char*>(aligned_alloc(128, shape.cluster * shared_pitch(shape))), free};
   try {
-    for (int64_t i = 0; i < shape.blocks && fault.empty(); ++i) run_block(shape, i, shared.get());
+    for (int64_t i = 0; i < shape.blocks && fault.empty(); i += shape.cluster) run_cluster(shape, i, shared.get());
   } catch (const Fault& e) {
     fault = e.what();
   }
@@ -354,6 +392,8 @@ void emulator_traffic(int buffer, int64_t* loaded, int64_t* stored) {
 }
 
 void emulator_set_shared_memory(int bytes) { mtkd_fast::emulator::shared_memory = bytes; }
+
+void emulator_set_cluster_limit(int blocks) { mtkd_fast::emulator::cluster_limit = blocks; }
 
 void emulator_set_order(int kind, unsigned seed) {
   mtkd_fast::emulator::order_kind = kind;

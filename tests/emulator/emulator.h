@@ -1,11 +1,11 @@
-// A CUDA grid on the CPU, as csrc/device.h sees it. A thread is a fiber; the threads of a block run in turn, each until
-// its next barrier or shuffle, in an order that a test chooses: forward, reverse or shuffled; or warp by warp, each as
-// far as a barrier lets it. A kernel that lacks a barrier is right in one order and wrong in another. Faults end the
-// launch with a message:
+// A CUDA grid on the CPU, as csrc/device.h sees it. A thread is a fiber; the threads of a block, and of the blocks of a
+// cluster, run in turn, each until its next barrier or shuffle, in an order that a test chooses: forward, reverse or
+// shuffled; or warp by warp, each as far as a barrier lets it. A kernel that lacks a barrier is right in one order and
+// wrong in another. Faults end the launch with a message:
 //
 //   a barrier that some threads do not reach, or reach elsewhere; a shuffle with absent lanes; a thread that ends early
 //   an access to global memory outside the registered buffers, misaligned, or a write to an input
-//   a write past the end of shared memory
+//   a write past the end of shared memory; a read of another block's when some of its threads have ended
 //
 // Shared memory starts as NaN. Bytes loaded and stored are counted for each buffer, and on demand sectors of 32 bytes,
 // as a warp touches them: those of its lanes' n-th access from the same line of the source are one access.
@@ -23,13 +23,18 @@ struct Thread {
   int block_threads;
   int64_t block_index;
   int64_t grid_blocks;
+  int cluster_rank;  // of its block
+  int cluster_blocks;
   char* shared;
 };
 extern Thread* current;
 
 extern int shared_memory;  // bytes that a block can have
+extern int cluster_limit;  // blocks that a cluster can have
 
 void barrier(int line);
+void cluster_barrier(int line);
+float load_of_block(const float* shared, int block);
 void warp_barrier(int line);
 uint32_t shuffle(uint32_t value, int source_lane, int line);
 bool any(bool value, int line);
@@ -52,6 +57,13 @@ inline int block_threads() { return emulator::current->block_threads; }
 inline int64_t block_index() { return emulator::current->block_index; }
 inline int64_t grid_blocks() { return emulator::current->grid_blocks; }
 inline char* shared_memory() { return emulator::current->shared; }
+
+inline int cluster_rank() { return emulator::current->cluster_rank; }
+inline int cluster_blocks() { return emulator::current->cluster_blocks; }
+inline int64_t cluster_index() { return block_index() / cluster_blocks(); }
+inline int64_t grid_clusters() { return grid_blocks() / cluster_blocks(); }
+inline void sync_cluster(int line = __builtin_LINE()) { emulator::cluster_barrier(line); }
+inline float load_of_block(const float* shared, int block) { return emulator::load_of_block(shared, block); }
 
 inline void sync_block(int line = __builtin_LINE()) { emulator::barrier(line); }
 inline void sync_warp(int line = __builtin_LINE()) { emulator::warp_barrier(line); }
@@ -138,7 +150,9 @@ inline void wait_for_copies() {
 }
 
 inline int64_t max_blocks() { return 5; }  // so few that kernels must loop
+inline int64_t max_clusters(int blocks) { return blocks == 1 ? max_blocks() : 2; }
 inline int shared_memory_limit(int) { return emulator::shared_memory; }
+inline int cluster_limit(int) { return emulator::cluster_limit; }
 inline int multiprocessors(int) { return 1; }
 
 template <typename Args>

@@ -76,8 +76,33 @@ MTKD_KERNEL(kThreads, 1) early_exit(MTKD_PARAM(Args) args) {
   device::store(args.out + i, 0.0f);
 }
 
-const char* launch(void (*kernel)(const Args&), const float* in, float* out) {
-  return device::launch(kernel, {1, kThreads, kThreads * sizeof(float)}, nullptr, Args{in, out});
+// Two blocks of half the threads, through each other's shared memory.
+enum class Cluster { sound, unmet, leaving };
+
+template <Cluster how>
+MTKD_KERNEL(kThreads, 1)
+cluster_neighbour(MTKD_PARAM(Args) args) {
+  const int half = device::block_threads(), i = device::cluster_rank() * half + device::thread_index();
+  const int from = (i + 1) % kThreads;
+  float* shared = reinterpret_cast<float*>(device::shared_memory());
+  shared[device::thread_index()] = device::load(args.in + i);
+  how == Cluster::unmet ? device::sync_block() : device::sync_cluster();
+  device::store(args.out + i, device::load_of_block(shared + from % half, from / half));
+  if (how != Cluster::leaving) device::sync_cluster();
+}
+
+MTKD_KERNEL(kThreads, 1) divergent_clusters(MTKD_PARAM(Args) args) {
+  if (device::cluster_rank() == 0) {
+    device::sync_cluster();
+  } else {
+    device::sync_cluster();
+  }
+  device::store(args.out + device::thread_index(), 0.0f);
+}
+
+const char* launch(void (*kernel)(const Args&), const float* in, float* out, int cluster = 1) {
+  return device::launch(kernel, {cluster, kThreads / cluster, kThreads * sizeof(float), cluster}, nullptr,
+                        Args{in, out});
 }
 
 }  // namespace
@@ -89,6 +114,14 @@ extern "C" {
 
 const char* sound_neighbour(const float* in, float* out) { return launch(neighbour<true>, in, out); }
 const char* sound_copy(const float* in, float* out) { return launch(copied<true>, in, out); }
+const char* sound_cluster(const float* in, float* out) { return launch(cluster_neighbour<Cluster::sound>, in, out, 2); }
+const char* missing_cluster_barrier(const float* in, float* out) {
+  return launch(cluster_neighbour<Cluster::unmet>, in, out, 2);
+}
+const char* fault_leaving_a_cluster(const float* in, float* out) {
+  return launch(cluster_neighbour<Cluster::leaving>, in, out, 2);
+}
+const char* fault_divergent_clusters(const float* in, float* out) { return launch(divergent_clusters, in, out, 2); }
 const char* missing_barrier(const float* in, float* out) { return launch(neighbour<false>, in, out); }
 const char* missing_wait(const float* in, float* out) { return launch(copied<false>, in, out); }
 const char* fault_read_out_of_bounds(const float* in, float* out) { return launch(read_out_of_bounds, in, out); }

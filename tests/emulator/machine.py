@@ -13,6 +13,7 @@ from emulator.build import KERNELS, shared_library
 
 ORDERS = {"forward": 0, "reverse": 1, "shuffled": 2, "warp by warp": 3, "last warp first": 4}
 SHARED_MEMORY = 227 * 1024  # of a block, on sm_90
+CLUSTER_LIMIT = 16  # blocks
 
 
 class EmulatorError(RuntimeError):
@@ -27,6 +28,7 @@ def library(*sources: Path) -> ctypes.CDLL:
     lib.emulator_set_order.argtypes = [ctypes.c_int, ctypes.c_uint]
     lib.emulator_sectors.restype = ctypes.c_int64
     lib.emulator_set_shared_memory(SHARED_MEMORY)
+    lib.emulator_set_cluster_limit(CLUSTER_LIMIT)
     return lib
 
 
@@ -49,6 +51,16 @@ def use_shared_memory(size: int) -> Iterator[None]:
         yield
     finally:
         library().emulator_set_shared_memory(SHARED_MEMORY)
+
+
+@contextmanager
+def use_clusters(limit: int) -> Iterator[None]:
+    """As on a device whose clusters have at most ``limit`` blocks; 1 before sm_90."""
+    library().emulator_set_cluster_limit(limit)
+    try:
+        yield
+    finally:
+        library().emulator_set_cluster_limit(CLUSTER_LIMIT)
 
 
 def span(x: Tensor) -> int:
