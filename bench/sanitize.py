@@ -24,7 +24,9 @@ from mtkd_fast import (
     rkd_distance_loss,
 )
 
-SHAPES = ((3, 10, 1), (33, 100, 3), (5, 1000, 8), (2, 1023, 2), (3, 4096, 3), (2, 32001, 3), (1, 131073, 2), (1, 400001, 2))
+SHAPES = (
+    (3, 10, 1), (33, 100, 3), (5, 1000, 8), (2, 1023, 2), (3, 4096, 3), (2, 32001, 3), (1, 131073, 2), (1, 400001, 2),
+)  # fmt: skip
 HALVES = (torch.bfloat16, torch.float16)
 RULES = ("uniform", "confidence", "entropy", "given")
 DIVERGENCES = ("forward_kl", "reverse_kl")

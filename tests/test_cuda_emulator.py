@@ -344,24 +344,6 @@ def test_rows_that_fit_on_chip_are_swept_once(divergence, classes, clusters, swe
     assert logits_bytes(2) == modelled(kd_bytes(student, teachers, counted=2, sweeps=sweeps), 2)
 
 
-@pytest.mark.parametrize(
-    ("classes", "dtype", "blocks"),
-    [
-        (16000, BF16, 1), (17000, BF16, 2), (32000, BF16, 2), (50257, BF16, 4), (128256, BF16, 8), (151936, BF16, 16),
-        (262144, BF16, 16), (263000, BF16, None),
-        (28672, F32, 2), (29000, F32, 4), (229000, F32, 16), (230000, F32, None),
-    ],
-)  # fmt: skip
-def test_the_smallest_cluster_that_holds_a_row(classes, dtype, blocks):
-    """Student, a float32 teacher and two sums a column: 14 or 16 bytes, beside 64 teachers' numbers."""
-    row = torch.empty((1, 1), dtype=dtype).expand(1, classes)
-    fitting = []
-    for limit in (1, 2, 4, 8, 16):
-        with machine.use_clusters(limit):
-            fitting += [limit] if emulator.fits_on_chip(row) else []
-    assert fitting[:1] == ([] if blocks is None else [blocks])
-
-
 def test_no_cluster_larger_than_the_device_has():
     tensors = inputs(1, 100, 1)
     options = dict(rule="uniform", divergence="forward_kl", temperature=2.0, kd_scale=4.0, **OPTIONS)
