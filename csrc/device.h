@@ -23,6 +23,9 @@ struct LaunchShape {
 constexpr int kWarp = 32;
 constexpr int kMaxCluster = 16;
 
+// In shared memory: counts the bytes that come to a block from others of its cluster, phase after phase.
+using Mailbox = uint64_t;
+
 namespace device {
 constexpr float kLog2E = 1.4426950408889634f;  // for exp2
 }
@@ -59,8 +62,13 @@ MTKD_DEVICE char* shared_memory() {
   return reinterpret_cast<char*>(dynamic_shared_memory);
 }
 
-// A cluster of blocks; before sm_90 each block is one by itself.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+// Clusters of blocks: code for what came before sm_90 leaves out the kernels that use them.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kHasClusters = false;
+#else
+constexpr bool kHasClusters = true;
+#endif
+
 MTKD_DEVICE int cluster_rank() {
   uint32_t rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -81,28 +89,43 @@ MTKD_DEVICE int64_t grid_clusters() {
   asm("mov.u32 %0, %%nclusterid.x;" : "=r"(clusters));
   return clusters;
 }
-// What a thread of the cluster has written to shared memory, all threads see afterwards.
-MTKD_DEVICE void sync_cluster() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+// Waiting ends when all threads of the cluster have arrived; what they wrote before is there.
+MTKD_DEVICE void arrive_at_cluster() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+MTKD_DEVICE void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+MTKD_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+// Of a mailbox: by one thread, before the cluster meets.
+MTKD_DEVICE void open(Mailbox* box) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(box)) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
-// What lies at this address in the shared memory of another block of the cluster.
-MTKD_DEVICE float load_of_block(const float* shared, int block) {
-  float x;
+// By one thread of the block, once a phase: it ends when so many bytes have come.
+MTKD_DEVICE void expect(Mailbox* box, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(box)), "r"(bytes)
+               : "memory");
+}
+// For the end of a phase; they alternate between parities 0 and 1.
+MTKD_DEVICE void await(Mailbox* box, int parity) {
+  uint32_t done;
+  do {
+    asm volatile(
+        "{\n\t.reg .pred done;\n\tmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2;\n\tselp.b32 "
+        "%0, 1, 0, "
+        "done;\n\t}"
+        : "=r"(done)
+        : "r"(shared_address(box)), "r"(parity)
+        : "memory");
+  } while (!done);
+}
+// To this address, by way of this mailbox, both in the shared memory of `block` of the cluster.
+MTKD_DEVICE void send(float x, float* to, Mailbox* box, int block) {
   asm volatile(
-      "{\n\t.reg .b32 there;\n\tmapa.shared::cluster.u32 there, %1, %2;\n\tld.shared::cluster.f32 %0, [there];\n\t}"
-      : "=f"(x)
-      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "r"(block)
+      "{\n\t.reg .b32 there, box;\n\tmapa.shared::cluster.u32 there, %1, %3;\n\tmapa.shared::cluster.u32 box, %2, "
+      "%3;\n\tst.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [there], %0, [box];\n\t}" ::"f"(x),
+      "r"(shared_address(to)), "r"(shared_address(box)), "r"(block)
       : "memory");
-  return x;
 }
-#else
-MTKD_DEVICE int cluster_rank() { return 0; }
-MTKD_DEVICE int cluster_blocks() { return 1; }
-MTKD_DEVICE int64_t cluster_index() { return block_index(); }
-MTKD_DEVICE int64_t grid_clusters() { return grid_blocks(); }
-MTKD_DEVICE void sync_cluster() { __syncthreads(); }
-MTKD_DEVICE float load_of_block(const float* shared, int) { return *shared; }
-#endif
 
 MTKD_DEVICE void sync_block() { __syncthreads(); }
 MTKD_DEVICE void sync_warp() { __syncwarp(); }
@@ -195,13 +218,55 @@ inline int shared_memory_limit(int device) {
   return cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess ? bytes : -1;
 }
 
-// The largest cluster that a launch can ask for: 16 blocks are more than every device with clusters must have.
-inline int cluster_limit(int device) {
-  constexpr int kPortable = 8;
-  int has_clusters = 0, major = 0;
-  if (cudaDeviceGetAttribute(&has_clusters, cudaDevAttrClusterLaunch, device) != cudaSuccess || !has_clusters) return 1;
-  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return 1;
-  return major == 9 || major == 10 ? kMaxCluster : kPortable;
+// The same where two blocks are to share a multiprocessor.
+inline int shared_memory_of_two(int device) {
+  int bytes = -1, reserved = 0;
+  if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device) != cudaSuccess) return -1;
+  if (cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device) != cudaSuccess) return -1;
+  return bytes / 2 - reserved;
+}
+
+// Null, or what went wrong.
+template <typename Args>
+const char* allow(void (*kernel)(Args), LaunchShape shape) {
+  constexpr int kWithoutAsking = 48 * 1024, kPortable = 8;
+  cudaError_t error = cudaSuccess;
+  if (shape.shared_bytes > kWithoutAsking)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes);
+  if (error == cudaSuccess && shape.cluster > kPortable)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+inline cudaLaunchConfig_t launch_config(LaunchShape shape, void* stream, cudaLaunchAttribute* cluster) {
+  cluster->id = cudaLaunchAttributeClusterDimension;
+  cluster->val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = cluster;
+  config.numAttrs = shape.cluster > 1 ? 1 : 0;
+  return config;
+}
+
+// Whether the device has room for such a cluster: not before sm_90, less on a part of a device or a small one, and not
+// in code that was compiled for an older one and knows no clusters.
+template <typename Args>
+bool has_room_for_cluster(void (*kernel)(Args), LaunchShape shape, int device) {
+  int has_clusters = 0, clusters = 0;
+  cudaFuncAttributes compiled{};
+  cudaLaunchAttribute cluster{};
+  const cudaLaunchConfig_t config = launch_config(shape, nullptr, &cluster);
+  const bool has_room =
+      cudaDeviceGetAttribute(&has_clusters, cudaDevAttrClusterLaunch, device) == cudaSuccess && has_clusters &&
+      cudaFuncGetAttributes(&compiled, kernel) == cudaSuccess && compiled.ptxVersion >= 90 &&
+      allow(kernel, shape) == nullptr &&
+      cudaOccupancyMaxActiveClusters(&clusters, reinterpret_cast<const void*>(kernel), &config) == cudaSuccess &&
+      clusters > 0;
+  if (!has_room) cudaGetLastError();  // the answer is no; nothing has been launched
+  return has_room;
 }
 
 inline int multiprocessors(int device) {
@@ -212,26 +277,9 @@ inline int multiprocessors(int device) {
 // Null, or what went wrong.
 template <typename Args>
 const char* launch(void (*kernel)(Args), LaunchShape shape, void* stream, const Args& args) {
-  constexpr int kWithoutAsking = 48 * 1024;
-  if (shape.shared_bytes > kWithoutAsking) {
-    const cudaError_t refused =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes);
-    if (refused != cudaSuccess) return cudaGetErrorString(refused);
-  }
-  if (shape.cluster > 1) {
-    const cudaError_t refused = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    if (refused != cudaSuccess) return cudaGetErrorString(refused);
-  }
+  if (const char* refused = allow(kernel, shape)) return refused;
   cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
-  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
-  config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &cluster;
-  config.numAttrs = shape.cluster > 1 ? 1 : 0;
+  const cudaLaunchConfig_t config = launch_config(shape, stream, &cluster);
   void* parameters[] = {const_cast<Args*>(&args)};
   const cudaError_t error = cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), parameters);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

@@ -39,11 +39,12 @@ MTKD_DEVICE float max_lanes(float x, int width) {
 
 MTKD_DEVICE bool any_lane(bool x, int width) { return sum_lanes(x ? 1.0f : 0.0f, width) != 0; }
 
-// Groups that lie within a block: whole blocks take rows in turn, and end when they are done.
+// Groups that lie within a block: blocks take rows in turn.
 struct WithinBlock {
+  static constexpr bool kExists = true;
+
   MTKD_DEVICE static int64_t place() { return device::block_index(); }
   MTKD_DEVICE static int64_t places() { return device::grid_blocks(); }
-  MTKD_DEVICE static void leave() {}
 };
 
 // `width` lanes of a warp, a power of two, share a row; a block holds threads/width rows. Every lane of a warp takes
@@ -112,16 +113,27 @@ struct BlockGroup : WithinBlock {
   static constexpr int scratch_bytes() { return 2 * kMaxStateFields * kMaxWarps * sizeof(float); }
 };
 
-// A cluster of blocks shares a row. A merge is one within each block, then one across the blocks: each posts what it
-// has come to in its shared memory, and after a barrier of the cluster every warp reads those of all blocks, a block a
-// lane. Again in turns, with one barrier.
+// A cluster of blocks shares a row. A merge is one within each block, then one across the blocks: each sends what it
+// has come to to all of them, itself too, and waits for theirs. Again in turns: who sends to a slot a second time has
+// had every block's next state since, and so knows that the slot has been read.
 struct ClusterGroup {
+  static constexpr bool kExists = device::kHasClusters;
+
   BlockGroup block;
-  float* posted;  // [2][kMaxStateFields], behind the block's scratch
-  int turn = 0;
+  Mailbox* boxes;  // [2], behind the block's scratch
+  float* slots;    // [2][kMaxStateFields][kMaxCluster]
+  int merges = 0;
 
   MTKD_DEVICE explicit ClusterGroup(int, char* shared)
-      : block(0, shared), posted(reinterpret_cast<float*>(shared + BlockGroup::scratch_bytes())) {}
+      : block(0, shared),
+        boxes(reinterpret_cast<Mailbox*>(shared + BlockGroup::scratch_bytes())),
+        slots(reinterpret_cast<float*>(boxes + 2)) {
+    if (leads()) {
+      device::open(boxes);
+      device::open(boxes + 1);
+    }
+    device::arrive_at_cluster();
+  }
   MTKD_DEVICE int rank() const { return device::cluster_rank() * device::block_threads() + device::thread_index(); }
   MTKD_DEVICE int size() const { return device::cluster_blocks() * device::block_threads(); }
   MTKD_DEVICE bool leads() const { return device::thread_index() == 0; }
@@ -133,33 +145,35 @@ struct ClusterGroup {
   MTKD_DEVICE void sync() const { device::sync_block(); }  // what is shared beyond merges, each block has for itself
   MTKD_DEVICE static int64_t place() { return device::cluster_index(); }
   MTKD_DEVICE static int64_t places() { return device::grid_clusters(); }
-  MTKD_DEVICE static void leave() { device::sync_cluster(); }  // others may still read what this block has posted
 
   template <typename State, typename MergeLanes>
   MTKD_DEVICE void merge(State& state, const MergeLanes& merge_lanes) {
     constexpr int kFields = sizeof(State) / sizeof(float);
     block.merge(state, merge_lanes);
-    float* const mine = posted + turn * kMaxStateFields;
-    turn ^= 1;
+    if (merges == 0) device::wait_for_cluster();  // a block that has not begun has no mailbox
+    const int turn = merges % 2, parity = merges / 2 % 2;
+    const int blocks = device::cluster_blocks(), lane = device::thread_index() % kWarp;
+    ++merges;
+    float* const from = slots + turn * kMaxStateFields * kMaxCluster;
     float* const fields = reinterpret_cast<float*>(&state);
-    if (leads()) {
+    if (leads()) device::expect(boxes + turn, blocks * static_cast<int>(sizeof(State)));
+    if (device::thread_index() < blocks) {
 #pragma unroll
-      for (int i = 0; i < kFields; ++i) mine[i] = fields[i];
+      for (int i = 0; i < kFields; ++i) {
+        device::send(fields[i], from + i * kMaxCluster + device::cluster_rank(), boxes + turn, lane);
+      }
     }
-    device::sync_cluster();
-    const int lane = device::thread_index() % kWarp;
-    state = State();
-    if (lane < device::cluster_blocks()) {
+    device::await(boxes + turn, parity);
 #pragma unroll
-      for (int i = 0; i < kFields; ++i) fields[i] = device::load_of_block(mine + i, lane);
-    }
-    merge_lanes(state, kWarp);
+    for (int i = 0; i < kFields; ++i) fields[i] = from[i * kMaxCluster + lane % blocks];
+    merge_lanes(state, blocks);
   }
 
   static constexpr int scratch_bytes() {  // whole Words, for what follows
-    constexpr int kPosted = 2 * kMaxStateFields * static_cast<int>(sizeof(float));
-    static_assert(kPosted % sizeof(Words) == 0, "");
-    return BlockGroup::scratch_bytes() + kPosted;
+    constexpr int kBytes =
+        2 * static_cast<int>(sizeof(Mailbox)) + 2 * kMaxStateFields * kMaxCluster * static_cast<int>(sizeof(float));
+    static_assert(kBytes % sizeof(Words) == 0, "");
+    return BlockGroup::scratch_bytes() + kBytes;
   }
 };
 

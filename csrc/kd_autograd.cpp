@@ -54,6 +54,7 @@ bool fits_on_chip(const Tensor& student, TensorList teachers, const KDOptions& o
     args.inner = 2;
   }
   for (size_t k = 0; k < teachers.size(); ++k) args.teacher[k].dtype = dtype_of(teachers[k]);
+  const c10::DeviceGuard guard(student.device());
   const bool by_rule = o.rule == "confidence" || o.rule == "entropy";
   return kd_fits_on_chip(args, by_rule ? WeightRule::confidence : WeightRule::uniform, student.device().index());
 #else

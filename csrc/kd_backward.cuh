@@ -211,6 +211,8 @@ struct BackwardRow {
       teacher_chunk(now, chunk, g, s, x, mean);
     }
     if (args.student_gradient.data == nullptr) return;
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) s[i] = shifted(s[i], g.max);
     gradient_of_chunk<kind>(g, terms, chunk * kChunk, s, mean);
     store_chunk(output_row(args.student_gradient, row.position), chunk, args.classes, s);
   }

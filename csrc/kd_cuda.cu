@@ -3,8 +3,9 @@
 //   classes <= 256     lanes of a warp share a row, eight columns each in registers          kd_resident, LaneGroup
 //   classes <= 6144    a block shares a row, 8 or 16 columns a thread in registers           kd_resident, BlockGroup
 //                      (elementwise divergences: 8, classes <= 4096)
-//   what fits          a block shares a row in shared memory                                 kd_resident, SharedTile
-//   what fits          a cluster of 2 to 16 blocks does (sm_90 and later)                    kd_resident, SharedTile
+//   classes <= 262144  a block shares a row in shared memory, its sums in registers, or a    kd_resident, SharedTile
+//                      cluster of 2 to 16 does (sm_90 and later); less where shared memory
+//                      is small, 16384 without clusters
 //   else               a block streams over a row (forward), blocks share its columns
 //                      (backward)                                                            kd_streaming, kd_backward
 //
@@ -16,6 +17,8 @@
 //   else               warps share the classes of 32 pixels                                   kd_streaming, kd_backward
 //
 // Where no gradient is asked for, rows stream rather than stay in shared memory, unless a second sweep would follow.
+#include <algorithm>
+
 #include "kd_backward.cuh"
 #include "kd_pixels.cuh"
 #include "kd_rescale.cuh"
@@ -205,20 +208,73 @@ bool fits_in_registers(const KDArgs<float>& args, int device) {
          block_shape<2 * kChunk>(args).shared_bytes <= limit;
 }
 
-int64_t shared_tile_bytes(const KDArgs<float>& args, WeightRule rule, int cluster) {
-  const int64_t tile = has_two_sums(rule) ? SharedTile<true>::shared_bytes(args, cluster)
-                                          : SharedTile<false>::shared_bytes(args, cluster);
-  const int scratch = cluster > 1 ? ClusterGroup::scratch_bytes() : BlockGroup::scratch_bytes();
-  return scratch + summary_bytes(args.teachers) + tile;
+// Rows in shared memory, whose sums are registers: 32 of 512 threads, or 64, or twice as many, of 256.
+constexpr int kBlockColumns = 16384;
+constexpr int columns_of_thread(Kind kind, bool two_sums) { return two_sums || kind == Kind::elementwise ? 64 : 32; }
+constexpr int most_threads(Kind kind, bool two_sums) { return kBlockColumns / columns_of_thread(kind, two_sums); }
+
+template <Kind kind, bool two, typename Group>
+constexpr auto in_shared_memory =
+    kd_resident<kind, two, Group, SharedTile<columns_of_thread(kind, two), two>, most_threads(kind, two)>;
+
+using AnyTile = SharedTile<kBlockColumns, false>;  // what does not depend on those numbers
+
+// Where such a row lies: in so many blocks of so many threads, with room for so many teachers.
+struct Placement {
+  int blocks = 0;  // none: it fits nowhere
+  int threads = 0;
+  int slots = 0;
+};
+
+int64_t shared_tile_bytes(const KDArgs<float>& args, Placement at) {
+  const int scratch = at.blocks > 1 ? ClusterGroup::scratch_bytes() : BlockGroup::scratch_bytes();
+  return scratch + summary_bytes(args.teachers) + AnyTile::shared_bytes(args, at.blocks, at.slots);
 }
 
-// The fewest blocks, a power of two, whose shared memory has room for a row; none that could: 0.
-int blocks_for_row(const KDArgs<float>& args, WeightRule rule, int device) {
-  const int limit = device::shared_memory_limit(device), most = device::cluster_limit(device);
-  for (int cluster = 1; cluster <= most; cluster *= 2) {
-    if (shared_tile_bytes(args, rule, cluster) <= limit) return cluster;
+LaunchShape shared_tile_shape(const KDArgs<float>& args, Placement at) {
+  const int bytes = static_cast<int>(shared_tile_bytes(args, at));
+  return {at_most_grid(args.rows, at.blocks) * at.blocks, at.threads, bytes, at.blocks};
+}
+
+bool has_room_for_cluster(const KDArgs<float>& args, WeightRule rule, Placement at, int device) {
+  LaunchShape shape = shared_tile_shape(args, at);
+  shape.blocks = at.blocks;  // one cluster, whatever rows there are
+  bool has_room = false;
+  with_kind(args.divergence, [&](auto kind) -> const char* {
+    constexpr Kind of = decltype(kind)::value;
+    has_room = has_two_sums(rule)
+                   ? device::has_room_for_cluster(in_shared_memory<of, true, ClusterGroup>, shape, device)
+                   : device::has_room_for_cluster(in_shared_memory<of, false, ClusterGroup>, shape, device);
+    return nullptr;
+  });
+  return has_room;
+}
+
+// With as many slots as fit, if one does. Of half the threads two blocks share a multiprocessor.
+Placement placement_in(int blocks, bool half, const KDArgs<float>& args, WeightRule rule, int device) {
+  const int threads = most_threads(kind_of(args.divergence), has_two_sums(rule)) / (half ? 2 : 1);
+  if (AnyTile::chunks_of_block(args.classes, blocks) * kChunk > kBlockColumns / (half ? 2 : 1)) return {};
+  const int limit = half ? device::shared_memory_of_two(device) : device::shared_memory_limit(device);
+  for (int slots = std::min(args.teachers, AnyTile::kMostSlots); slots > 0; --slots) {
+    const Placement at{blocks, threads, slots};
+    if (shared_tile_bytes(args, at) <= limit) return at;
   }
-  return 0;
+  return {};
+}
+
+// In turn: two blocks a multiprocessor, so that one reads while the other begins a row, ends it or waits for its
+// cluster, and two slots, so that a teacher is on its way while another is worked on; one block; one slot. Each with
+// the fewest blocks, a power of two.
+Placement placement_of(const KDArgs<float>& args, WeightRule rule, int device) {
+  for (int slots = std::min(args.teachers, 2); slots > 0; --slots) {
+    for (const bool half : {true, false}) {
+      for (int blocks = 1; blocks <= kMaxCluster; blocks *= 2) {
+        const Placement at = placement_in(blocks, half, args, rule, device);
+        if (at.slots >= slots && (blocks == 1 || has_room_for_cluster(args, rule, at, device))) return at;
+      }
+    }
+  }
+  return {};
 }
 
 }  // namespace
@@ -226,11 +282,11 @@ int blocks_for_row(const KDArgs<float>& args, WeightRule rule, int device) {
 bool kd_fits_on_chip(const KDArgs<float>& args, WeightRule rule, int device) {
   if (refused(args) != nullptr) return false;
   if (along_pixels(args)) return pixels_fit_in_registers(args, device);
-  return fits_in_registers(args, device) || blocks_for_row(args, rule, device) > 0;
+  return fits_in_registers(args, device) || placement_of(args, rule, device).blocks > 0;
 }
 
 const char* kd_forward_in_registers(const KDForward<float>& args, int device, void* stream) {
-  const ResidentArgs resident{args, lane_width(args.classes), any_wide(args)};
+  const ResidentArgs resident{args, lane_width(args.classes), any_wide(args), 0, 0};
   if (args.classes <= kLaneColumns) return forward_by_lanes(resident, device, stream);
   if (args.classes <= kNarrowColumns) return forward_by_blocks<kChunk, kTileThreads>(resident, stream);
   if (args.classes <= kWideColumns) return forward_by_blocks<2 * kChunk, kWideTileThreads>(resident, stream);
@@ -240,7 +296,7 @@ const char* kd_forward_in_registers(const KDForward<float>& args, int device, vo
 const char* kd_forward_of_pixels(const KDForward<float>& args, int device, void* stream) {
   if (!pixels_fit_in_registers(args, device)) return kTooWide;
   const PixelShape pixels = pixel_shape(args.classes);
-  const ResidentArgs resident{args, pixels.warps, any_wide(args)};
+  const ResidentArgs resident{args, pixels.warps, any_wide(args), 0, 0};
   return with_columns(pixels.columns, [&](auto columns) {
     constexpr int N = decltype(columns)::value;
     return with_kernel(args, [&](auto kind, auto sums) {
@@ -253,25 +309,31 @@ const char* kd_forward_of_pixels(const KDForward<float>& args, int device, void*
 }
 
 template <typename Group>
-const char* forward_by_shared_tiles(const KDForward<float>& args, int cluster, int device, void* stream) {
-  const ResidentArgs resident{args, kWarp, any_wide(args)};
-  const int64_t bytes = shared_tile_bytes(args, args.rule, cluster);
-  if (bytes > device::shared_memory_limit(device)) return "the rows have too many classes for shared memory";
-  const LaunchShape shape{at_most_grid(args.rows, cluster) * cluster, kTileThreads, static_cast<int>(bytes), cluster};
+const char* forward_in_shared_memory(const KDForward<float>& args, Placement at, void* stream) {
+  const ResidentArgs resident{args, kWarp, any_wide(args), at.slots, widest_teacher(args)};
+  const LaunchShape shape = shared_tile_shape(args, at);
   return with_kernel(args, [&](auto kind, auto sums) {
-    constexpr bool two = decltype(sums)::value;
-    return device::launch(kd_resident<decltype(kind)::value, two, Group, SharedTile<two>, kTileThreads>, shape, stream,
+    return device::launch(in_shared_memory<decltype(kind)::value, decltype(sums)::value, Group>, shape, stream,
                           resident);
   });
 }
 
+const char* forward_in_shared_memory(const KDForward<float>& args, Placement at, void* stream) {
+  if (at.blocks == 0) return "the rows have too many classes for shared memory";
+  return at.blocks > 1 ? forward_in_shared_memory<ClusterGroup>(args, at, stream)
+                       : forward_in_shared_memory<BlockGroup>(args, at, stream);
+}
+
 const char* kd_forward_in_shared_memory(const KDForward<float>& args, int device, void* stream) {
-  return forward_by_shared_tiles<BlockGroup>(args, 1, device, stream);
+  return forward_in_shared_memory(args, placement_in(1, false, args, args.rule, device), stream);
 }
 
 const char* kd_forward_by_clusters(const KDForward<float>& args, int blocks, int device, void* stream) {
-  if (blocks > device::cluster_limit(device)) return "the device has no clusters of so many blocks";
-  return forward_by_shared_tiles<ClusterGroup>(args, blocks, device, stream);
+  const Placement at = placement_in(blocks, false, args, args.rule, device);
+  if (blocks < 2 || (at.blocks > 0 && !has_room_for_cluster(args, args.rule, at, device))) {
+    return "the device has no clusters of so many blocks";
+  }
+  return forward_in_shared_memory(args, at, stream);
 }
 
 const char* kd_forward_streaming(const KDForward<float>& args, int device, void* stream) {
@@ -314,11 +376,10 @@ const char* kd_forward_cuda(const KDForward<float>& args, int device, void* stre
     if (args.gradient.data == nullptr) return kd_forward_streaming_of_pixels(args, device, stream);
   }
   if (fits_in_registers(args, device)) return kd_forward_in_registers(args, device, stream);
-  const int blocks = blocks_for_row(args, args.rule, device);
-  const bool spares_a_sweep = is_elementwise(args.divergence) && blocks > 0;
-  if (args.gradient.data == nullptr && !spares_a_sweep) return kd_forward_streaming(args, device, stream);
-  return blocks > 1 ? kd_forward_by_clusters(args, blocks, device, stream)
-                    : kd_forward_in_shared_memory(args, device, stream);
+  const bool stays = args.gradient.data != nullptr || is_elementwise(args.divergence);
+  const Placement at = stays ? placement_of(args, args.rule, device) : Placement{};
+  if (args.gradient.data == nullptr && at.blocks == 0) return kd_forward_streaming(args, device, stream);
+  return forward_in_shared_memory(args, at, stream);
 }
 
 const char* kd_backward_cuda(const KDBackward<float>& args, int device, void* stream) {

@@ -20,23 +20,25 @@ struct Probability {
 };
 
 // Both sides alike, so that equal logits are equally likely: there total variation has slope 0.
-MTKD_DEVICE Probability probability(float x, const Softmax& of, const Terms& terms) {
-  const float dx = shifted(x, of.max);
+MTKD_DEVICE Probability probability_of_shifted(float dx, const Softmax& of, const Terms& terms) {
   return {device::exp2(dx * terms.log2e_t) * of.inv_sum, dx * terms.inv_t - of.log_sum};
+}
+MTKD_DEVICE Probability probability(float x, const Softmax& of, const Terms& terms) {
+  return probability_of_shifted(shifted(x, of.max), of, terms);
 }
 
 // Columns between two looks at the divergence: their logarithms, all under way at once, take the registers.
 constexpr int kTogether = 4;
 
 // Calls step(i, p, Element) for N columns, whose Probability teacher(i) and student(i) give.
-template <int N, typename Teacher, typename Student, typename Step>
+template <int N, int together = kTogether, typename Teacher, typename Student, typename Step>
 MTKD_DEVICE void for_each_element(Divergence divergence, float beta, const Teacher& teacher, const Student& student,
                                   const Step& step) {
 #pragma unroll
-  for (int first = 0; first < N; first += kTogether) {
+  for (int first = 0; first < N; first += together) {
     with_elementwise(divergence, [&](auto which) {
 #pragma unroll
-      for (int i = first; i < first + kTogether; ++i) {
+      for (int i = first; i < first + together; ++i) {
         const Probability p = teacher(i), q = student(i);
         step(i, p.p, element<decltype(which)::value>(p.p, p.log_p, q.p, q.log_p, beta));
       }

@@ -81,8 +81,10 @@ template <int N, bool two_sums>
 struct PixelTile : RegisterSums<N, two_sums> {
   static constexpr int kWidth = N;
   static constexpr int kChunks = N / kChunk;
-  static constexpr int kDepth = N == kChunk ? 4 : 2;
-  static constexpr int kTeachers = kDepth + 1;
+  static constexpr int kAhead = N == kChunk ? 4 : 2;
+  static constexpr int kPieces = 1;
+  static constexpr bool kFreesOnArrival = true;
+  static constexpr int kTeachers = kAhead + 1;
   static constexpr int kCopied = sizeof(Words);
 
   const int first;  // class of this warp
@@ -98,26 +100,26 @@ struct PixelTile : RegisterSums<N, two_sums> {
     return static_cast<int64_t>(threads / kWarp) * (1 + kTeachers) * slot_bytes_of(any_wide(args));
   }
 
-  MTKD_DEVICE PixelTile(const KDForward<float>& args, bool wide, int rank, int, char* shared)
+  MTKD_DEVICE PixelTile(const ResidentArgs& args, int rank, int, char* shared)
       : first(rank * N),
         count(static_cast<int>(args.classes - first < N ? args.classes - first : N)),
-        slot_bytes(slot_bytes_of(wide)),
+        slot_bytes(slot_bytes_of(args.wide)),
         slots(shared + device::thread_index() / kWarp * (1 + kTeachers) * slot_bytes) {}
 
-  MTKD_DEVICE int pieces() const { return 1; }
+  static constexpr int ahead() { return kAhead; }
+  static constexpr bool has(int) { return true; }
   MTKD_DEVICE int64_t chunk(int, int c) const { return first / kChunk + c; }
 
   MTKD_DEVICE void fetch_student(const Wanted& from) const { fetch(slots, from); }
   MTKD_DEVICE void fetch_teacher(int k, const Wanted& from) const { fetch(slot_of_teacher(k), from); }
-  MTKD_DEVICE void fetch_piece(int, const Wanted&) const {}
   MTKD_DEVICE void student_arrives(DType dtype, bool reads) {
-    device::wait_for_copies<kDepth>();
+    device::wait_for_copies<kAhead>();
     device::sync_warp();  // what other lanes copied is there
     student_dtype = dtype;
     reads_student = reads;
   }
   MTKD_DEVICE void teacher_arrives(int k, DType dtype, bool reads) {
-    device::wait_for_copies<kDepth - 1>();
+    device::wait_for_copies<kAhead - 1>();
     device::sync_warp();
     teacher_slot = slot_of_teacher(k);
     teacher_dtype = dtype;
@@ -125,7 +127,18 @@ struct PixelTile : RegisterSums<N, two_sums> {
   }
 
   MTKD_DEVICE void student(int, float (&x)[N]) const { get(slots, student_dtype, reads_student, x); }
-  MTKD_DEVICE void teacher(int, float (&x)[N]) const { get(teacher_slot, teacher_dtype, reads_teacher, x); }
+  MTKD_DEVICE void shift_student(float) const {}
+  MTKD_DEVICE void student_less(int, float max, float (&x)[N]) const {
+    student(0, x);
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = shifted(x[i], max);
+  }
+  template <int, bool, typename Step>
+  MTKD_DEVICE void each_piece_of_teacher(const Step& step) const {
+    float x[N];
+    get(teacher_slot, teacher_dtype, reads_teacher, x);
+    step(0, x);
+  }
 
  private:
   static MTKD_DEVICE int lane() { return device::thread_index() % kWarp; }

@@ -1,5 +1,6 @@
 // Strategy A: a row stays on chip, so one pass gives its loss and its gradient. Memory sees K + 1 reads and one write,
-// or no write where no gradient is asked for; what a row takes on chip does not depend on K.
+// or no write where no gradient is asked for; what a row takes on chip does not grow with K, but for a few teachers on
+// their way.
 //
 // With x_k the teacher's p (forward KL, DKD), log p (reverse KL) or of_student (elementwise), the gradient needs Σ w_k
 // x_k. Known weights: one sum. Computed ones, which only the last teacher settles: Σ x_k and Σ v_k x_k, v_k = e^{CE_k −
@@ -14,7 +15,7 @@
 
 namespace mtkd_fast {
 
-// How one teacher enters the sums: plain += first·x, by_signal = fade·by_signal + second·x.
+// How one teacher enters the sums: by_signal fades, then plain += first·x, by_signal += second·x.
 struct Share {
   float first, fade, second;
 };
@@ -29,31 +30,32 @@ MTKD_DEVICE Share share_of(WeightRule rule, float known_weight, float signal, fl
   return share;
 }
 
-// e = e^{(t−local)/τ} and dx = t − local of a piece -> x = p or log p, given the row's maximum and sum. A log p of −inf
-// stands as 0: its divergence is +inf already, or its column weighs nothing. Without a class beside a target that
-// stands apart, p is 0.
-template <Kind kind, int N>
-MTKD_DEVICE void teacher_values(const float (&dx)[N], const float (&e)[N], float local_max,
-                                const TeacherSummary& teacher, const Terms& terms, float (&x)[N]) {
-  const float shift = local_max == -infinity<float>() ? 0.0f : local_max - teacher.max;
+// How a teacher's logits become x, given the row's maximum and sum: p is a factor times an exponential, log p a
+// difference. The exponential is 2^{t·log2(e)/τ − reference}, one operation before it; what rounding took from the
+// reference is in the factor, unless logits are so large that it were no number.
+struct Likelihoods {
+  float max;
+  float log_sum;
+  float reference;  // max·log2(e)/τ
+  float factor;     // of all columns
+  bool is_far;      // 2^{(t − max)·log2(e)/τ} then
+};
+
+template <Kind kind>
+MTKD_DEVICE Likelihoods likelihoods_of(const TeacherSummary& teacher, const Terms& terms) {
+  constexpr float kFar = 64;
+  const float max = offset_of(teacher.max), reference = max * terms.log2e_t;
+  const float rounded_off = fmaf(max, terms.log2e_t, -reference);
+  const bool is_far = !(fabsf(rounded_off) < kFar);
+  // Without a class beside a target that stands apart, p is 0.
   const bool nothing = kind == Kind::dkd && teacher.sum == 0;
-  const float factor = nothing ? 0.0f : device::exp2(shift * terms.log2e_t) / teacher.sum;
-  const float log_sum = log_of(teacher.sum);
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    if (kind == Kind::reverse_kl) {
-      x[i] = dx[i] == -infinity<float>() ? 0.0f : (dx[i] + shift) * terms.inv_t - log_sum;
-    } else {
-      x[i] = e[i] * factor;
-    }
-  }
+  const float of_rounding = is_far ? 1.0f : device::exp2(-rounded_off);
+  return {max, log_of(teacher.sum), reference, nothing ? 0.0f : of_rounding / teacher.sum, is_far};
 }
 
 template <Kind kind, bool two_sums, typename Group, typename Tile>
 struct ResidentRow {
   static constexpr int kWidth = Tile::kWidth;
-  static constexpr bool kAhead = Tile::kDepth > 1;  // else the next teacher takes the place of this one
-
   const KDForward<float>& args;
   const Terms& terms;
   Group& group;
@@ -78,23 +80,19 @@ struct ResidentRow {
   MTKD_DEVICE Columns columns(int j, int c) const {
     return columns_of<kind>(tile.chunk(j, c), args.classes, row.label);
   }
-  MTKD_DEVICE void student_of(int j, float (&x)[kWidth]) const {
-    tile.student(j, x);
-#pragma unroll
-    for (int c = 0; c < Tile::kChunks; ++c) set_apart<kind>(columns(j, c), x + c * kChunk);
-  }
-  MTKD_DEVICE void teacher_of(int j, float (&x)[kWidth]) const {
-    tile.teacher(j, x);
+  MTKD_DEVICE void set_target_apart(int j, float (&x)[kWidth]) const {
 #pragma unroll
     for (int c = 0; c < Tile::kChunks; ++c) set_apart<kind>(columns(j, c), x + c * kChunk);
   }
 
   MTKD_DEVICE SoftmaxState<float> absorb_student_row() {
     SoftmaxState<float> state;
-    for (int j = 0; j < tile.pieces(); ++j) {
+#pragma unroll 1
+    for (int j = 0; j < Tile::kPieces && tile.has(j); ++j) {
       float x[kWidth];
       Columns absorbed[Tile::kChunks];
-      student_of(j, x);
+      tile.student(j, x);
+      set_target_apart(j, x);
 #pragma unroll
       for (int c = 0; c < Tile::kChunks; ++c) absorbed[c] = columns(j, c);
       absorb_student(state, x, absorbed, terms);
@@ -103,54 +101,64 @@ struct ResidentRow {
     return state;
   }
 
-  MTKD_DEVICE void student_piece(int j, float max, float (&ds)[kWidth], float (&es)[kWidth]) const {
-    float x[kWidth];
-    student_of(j, x);
+  MTKD_DEVICE void student_piece(int j, float max, float (&ds)[kWidth]) const {
+    tile.student_less(j, max, ds);
+    set_target_apart(j, ds);
+  }
+
+  // What x of a piece is but for a factor. Of an only piece the exponentials are still here. A log p of −inf stands as
+  // 0: its divergence is +inf already, or its column weighs nothing.
+  MTKD_DEVICE void values_of_piece(const float (&t)[kWidth], const Likelihoods& teacher, const float (&e)[kWidth],
+                                   float (&x)[kWidth]) const {
+    if (kind != Kind::reverse_kl && Tile::kPieces > 1 && teacher.is_far) {
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) x[i] = device::exp2((t[i] - teacher.max) * terms.log2e_t);
+      return;
+    }
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
-      ds[i] = shifted(x[i], max);
-      es[i] = kind == Kind::reverse_kl ? device::exp2(ds[i] * terms.log2e_t) : 0.0f;
+      if (kind == Kind::reverse_kl) {
+        x[i] = t[i] == -infinity<float>() ? 0.0f : (t[i] - teacher.max) * terms.inv_t - teacher.log_sum;
+      } else {
+        x[i] = Tile::kPieces == 1 ? e[i] : device::exp2(fmaf(t[i], terms.log2e_t, -teacher.reference));
+      }
     }
   }
-
-  // x of one piece. kAhead: there is one, whose exponentials, relative to the thread's own maximum, are still here.
-  MTKD_DEVICE void value_of_piece(int j, float local_max, const TeacherSummary& teacher, float (&dx)[kWidth],
-                                  float (&e)[kWidth], float (&x)[kWidth]) const {
-    if constexpr (kAhead) {
-      teacher_values<kind>(dx, e, local_max, teacher, terms, x);
-    } else {
-      teacher_of(j, x);
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        dx[i] = shifted(x[i], teacher.max);
-        e[i] = device::exp2(dx[i] * terms.log2e_t);
-      }
-      teacher_values<kind>(dx, e, teacher.max, teacher, terms, x);
-    }
+  // The factor. Exponentials of an only piece are relative to the thread's own maximum.
+  MTKD_DEVICE float factor_of_values(float local_max, const TeacherSummary& summary, const Likelihoods& teacher) const {
+    if (kind == Kind::reverse_kl) return 1.0f;
+    if (Tile::kPieces > 1 || (kind == Kind::dkd && summary.sum == 0)) return teacher.factor;
+    const float shift = local_max == -infinity<float>() ? 0.0f : local_max - summary.max;
+    return device::exp2(shift * terms.log2e_t) / summary.sum;
   }
   // The same for an elementwise divergence, and its part of D and G.
-  MTKD_DEVICE void elements_of_piece(int j, const Softmax& student, const Softmax& teacher, ElementSums& sums,
-                                     float (&x)[kWidth]) const {
-    float s[kWidth], t[kWidth];
-    tile.student(j, s);
-    tile.teacher(j, t);
+  MTKD_DEVICE void elements_of_piece(int j, const float (&t)[kWidth], const Softmax& student, const Softmax& teacher,
+                                     ElementSums& sums, float (&x)[kWidth]) const {
+    float ds[kWidth];
+    tile.student_less(j, student.max, ds);
     auto p = [&](int i) { return probability(t[i], teacher, terms); };
-    auto q = [&](int i) { return probability(s[i], student, terms); };
-    for_each_element<kWidth>(args.divergence, args.beta, p, q, [&](int i, float, const Element<float>& of) {
-      sums.add(of);
-      x[i] = of.of_student;
-    });
+    auto q = [&](int i) { return probability_of_shifted(ds[i], student, terms); };
+    constexpr int kFew = 2;  // beside the sums of many columns
+    for_each_element<kWidth, Tile::kPieces == 1 ? kTogether : kFew>(args.divergence, args.beta, p, q,
+                                                                    [&](int i, float, const Element<float>& of) {
+                                                                      sums.add(of);
+                                                                      x[i] = of.of_student;
+                                                                    });
   }
 
-  // First pass: the state of the thread's columns. Leaves dx and e of its last piece.
-  MTKD_DEVICE TeacherState state_of_teacher(float student_max, float (&dx)[kWidth], float (&e)[kWidth]) const {
+  // First pass: the state of the thread's columns. Leaves the exponentials of its last piece.
+  MTKD_DEVICE TeacherState state_of_teacher(float student_max, float (&e)[kWidth]) const {
     TeacherState state;
-    for (int j = 0; j < tile.pieces(); ++j) {
-      float x[kWidth], ds[kWidth], es[kWidth];
-      teacher_of(j, x);
-      student_piece(j, student_max, ds, es);
-      absorb_teacher<kind>(state, x, ds, es, terms, dx, e);
-    }
+    tile.template each_piece_of_teacher<1, true>([&](int j, float (&x)[kWidth]) {
+      float ds[kWidth], es[kWidth];
+      set_target_apart(j, x);
+      student_piece(j, student_max, ds);
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) {
+        es[i] = kind == Kind::reverse_kl ? device::exp2(ds[i] * terms.log2e_t) : 0.0f;
+      }
+      absorb_teacher<kind, (Tile::kPieces > 1)>(state, x, ds, es, terms, e);
+    });
     return state;
   }
 
@@ -159,38 +167,45 @@ struct ResidentRow {
                                       float& largest_signal) {
     const float weight = known_weight(args, k, row);
     const bool reads = reads_teacher(args, row, weight);
+    const int later = k + tile.ahead();
     if (!group.any(reads)) {
       if (group.leads()) summaries[k] = TeacherSummary{};
-      tile.fetch_teacher(k + Tile::kDepth, wanted_teacher(k + Tile::kDepth));
+      tile.fetch_teacher(later, wanted_teacher(later));
       return;
     }
     tile.teacher_arrives(k, args.teacher[k].dtype, reads);
-    if (kAhead) tile.fetch_teacher(k + Tile::kDepth, wanted_teacher(k + Tile::kDepth));
+    if constexpr (Tile::kFreesOnArrival) tile.fetch_teacher(later, wanted_teacher(later));
     // Where weights are known, one thread of a block needs it: the one that finishes the summary.
     const bool needs_label = reads && wants_label_of_teachers<kind>(args.rule) && (two_sums || group.leads());
     const float at_label = needs_label ? label_logit(teacher_logits(k), row) : 0.0f;
 
-    float dx[kWidth], e[kWidth];
-    TeacherState state = state_of_teacher(student.max, dx, e);
+    float e[kWidth];
+    TeacherState state = state_of_teacher(student.max, e);
     const float local_max = state.max;
     group.merge(state, MergeTeacher<kind>{terms});
     TeacherSummary summary = summarise<kind>(state, at_label, args.rule);
 
     const bool adds = args.gradient.data != nullptr && reads && (two_sums || weight != 0);
     const Share share = share_of<two_sums>(args.rule, weight, summary.signal, largest_signal);
-    const Wanted next = kAhead ? Wanted{} : wanted_teacher(k + 1);
     const Softmax p = softmax_of(state.max, state.sum), q = softmax_of(student.max, student.sum);
+    const Likelihoods likelihoods = likelihoods_of<kind>(summary, terms);
+    const float factor = kind == Kind::elementwise ? 1.0f : factor_of_values(local_max, summary, likelihoods);
     ElementSums sums;
-    for (int j = 0; j < tile.pieces(); ++j) {
-      float x[kWidth];
-      if constexpr (kind == Kind::elementwise) {
-        elements_of_piece(j, q, p, sums, x);
-      } else if (adds) {
-        value_of_piece(j, local_max, summary, dx, e, x);
-      }
-      if (adds) tile.accumulate(j, x, share.first, share.fade, share.second);
-      tile.fetch_piece(j, next);
+    if (adds && share.fade != 1) tile.fade(share.fade);  // the first teachers', and at a new largest signal
+    if (adds || kind == Kind::elementwise) {
+      // An elementwise step is too long for three of it.
+      tile.template each_piece_of_teacher<Tile::kPieces, kind != Kind::elementwise>([&](int j, float (&t)[kWidth]) {
+        float x[kWidth];
+        set_target_apart(j, t);
+        if constexpr (kind == Kind::elementwise) {
+          elements_of_piece(j, t, q, p, sums, x);
+        } else {
+          values_of_piece(t, likelihoods, e, x);
+        }
+        if (adds) tile.accumulate(j, x, share.first * factor, share.second * factor);
+      });
     }
+    if constexpr (!Tile::kFreesOnArrival) tile.fetch_teacher(later, wanted_teacher(later));
     if constexpr (kind == Kind::elementwise) group.merge(sums, AddLanes{});
     if (!group.leads()) return;
     if constexpr (kind == Kind::elementwise) {
@@ -205,9 +220,10 @@ struct ResidentRow {
   MTKD_DEVICE void write_gradient(const SoftmaxState<float>& student, float at_label, const Mixture& mixture) const {
     const OutputRow out = output_row(args.gradient, row.position);
     const StudentGradient g = student_gradient<kind>(args, row, row.scale, student, at_label, mixture);
-    for (int j = 0; j < tile.pieces(); ++j) {
+#pragma unroll
+    for (int j = 0; j < Tile::kPieces && tile.has(j); ++j) {
       float x[kWidth], mean[kWidth];
-      student_of(j, x);
+      student_piece(j, student.max, x);
       tile.mean(j, mixture.plain, mixture.by_signal, mean);
 #pragma unroll
       for (int c = 0; c < Tile::kChunks; ++c) {
@@ -225,13 +241,14 @@ struct ResidentRow {
   MTKD_DEVICE void forward() {
     tile.fetch_student(wanted(args.student, reads_student()));
 #pragma unroll 1
-    for (int k = 0; k < Tile::kDepth; ++k) tile.fetch_teacher(k, wanted_teacher(k));
+    for (int k = 0; k < tile.ahead(); ++k) tile.fetch_teacher(k, wanted_teacher(k));
     // One thread finishes the row; one of a block, the summaries. DKD's gradient of the hard label is everyone's.
     const bool finishes = kind == Kind::dkd ? group.leads() || args.ce_weight != 0 : group.rank() == 0;
     const bool needs_label = wants_label_of_student<kind>(args, row) && finishes;
     const float at_label = needs_label ? label_logit(student_logits(), row) : 0.0f;
     tile.student_arrives(args.student.dtype, reads_student());
     const SoftmaxState<float> student = absorb_student_row();
+    tile.shift_student(student.max);
     const float ce = group.rank() == 0 ? student_cross_entropy<kind>(args, row, student, at_label) : 0.0f;
 
     tile.clear();
@@ -254,20 +271,16 @@ MTKD_HD int64_t summary_bytes(int summaries) {  // whole Words, for the tile tha
   return (bytes + sizeof(Words) - 1) / sizeof(Words) * sizeof(Words);
 }
 
-struct ResidentArgs : KDForward<float> {
-  int group_width;  // lanes a row, where lanes share one; warps, where warps share pixels
-  bool wide;        // some logits are floats
-};
-
-template <Kind kind, bool two_sums, typename Group, typename Tile, int max_threads>
-MTKD_KERNEL(max_threads, 1)
-kd_resident(MTKD_PARAM(ResidentArgs) args) {
+template <Kind kind, bool two_sums, typename Group, typename Tile>
+MTKD_DEVICE void forward_rows(const ResidentArgs& args) {
   Group group(args.group_width, device::shared_memory());
   const int rows_in_block = group.groups_in_block();
   TeacherSummary* summaries = summaries_of(group, device::shared_memory());
-  Tile tile(args, args.wide, group.rank(), group.size(),
+  Tile tile(args, group.rank(), group.size(),
             reinterpret_cast<char*>(summaries) + summary_bytes(rows_in_block * args.teachers));
-  const Terms terms = terms_of(args, args.rule);
+  Terms terms = terms_of(args, args.rule);
+  terms.teacher_sum1 = two_sums;  // as the rule has it, known to the compiler
+  terms.teacher_dot1 &= two_sums;
 
   // Lanes of one warp walk on together: a row beyond the last one does not count.
   const int first_of_warp = group.index_in_block() / group.groups_in_warp() * group.groups_in_warp();
@@ -283,7 +296,12 @@ kd_resident(MTKD_PARAM(ResidentArgs) args) {
     row.forward();
     group.sync();  // the summaries have been read
   }
-  group.leave();
+}
+
+template <Kind kind, bool two_sums, typename Group, typename Tile, int max_threads>
+MTKD_KERNEL(max_threads, 1)
+kd_resident(MTKD_PARAM(ResidentArgs) args) {
+  if constexpr (Group::kExists) forward_rows<kind, two_sums, Group, Tile>(args);
 }
 
 }  // namespace mtkd_fast

@@ -255,6 +255,9 @@ struct StudentGradient {
   // Of the target itself, where it stands apart
   float at_target;             // Σ w_k (q_y − p_y)
   float probability_at_label;  // at temperature 1
+  // Forward KL and the elementwise divergences: what multiplies a column's e^{(s−max)/τ}, its mean and its e^{s−max},
+  // the same for all columns, and what the label's has less
+  float by_e, by_mean, by_e1, constant, at_label;
 };
 
 template <Kind kind>
@@ -277,6 +280,11 @@ MTKD_DEVICE StudentGradient student_gradient(const KDArgs<float>& args, const Ro
   g.label_value = 1 - args.label_smoothing;
   g.other_value = args.label_smoothing / args.classes;
   g.label = row.label;
+  g.by_e = g.scale * g.kd * g.of_q * g.inv_sum;
+  g.by_mean = g.scale * g.kd * g.of_mean;
+  g.by_e1 = g.scale * g.ce * g.inv_sum1;
+  g.constant = -(g.scale * (g.ce * g.other_value));
+  g.at_label = g.scale * (g.ce * g.label_value);
   if constexpr (kind == Kind::dkd) {
     if (s.sum == 0) g.inv_sum = g.of_q == 0 ? 0.0f : kNaN;  // a student without another class
     g.at_target = mixture.at_target;
@@ -289,14 +297,45 @@ MTKD_DEVICE StudentGradient student_gradient(const KDArgs<float>& args, const Ro
   return g;
 }
 
-// x[i], the student's logits, and mean[i] -> the gradient, over x.
+// x[i], the student's logits less their maximum, and mean[i] -> the gradient, over x: linear in e, mean and e1.
+MTKD_DEVICE void linear_gradient_of_chunk(const StudentGradient& g, const Terms& terms, int64_t first, float* x,
+                                          const float* mean) {
+  float e[kChunk], out[kChunk];
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) {
+    e[i] = device::exp2(x[i] * terms.log2e_t);
+    out[i] = g.constant;
+  }
+  if (g.kd != 0) {
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      out[i] += g.by_e * e[i];
+      out[i] += g.by_mean * mean[i];
+    }
+  }
+  if (g.ce != 0) {
+    float e1[kChunk];
+    exponentials_at_one(e, x, terms.at_one, e1);
+    const int64_t label = g.label - first;
+    const int at = label >= 0 && label < kChunk ? static_cast<int>(label) : -1;
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      out[i] += g.by_e1 * e1[i];
+      if (i == at) out[i] -= g.at_label;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) x[i] = out[i];
+}
+
+// Reverse KL and DKD: each column for itself.
 template <Kind kind>
-MTKD_DEVICE void gradient_of_chunk(const StudentGradient& g, const Terms& terms, int64_t first, float* x,
-                                   const float* mean) {
+MTKD_DEVICE void gradient_of_columns(const StudentGradient& g, const Terms& terms, int64_t first, float* x,
+                                     const float* mean) {
   float ds[kChunk], e[kChunk], out[kChunk];
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) {
-    ds[i] = shifted(x[i], g.max);
+    ds[i] = x[i];
     e[i] = device::exp2(ds[i] * terms.log2e_t);
     out[i] = 0;
   }
@@ -326,6 +365,16 @@ MTKD_DEVICE void gradient_of_chunk(const StudentGradient& g, const Terms& terms,
   }
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) x[i] = g.scale * out[i];
+}
+
+template <Kind kind>
+MTKD_DEVICE void gradient_of_chunk(const StudentGradient& g, const Terms& terms, int64_t first, float* x,
+                                   const float* mean) {
+  if constexpr (kind == Kind::forward_kl || kind == Kind::elementwise) {
+    linear_gradient_of_chunk(g, terms, first, x, mean);
+  } else {
+    gradient_of_columns<kind>(g, terms, first, x, mean);
+  }
 }
 
 }  // namespace mtkd_fast

@@ -62,12 +62,57 @@ MTKD_DEVICE void exponentials_at_one(const float* e, const float* dx, AtOne how,
   }
 }
 
+// In pairs, so that additions do not wait for each other.
+MTKD_DEVICE float sum_of_chunk(const float* x) {
+  return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
+}
+
+// Σ x·y, in two chains.
+MTKD_DEVICE float dot_of_chunk(const float* x, const float* y) {
+  float even = x[0] * y[0], odd = x[1] * y[1];
+#pragma unroll
+  for (int i = 2; i < kChunk; i += 2) {
+    even += x[i] * y[i];
+    odd += x[i + 1] * y[i + 1];
+  }
+  return even + odd;
+}
+
+// Σ e^{dx}.
+MTKD_DEVICE float sum_at_one(const float* e, const float* dx, AtOne how) {
+  if (how == AtOne::same) return sum_of_chunk(e);
+  if (how == AtOne::squared) return dot_of_chunk(e, e);
+  float x[kChunk];
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) {
+    x[i] = how == AtOne::squared_twice ? e[i] * e[i] : device::exp2(dx[i] * device::kLog2E);
+  }
+  return how == AtOne::squared_twice ? dot_of_chunk(x, x) : sum_of_chunk(x);
+}
+
+// Σ cross_term. Where no logit is −inf it is finite, and no column wants a look of its own: in long rows, of which few
+// chunks have columns that are not there.
+template <bool long_row>
+MTKD_DEVICE float cross_of_chunk(const float* e, const float* dx, const float* dy) {
+  if (long_row) {
+    float ratio[kChunk];
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) ratio[i] = dx[i] - dy[i];
+    const float cross = dot_of_chunk(e, ratio);
+    if (isfinite(cross)) return cross;
+  }
+  float cross = 0;
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) cross += cross_term(dx[i], e[i], dx[i], dy[i]);
+  return cross;
+}
+
 template <int N>
 MTKD_DEVICE float largest(const float (&x)[N], float start) {
-  float max = start;
+  float even = start, odd = x[0];
 #pragma unroll
-  for (int i = 0; i < N; ++i) max = fmaxf(max, x[i]);  // passes over NaN, as `larger` does
-  return max;
+  for (int i = 1; i < N; ++i) (i % 2 == 0 ? even : odd) = fmaxf(i % 2 == 0 ? even : odd, x[i]);
+  return fmaxf(even, odd);  // passes over NaN, as `larger` does
 }
 
 // A maximum raised by nothing.
@@ -120,14 +165,9 @@ MTKD_DEVICE Raise<float> absorb_student(SoftmaxState<float>& state, const float 
     for (int i = 0; i < kChunk; ++i) {
       dx[i] = shifted(x[c * kChunk + i], max);
       e[i] = device::exp2(dx[i] * terms.log2e_t);
-      state.sum += e[i];
     }
-    if (terms.student_sum1) {
-      float e1[kChunk];
-      exponentials_at_one(e, dx, terms.at_one, e1);
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i) state.sum1 += e1[i];
-    }
+    state.sum += sum_of_chunk(e);
+    if (terms.student_sum1) state.sum1 += sum_at_one(e, dx, terms.at_one);
     if (terms.student_total) {
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
@@ -183,39 +223,41 @@ MTKD_DEVICE void raise_teacher(TeacherState& state, float max, const Terms& term
   state.max = max;
 }
 
-// ds[i]: the student's logits less its maximum; es[i]: e^{ds/τ}, used by reverse KL. Leaves dx and e = e^{dx/τ} of the
-// teacher relative to state.max.
-template <Kind kind, int N>
+// ds[i]: the student's logits less its maximum; es[i]: e^{ds/τ}, used by reverse KL. Leaves e^{dx/τ} of the teacher
+// relative to state.max.
+template <Kind kind, bool long_row, int N>
 MTKD_DEVICE void absorb_teacher(TeacherState& state, const float (&x)[N], const float (&ds)[N], const float (&es)[N],
-                                const Terms& terms, float (&dx)[N], float (&e)[N]) {
+                                const Terms& terms, float (&e)[N]) {
   const float max = largest(x, state.max);
   if (max > state.max) {
     if (state.max != -infinity<float>()) raise_teacher<kind>(state, max, terms);
     state.max = max;
   }
 #pragma unroll
-  for (int c = 0; c < N / kChunk; ++c) {
+  for (int c = 0; c < N; c += kChunk) {
+    float dx[kChunk];
 #pragma unroll
-    for (int i = c * kChunk; i < (c + 1) * kChunk; ++i) {
-      dx[i] = shifted(x[i], max);
-      e[i] = device::exp2(dx[i] * terms.log2e_t);
-      state.sum += e[i];
-      if (kind == Kind::reverse_kl) {
-        state.cross += cross_term(ds[i], es[i], ds[i], dx[i]);
-        state.student_sum += es[i];
-      } else if (kind != Kind::elementwise) {
-        state.cross += cross_term(dx[i], e[i], dx[i], ds[i]);
-      }
+    for (int i = 0; i < kChunk; ++i) {
+      dx[i] = shifted(x[c + i], max);
+      e[c + i] = device::exp2(dx[i] * terms.log2e_t);
     }
-    if (terms.teacher_sum1) {
+    state.sum += sum_of_chunk(e + c);
+    if (kind == Kind::reverse_kl) {
+      state.student_sum += sum_of_chunk(es + c);
+      state.cross += cross_of_chunk<long_row>(es + c, ds + c, dx);
+    } else if (kind != Kind::elementwise) {
+      state.cross += cross_of_chunk<long_row>(e + c, dx, ds + c);
+    }
+    if (terms.teacher_dot1) {
       float e1[kChunk];
-      exponentials_at_one(e + c * kChunk, dx + c * kChunk, terms.at_one, e1);
+      exponentials_at_one(e + c, dx, terms.at_one, e1);
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
-        const float d = dx[c * kChunk + i];
         state.sum1 += e1[i];
-        if (terms.teacher_dot1) state.dot1 += d == -infinity<float>() ? 0.0f : e1[i] * d;
+        state.dot1 += dx[i] == -infinity<float>() ? 0.0f : e1[i] * dx[i];
       }
+    } else if (terms.teacher_sum1) {
+      state.sum1 += sum_at_one(e + c, dx, terms.at_one);
     }
   }
 }

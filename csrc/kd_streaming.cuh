@@ -123,14 +123,14 @@ struct StreamingRow {
 
     while (k < args.teachers) {
       const int now = k;
-      float x[kWidth], dx[kWidth], e[kWidth];
+      float x[kWidth], e[kWidth];
       decode_tile(raw, args.teacher[now].dtype, columns, x);
       k = next_read(now + 1);
       if (k < args.teachers) load_tile(args.teacher[k], tile, raw);
 
       TeacherState state = get(now, before.sum);
       if (rose) raise_student_side(state, by);
-      absorb_teacher<kind>(state, x, ds, es, terms, dx, e);
+      absorb_teacher<kind, true>(state, x, ds, es, terms, e);
       put(now, state);
     }
   }

@@ -16,9 +16,10 @@ from cases.kd import CASES, assert_matches, build, evaluate, oracle
 from emulator import machine
 
 F32, BF16 = torch.float32, torch.bfloat16
+LONGEST = 16 * 16384
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if math.prod(case.rows) > 0], ids=str)
+@pytest.mark.parametrize("case", [x for x in CASES if math.prod(x.rows) > 0 and x.classes <= LONGEST], ids=str)
 def test_case(case, monkeypatch):
     """Two blocks, which of more than eight classes have a part each, or 16."""
     variant = "_pairs" if case.classes < 30_000 else "_clusters"
@@ -31,13 +32,12 @@ def test_case(case, monkeypatch):
 @pytest.mark.parametrize(
     ("classes", "dtype", "blocks"),
     [
-        (16000, BF16, 1), (17000, BF16, 2), (32000, BF16, 2), (50257, BF16, 4), (128256, BF16, 8), (151936, BF16, 16),
-        (262144, BF16, 16), (263000, BF16, None),
-        (28672, F32, 2), (29000, F32, 4), (229000, F32, 16), (230000, F32, None),
+        (16384, BF16, 1), (16385, BF16, 2), (32000, BF16, 2), (50257, F32, 4), (128256, BF16, 8), (151936, F32, 16),
+        (LONGEST, F32, 16), (LONGEST + 1, BF16, None),
     ],
 )  # fmt: skip
 def test_the_smallest_cluster_that_holds_a_row(classes, dtype, blocks):
-    """Student, a float32 teacher and two sums a column: 14 or 16 bytes, beside 64 teachers' numbers."""
+    """Registers of a block have room for the sums of 16384 columns."""
     row = torch.empty((1, 1), dtype=dtype).expand(1, classes)
     fitting = []
     for limit in (1, 2, 4, 8, 16):

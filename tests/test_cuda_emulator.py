@@ -44,21 +44,28 @@ def run(lib, kernel: str, order: str = "forward"):
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_sound_kernels_pass(faults, order):
-    for kernel in ("sound_neighbour", "sound_cluster"):
-        x, out = run(faults, kernel, order)
-        assert out.equal(x.roll(-1))
+    x, out = run(faults, "sound_neighbour", order)
+    assert out.equal(x.roll(-1))
+    x, out = run(faults, "sound_cluster", order)
+    assert out.equal(x.roll(32))
+    _, out = run(faults, "sound_phases", order)
+    assert (out == 12).all()
     x, out = run(faults, "sound_copy", order)
     assert out.equal(x)
     assert machine.traffic() == {"out": (0, 256), "in": (256, 0)}
 
 
-@pytest.mark.parametrize("kernel", ["missing_barrier", "missing_cluster_barrier"])
-def test_a_missing_barrier_shows_in_some_order(faults, kernel):
-    right = []
-    for order in ORDERS:
-        x, out = run(faults, kernel, order)
-        right.append(out.equal(x.roll(-1)))
-    assert not all(right)
+@pytest.mark.parametrize(
+    ("kernel", "right"),
+    [
+        ("missing_barrier", lambda x: x.roll(-1)),
+        ("missing_await", lambda x: x.roll(32)),
+        ("missing_answer", lambda x: torch.full_like(x, 12)),
+    ],
+)
+def test_what_a_kernel_lacks_shows_in_some_order(faults, kernel, right):
+    results = [run(faults, kernel, order) for order in ORDERS]
+    assert not all(out.equal(right(x)) for x, out in results)
 
 
 def test_a_copy_that_nobody_awaits_leaves_nan(faults):
@@ -76,8 +83,11 @@ def test_a_copy_that_nobody_awaits_leaves_nan(faults):
         ("fault_divergent_barrier", "divergent threads"),
         ("fault_absent_lanes", "divergent threads"),
         ("fault_early_exit", "has ended"),
-        ("fault_leaving_a_cluster", "a read from a block with threads that have ended"),
-        ("fault_divergent_clusters", "divergent threads"),
+        ("fault_unopened", "a mailbox that nobody has opened"),
+        ("fault_unmet", "that have not begun|that nobody has opened"),
+        ("fault_too_little", "nothing ends this"),
+        ("fault_leaving", "threads that have ended"),
+        ("fault_never_arrived", "without an arrival"),
     ],
 )
 def test_faults_end_the_launch(faults, kernel, message):
@@ -169,7 +179,8 @@ def assert_gradient_close(got, right):
         (CHOSEN, 4104, (BF16, F32)),  # two chunks a thread, but for the elementwise divergences
         (SHARED, 100, (BF16, F32)),
         (SHARED, 4099, (BF16,)),
-        (PAIRS, 100, (BF16, F32)),  # most threads, and the second block, have no columns
+        (PAIRS, 100, (BF16, F32)),  # most threads have no columns
+        (CLUSTERS, 100, (F32,)),  # nor have the last three blocks
         (PAIRS, 9001, (F32, BF16)),
         (CLUSTERS, 33000, (BF16,)),
         (STREAM, 33, (F32, F16)),
@@ -194,7 +205,7 @@ def test_every_forward_kernel(variant, classes, dtypes, rule, divergence):
     assert_gradient_close(got, gradient)
 
 
-@pytest.mark.parametrize("variant", [REGISTERS, SHARED, PAIRS, STREAM])
+@pytest.mark.parametrize("variant", [REGISTERS, SHARED, PAIRS, CLUSTERS, STREAM])
 @pytest.mark.parametrize("divergence", ["reverse_kl", "jsd", "dkd"])
 def test_the_order_of_threads_changes_nothing(variant, divergence):
     tensors = inputs(5, 300, 3, (BF16, F32))
@@ -220,6 +231,69 @@ def test_many_teachers(classes, divergence):
         assert_close(row_loss, loss, 3e-6)
         if variant != STREAM:
             assert_gradient_close(got, gradient)
+
+
+@pytest.mark.parametrize("variant", [REGISTERS, SHARED, PAIRS])
+@pytest.mark.parametrize("lowest", [-1e10, torch.finfo(F32).min])
+@pytest.mark.parametrize("divergence", ["forward_kl", "dkd"])
+def test_teachers_of_far_logits(variant, lowest, divergence):
+    """All of them, or all but the target's: their rounding is larger than an exponent."""
+    student, teachers, target, w = inputs(4, 300, 3)
+    teachers[0][0] = lowest
+    others = torch.arange(300) != target[1]
+    teachers[1][1, others] = lowest
+    options = dict(rule="uniform", divergence=divergence, temperature=1.0, kd_scale=1.0, **OPTIONS)
+    loss, _, gradient = exact(student, teachers, target, w, options, 4)
+    row_loss, _, got = run_forward(student, teachers, target, w, options, variant, True)
+    assert_close(row_loss, loss, 3e-6)
+    assert_gradient_close(got, gradient)
+
+
+@pytest.mark.parametrize("variant", [REGISTERS, SHARED, PAIRS])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "dkd", "jsd"])
+@pytest.mark.parametrize("logit", [float("nan"), float("inf"), -1000.0])
+def test_a_row_without_weights_has_no_gradient(variant, divergence, logit):
+    """Whatever its student, in the forward as in the backward."""
+    student, teachers, target, w = inputs(4, 100, 2)
+    student[1], w[:, 1] = logit, 0
+    options = dict(divergence=divergence, temperature=2.0, kd_scale=4.0, beta=0.3, ce_weight=0.0, label_smoothing=0.0)
+    row_loss, row_stats, got = run_forward(
+        student, teachers, target, w, dict(rule="given", ignore_index=-100, **options), variant, True
+    )
+    again, *_ = emulator.backward(student, teachers, target, w, None, row_stats, **options, needs=[True, False, False])
+    for x in (row_loss, got, again):
+        assert (x[1] == 0).all()
+        assert x.isfinite().all()
+        assert (x[0] != 0).any()
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+def test_few_or_many_teachers_in_shared_memory_at_a_time(divergence):
+    """Room for the student and one to four teachers of 5: 8 to 20 bytes a column."""
+    tensors = inputs(3, 1500, 5, (BF16, F32, F16))
+    options = dict(rule="confidence", divergence=divergence, temperature=4.0, kd_scale=16.0, **OPTIONS)
+    results = []
+    for kilobytes in (14, 20, 26, 227):
+        with machine.use_shared_memory(kilobytes * 1024):
+            results.append(run_forward(*tensors, options, SHARED, True))
+    for other in results[1:]:
+        assert all(a.equal(b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("rule", ["uniform", "confidence"])
+@pytest.mark.parametrize(
+    ("classes", "clusters"),
+    [(6500, 1), (8192, 1), (8200, 1), (8200, 2), (16384, 1), (16392, 2), (16392, 4), (40000, 8)],
+)
+def test_the_placement_that_a_launch_chooses(classes, clusters, rule):
+    """One block or several, two or one of a multiprocessor, as clusters allow."""
+    tensors = inputs(2, classes, 2, (BF16, F32))
+    options = dict(rule=rule, divergence="forward_kl", temperature=4.0, kd_scale=16.0, **OPTIONS)
+    loss, _, gradient = exact(*tensors, options, 2)
+    with machine.use_clusters(clusters):
+        row_loss, _, got = run_forward(*tensors, options, CHOSEN, True)
+    assert_close(row_loss, loss, 3e-6)
+    assert_gradient_close(got, gradient)
 
 
 @pytest.mark.parametrize("divergence", FUSED_DIVERGENCES)
@@ -316,6 +390,16 @@ def test_forward_reads_everything_once(variant, classes, dtypes, rule, divergenc
     assert machine.traffic()["gradient"] == (0, model.stores.get("gradient of student", 0))
 
 
+@pytest.mark.parametrize("variant", [SHARED, PAIRS, CLUSTERS])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+def test_one_thread_of_a_row_looks_up_the_hard_label(variant, divergence):
+    student, teachers, target, w = inputs(4, 1000, 2, (BF16, F32))
+    options = dict(rule="given", divergence=divergence, temperature=2.0, kd_scale=4.0, **OPTIONS)
+    run_forward(student, teachers, target, w, options, variant, True)
+    model = kd_bytes(student, teachers, counted=3, label_of_student=True)
+    assert logits_bytes(2) == modelled(model, 2)
+
+
 @pytest.mark.parametrize("divergence", FUSED_DIVERGENCES)
 @pytest.mark.parametrize("rule", ["confidence", "entropy"])
 def test_one_thread_of_a_block_that_streams_looks_up_the_labels(rule, divergence):
@@ -331,7 +415,7 @@ def test_one_thread_of_a_block_that_streams_looks_up_the_labels(rule, divergence
 
 @pytest.mark.parametrize(
     ("divergence", "classes", "clusters", "sweeps"),
-    [("forward_kl", 6500, 1, 1), ("jsd", 6500, 1, 1), ("jsd", 40000, 1, 2), ("jsd", 40000, 2, 1)],
+    [("forward_kl", 6500, 1, 1), ("jsd", 6500, 1, 1), ("jsd", 40000, 1, 2), ("jsd", 40000, 4, 1)],
 )
 def test_rows_that_fit_on_chip_are_swept_once(divergence, classes, clusters, sweeps):
     student, teachers, _, w = inputs(2, classes, 2, (BF16, F32))

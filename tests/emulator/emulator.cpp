@@ -49,7 +49,7 @@ bool counts_sectors = false;
 // -----------------------------------------------------------------------------------------------------------------
 // fibers
 
-enum class Waits { nothing, at_warp, at_barrier, at_cluster, ended };
+enum class Waits { nothing, at_warp, at_barrier, at_cluster, at_mailbox, ended };
 
 struct PendingCopy {
   void* to;
@@ -65,6 +65,10 @@ struct Fiber : Thread {
   ucontext_t start;
   jmp_buf at;
   bool started;
+  int arrivals;           // at the barrier of the cluster
+  int met;                // how often it has waited for it
+  const struct Box* box;  // that it waits at
+  int parity;
   std::map<int, int> accesses;  // of each line of the source
   CopyGroup uncommitted;
   std::deque<CopyGroup> in_flight;
@@ -75,9 +79,27 @@ struct Slots {
   uint32_t value[2][kWarp];  // in turns: a lane may be one operation ahead of another
 };
 
+// A phase ends when something is expected and all of it has come.
+struct Box {
+  int phases = 0;
+  bool expects = false;
+  int64_t missing = 0;  // bytes; below 0 where they come before they are expected
+
+  bool has_ended(int parity) const { return phases % 2 != parity; }
+};
+
+struct Parcel {
+  float x;
+  char* to;
+  Box* box;
+  int block;  // of the cluster, that it goes to
+};
+
 struct Cluster {
   std::vector<Fiber*> threads;  // block after block
   std::vector<Slots> warps;
+  std::map<const char*, Box> boxes;
+  std::vector<Parcel> sent;  // and not yet there
   int block_threads;
 };
 
@@ -132,11 +154,12 @@ void wait(Waits what, int line) {
 // scheduling
 
 std::string describe(const Fiber& fiber) {
-  const std::string who = "thread " + std::to_string(fiber.index);
+  const std::string who = "thread " + std::to_string(fiber.index) + " of block " + std::to_string(fiber.block_index);
   if (fiber.waits == Waits::ended) return who + " has ended";
   const char* const what = fiber.waits == Waits::at_warp      ? "shuffle"
                            : fiber.waits == Waits::at_barrier ? "barrier"
-                                                              : "barrier of the cluster";
+                           : fiber.waits == Waits::at_cluster ? "barrier of the cluster"
+                                                              : "mailbox";
   return who + " waits at the " + what + " of line " + std::to_string(fiber.line);
 }
 
@@ -158,12 +181,53 @@ void release(Waits what, int size, int from, int to, std::vector<Fiber*>& ready)
   }
 }
 
+void end_phase_if_complete(Box& box) {
+  if (!box.expects || box.missing != 0) return;
+  ++box.phases;
+  box.expects = false;
+}
+
+void deliver() {
+  for (const Parcel& parcel : cluster.sent) {
+    for (int i = 0; i < cluster.block_threads; ++i) {
+      const Fiber& there = *cluster.threads[parcel.block * cluster.block_threads + i];
+      if (there.waits == Waits::ended) throw Fault("something is sent to threads that have ended");
+    }
+    memcpy(parcel.to, &parcel.x, sizeof(parcel.x));
+    parcel.box->missing -= sizeof(parcel.x);
+    end_phase_if_complete(*parcel.box);
+  }
+  cluster.sent.clear();
+}
+
+void release_from_mailboxes(std::vector<Fiber*>& ready) {
+  for (Fiber* fiber : cluster.threads) {
+    if (fiber->waits == Waits::at_mailbox && fiber->box->has_ended(fiber->parity)) ready.push_back(fiber);
+  }
+}
+
+void release_from_cluster(std::vector<Fiber*>& ready) {
+  int arrivals = cluster.threads[0]->arrivals;
+  for (const Fiber* fiber : cluster.threads) arrivals = std::min(arrivals, fiber->arrivals);
+  for (Fiber* fiber : cluster.threads) {
+    if (fiber->waits == Waits::at_cluster && fiber->met <= arrivals) ready.push_back(fiber);
+  }
+}
+
 // Every thread waits or has ended: lets those go on whose partners have all come. False when all have ended.
 bool release(std::vector<Fiber*>& ready) {
   const int all = static_cast<int>(cluster.threads.size());
-  release(Waits::at_warp, kWarp, 0, all, ready);
+  release_from_mailboxes(ready);
+  if (ready.empty()) release(Waits::at_warp, kWarp, 0, all, ready);
   if (ready.empty()) release(Waits::at_barrier, cluster.block_threads, 0, all, ready);
-  if (ready.empty()) release(Waits::at_cluster, all, 0, all, ready);
+  if (ready.empty()) release_from_cluster(ready);
+  if (ready.empty()) {
+    deliver();
+    release_from_mailboxes(ready);
+  }
+  for (const Fiber* fiber : cluster.threads) {
+    if (ready.empty() && fiber->waits != Waits::ended) throw Fault("nothing ends this: " + describe(*fiber));
+  }
   return !ready.empty();
 }
 
@@ -189,7 +253,7 @@ void run_warp(Fiber* const* warp) {
   } while (warp[0]->waits == Waits::at_warp);
 }
 
-// Its threads from `first` on, up to a barrier of the cluster.
+// Its threads from `first` on, up to where they wait for other blocks.
 void run_block_by_warps(int first) {
   const int n = cluster.block_threads;
   std::vector<Fiber*> ready;
@@ -203,9 +267,17 @@ void run_block_by_warps(int first) {
   } while (!ready.empty());
 }
 
-void run_block_by_block() {
+// Of the blocks those that can go on.
+void run_block_by_block(const std::vector<Fiber*>& ready) {
   const int all = static_cast<int>(cluster.threads.size()), n = cluster.block_threads;
-  for (int i = 0; i < all && fault.empty(); i += n) run_block_by_warps(order_kind == 3 ? i : all - n - i);
+  for (int i = 0; i < all && fault.empty(); i += n) {
+    const int first = order_kind == 3 ? i : all - n - i;
+    const Fiber* const* const block = cluster.threads.data() + first;
+    const auto goes_on = [&](const Fiber* x) { return std::find(ready.begin(), ready.end(), x) != ready.end(); };
+    if (std::none_of(block, block + n, goes_on)) continue;
+    for (int j = 1; j < n && block[0]->started; ++j) check_alike(*block[0], *block[j]);
+    run_block_by_warps(first);
+  }
 }
 
 void run_in_turns(std::vector<Fiber*>& ready) {
@@ -224,10 +296,12 @@ void start_block(LaunchShape shape, int64_t index, char* shared) {
   const int rank = static_cast<int>(index % shape.cluster);
   for (int i = 0; i < shape.threads; ++i) {
     Fiber& fiber = *pool[rank * shape.threads + i];
-    static_cast<Thread&>(fiber) = {i, shape.threads, index, shape.blocks, rank, shape.cluster, shared};
+    static_cast<Thread&>(fiber) = {i,    shape.threads, index,  shape.blocks,
+                                   rank, shape.cluster, shared, shape.shared_bytes};
     fiber.started = false;
     fiber.waits = Waits::nothing;
     fiber.warp_ops = 0;
+    fiber.arrivals = fiber.met = 0;
     fiber.accesses.clear();
     fiber.uncommitted.clear();
     fiber.in_flight.clear();
@@ -237,15 +311,18 @@ void start_block(LaunchShape shape, int64_t index, char* shared) {
 
 void run_cluster(LaunchShape shape, int64_t first_block, char* shared) {
   cluster.threads.clear();
+  cluster.boxes.clear();
+  cluster.sent.clear();
   cluster.block_threads = shape.threads;
   cluster.warps.assign(shape.cluster * shape.threads / kWarp, Slots());
   for (int i = 0; i < shape.cluster; ++i) start_block(shape, first_block + i, shared + i * shared_pitch(shape));
   std::vector<Fiber*> ready = cluster.threads;
   do {
-    order_kind < 3 ? run_in_turns(ready) : run_block_by_block();
+    order_kind < 3 ? run_in_turns(ready) : run_block_by_block(ready);
     if (!fault.empty()) return;
     ready.clear();
   } while (release(ready));
+  deliver();
   for (int i = 0; i < shape.cluster; ++i) check_guard(shared + i * shared_pitch(shape), shape.shared_bytes);
 }
 
@@ -256,18 +333,52 @@ void run_cluster(LaunchShape shape, int64_t first_block, char* shared) {
 
 void barrier(int line) { wait(Waits::at_barrier, line); }
 
-void cluster_barrier(int line) { wait(Waits::at_cluster, line); }
+void arrive_at_cluster() { ++self().arrivals; }
 
-float load_of_block(const float* shared, int block) {
-  if (block < 0 || block >= current->cluster_blocks) throw Fault("a read of a block that the cluster does not have");
+void wait_for_cluster(int line) {
+  Fiber& fiber = self();
+  if (++fiber.met != fiber.arrivals) throw Fault("a wait for the cluster without an arrival");
+  wait(Waits::at_cluster, line);
+}
+
+static Box& opened(const void* box) {
+  const auto found = cluster.boxes.find(static_cast<const char*>(box));
+  if (found == cluster.boxes.end()) throw Fault("a mailbox that nobody has opened");
+  return found->second;
+}
+
+void open(Mailbox* box) { cluster.boxes[reinterpret_cast<const char*>(box)] = Box(); }
+
+void expect(Mailbox* box, int bytes) {
+  Box& of = opened(box);
+  if (of.expects) throw Fault("a mailbox that expects something already");
+  of.expects = true;
+  of.missing += bytes;
+  end_phase_if_complete(of);
+}
+
+void await(Mailbox* box, int parity, int line) {
+  self().box = &opened(box);
+  self().parity = parity;
+  wait(Waits::at_mailbox, line);
+}
+
+// Where in the shared memory of another block.
+static char* in_block(const void* shared, int bytes, int block) {
+  const int64_t offset = static_cast<const char*>(shared) - current->shared;
+  if (offset < 0 || offset + bytes > current->shared_bytes) throw Fault("what is sent goes past shared memory");
+  return cluster.threads[block * current->block_threads]->shared + offset;
+}
+
+void send(float x, float* to, Mailbox* box, int block) {
+  if (block < 0 || block >= current->cluster_blocks) throw Fault("a block that the cluster does not have");
   Fiber* const* const there = cluster.threads.data() + block * current->block_threads;
   for (int i = 0; i < current->block_threads; ++i) {
-    if (there[i]->waits == Waits::ended) throw Fault("a read from a block with threads that have ended");
+    if (!there[i]->started) throw Fault("something is sent to threads that have not begun");
   }
-  const int64_t offset = reinterpret_cast<const char*>(shared) - current->shared;
-  float x;
-  memcpy(&x, there[0]->shared + offset, sizeof(x));
-  return x;
+  Box& of = opened(in_block(box, sizeof(*box), block));
+  cluster.sent.push_back({x, in_block(to, sizeof(x), block), &of, block});
+  if (order_kind == 1 || order_kind == 4) deliver();
 }
 
 void warp_barrier(int line) { wait(Waits::at_warp, line); }

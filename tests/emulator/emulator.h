@@ -5,7 +5,12 @@
 //
 //   a barrier that some threads do not reach, or reach elsewhere; a shuffle with absent lanes; a thread that ends early
 //   an access to global memory outside the registered buffers, misaligned, or a write to an input
-//   a write past the end of shared memory; a read of another block's when some of its threads have ended
+//   a write past the end of shared memory
+//   a mailbox that nobody has opened, or that waits for something else; what is sent to a block of which some threads
+//   have not begun or have ended; a barrier of the cluster that a thread waits for but has not arrived at
+//
+// Stores are seen at once: a barrier that orders too little shows only where it is absent. What is sent to a mailbox
+// comes at once in two of the orders, and in the others only when every thread waits.
 //
 // Shared memory starts as NaN. Bytes loaded and stored are counted for each buffer, and on demand sectors of 32 bytes,
 // as a warp touches them: those of its lanes' n-th access from the same line of the source are one access.
@@ -26,6 +31,7 @@ struct Thread {
   int cluster_rank;  // of its block
   int cluster_blocks;
   char* shared;
+  int shared_bytes;
 };
 extern Thread* current;
 
@@ -33,8 +39,12 @@ extern int shared_memory;  // bytes that a block can have
 extern int cluster_limit;  // blocks that a cluster can have
 
 void barrier(int line);
-void cluster_barrier(int line);
-float load_of_block(const float* shared, int block);
+void arrive_at_cluster();
+void wait_for_cluster(int line);
+void open(Mailbox* box);
+void expect(Mailbox* box, int bytes);
+void await(Mailbox* box, int parity, int line);
+void send(float x, float* to, Mailbox* box, int block);
 void warp_barrier(int line);
 uint32_t shuffle(uint32_t value, int source_lane, int line);
 bool any(bool value, int line);
@@ -58,12 +68,17 @@ inline int64_t block_index() { return emulator::current->block_index; }
 inline int64_t grid_blocks() { return emulator::current->grid_blocks; }
 inline char* shared_memory() { return emulator::current->shared; }
 
+constexpr bool kHasClusters = true;
 inline int cluster_rank() { return emulator::current->cluster_rank; }
 inline int cluster_blocks() { return emulator::current->cluster_blocks; }
 inline int64_t cluster_index() { return block_index() / cluster_blocks(); }
 inline int64_t grid_clusters() { return grid_blocks() / cluster_blocks(); }
-inline void sync_cluster(int line = __builtin_LINE()) { emulator::cluster_barrier(line); }
-inline float load_of_block(const float* shared, int block) { return emulator::load_of_block(shared, block); }
+inline void arrive_at_cluster() { emulator::arrive_at_cluster(); }
+inline void wait_for_cluster(int line = __builtin_LINE()) { emulator::wait_for_cluster(line); }
+inline void open(Mailbox* box) { emulator::open(box); }
+inline void expect(Mailbox* box, int bytes) { emulator::expect(box, bytes); }
+inline void await(Mailbox* box, int parity, int line = __builtin_LINE()) { emulator::await(box, parity, line); }
+inline void send(float x, float* to, Mailbox* box, int block) { emulator::send(x, to, box, block); }
 
 inline void sync_block(int line = __builtin_LINE()) { emulator::barrier(line); }
 inline void sync_warp(int line = __builtin_LINE()) { emulator::warp_barrier(line); }
@@ -152,8 +167,13 @@ inline void wait_for_copies() {
 inline int64_t max_blocks() { return 5; }  // so few that kernels must loop
 inline int64_t max_clusters(int blocks) { return blocks == 1 ? max_blocks() : 2; }
 inline int shared_memory_limit(int) { return emulator::shared_memory; }
-inline int cluster_limit(int) { return emulator::cluster_limit; }
+inline int shared_memory_of_two(int) { return emulator::shared_memory / 2; }
 inline int multiprocessors(int) { return 1; }
+
+template <typename Args>
+bool has_room_for_cluster(void (*)(const Args&), LaunchShape shape, int) {
+  return shape.cluster <= emulator::cluster_limit;
+}
 
 template <typename Args>
 const char* launch(void (*kernel)(const Args&), LaunchShape shape, void*, const Args& args) {

@@ -76,29 +76,63 @@ MTKD_KERNEL(kThreads, 1) early_exit(MTKD_PARAM(Args) args) {
   device::store(args.out + i, 0.0f);
 }
 
-// Two blocks of half the threads, through each other's shared memory.
-enum class Cluster { sound, unmet, leaving };
+// Two blocks of half the threads; the first of each sends all its numbers to the other, one phase each.
+enum class Sends { soundly, unopened, unmet, unawaited, too_little, leaving };
 
-template <Cluster how>
+template <Sends how>
 MTKD_KERNEL(kThreads, 1)
 cluster_neighbour(MTKD_PARAM(Args) args) {
-  const int half = device::block_threads(), i = device::cluster_rank() * half + device::thread_index();
-  const int from = (i + 1) % kThreads;
-  float* shared = reinterpret_cast<float*>(device::shared_memory());
-  shared[device::thread_index()] = device::load(args.in + i);
-  how == Cluster::unmet ? device::sync_block() : device::sync_cluster();
-  device::store(args.out + i, device::load_of_block(shared + from % half, from / half));
-  if (how != Cluster::leaving) device::sync_cluster();
+  const int threads = device::block_threads(), i = device::thread_index(), other = 1 - device::cluster_rank();
+  Mailbox* const box = reinterpret_cast<Mailbox*>(device::shared_memory());
+  float* const numbers = reinterpret_cast<float*>(box + 1);
+  if (i == 0 && how != Sends::unopened) device::open(box);
+  device::arrive_at_cluster();
+  if (how == Sends::leaving && other == 0) return;
+  if (how != Sends::unmet) device::wait_for_cluster();
+  if (i == 0) {
+    device::expect(box, threads * static_cast<int>(sizeof(float)));
+    for (int j = how == Sends::too_little; j < threads; ++j) {
+      device::send(device::load(args.in + device::cluster_rank() * threads + j), numbers + j, box, other);
+    }
+  }
+  const float too_early = numbers[i];
+  device::await(box, 0);
+  device::store(args.out + device::cluster_rank() * threads + i, how == Sends::unawaited ? too_early : numbers[i]);
 }
 
-MTKD_KERNEL(kThreads, 1) divergent_clusters(MTKD_PARAM(Args) args) {
-  if (device::cluster_rank() == 0) {
-    device::sync_cluster();
-  } else {
-    device::sync_cluster();
+// Two phases through one place: soundly only where each block knows that the other has read the first.
+template <bool answers>
+MTKD_KERNEL(kThreads, 1)
+cluster_twice(MTKD_PARAM(Args) args) {
+  const int i = device::thread_index(), other = 1 - device::cluster_rank();
+  Mailbox* const boxes = reinterpret_cast<Mailbox*>(device::shared_memory());
+  float* const number = reinterpret_cast<float*>(boxes + 2);
+  if (i == 0) {
+    device::open(boxes);
+    device::open(boxes + 1);
   }
-  device::store(args.out + device::thread_index(), 0.0f);
+  device::arrive_at_cluster();
+  device::wait_for_cluster();
+  float sum = 0;
+  for (int phase = 0; phase < 2; ++phase) {
+    if (i == 0) {
+      device::expect(boxes, sizeof(float));
+      device::send(static_cast<float>(phase + 1), number, boxes, other);
+    }
+    device::await(boxes, phase);
+    sum = 10 * sum + *number;
+    device::sync_block();
+    if (!answers) continue;
+    if (i == 0) {
+      device::expect(boxes + 1, sizeof(float));
+      device::send(0.0f, number + 1, boxes + 1, other);
+    }
+    device::await(boxes + 1, phase);
+  }
+  device::store(args.out + device::cluster_rank() * device::block_threads() + i, sum);
 }
+
+MTKD_KERNEL(kThreads, 1) never_arrived(MTKD_PARAM(Args)) { device::wait_for_cluster(); }
 
 const char* launch(void (*kernel)(const Args&), const float* in, float* out, int cluster = 1) {
   return device::launch(kernel, {cluster, kThreads / cluster, kThreads * sizeof(float), cluster}, nullptr,
@@ -114,14 +148,21 @@ extern "C" {
 
 const char* sound_neighbour(const float* in, float* out) { return launch(neighbour<true>, in, out); }
 const char* sound_copy(const float* in, float* out) { return launch(copied<true>, in, out); }
-const char* sound_cluster(const float* in, float* out) { return launch(cluster_neighbour<Cluster::sound>, in, out, 2); }
-const char* missing_cluster_barrier(const float* in, float* out) {
-  return launch(cluster_neighbour<Cluster::unmet>, in, out, 2);
+const char* sound_cluster(const float* in, float* out) { return launch(cluster_neighbour<Sends::soundly>, in, out, 2); }
+const char* sound_phases(const float* in, float* out) { return launch(cluster_twice<true>, in, out, 2); }
+const char* missing_answer(const float* in, float* out) { return launch(cluster_twice<false>, in, out, 2); }
+const char* missing_await(const float* in, float* out) {
+  return launch(cluster_neighbour<Sends::unawaited>, in, out, 2);
 }
-const char* fault_leaving_a_cluster(const float* in, float* out) {
-  return launch(cluster_neighbour<Cluster::leaving>, in, out, 2);
+const char* fault_unopened(const float* in, float* out) {
+  return launch(cluster_neighbour<Sends::unopened>, in, out, 2);
 }
-const char* fault_divergent_clusters(const float* in, float* out) { return launch(divergent_clusters, in, out, 2); }
+const char* fault_unmet(const float* in, float* out) { return launch(cluster_neighbour<Sends::unmet>, in, out, 2); }
+const char* fault_too_little(const float* in, float* out) {
+  return launch(cluster_neighbour<Sends::too_little>, in, out, 2);
+}
+const char* fault_leaving(const float* in, float* out) { return launch(cluster_neighbour<Sends::leaving>, in, out, 2); }
+const char* fault_never_arrived(const float* in, float* out) { return launch(never_arrived, in, out, 2); }
 const char* missing_barrier(const float* in, float* out) { return launch(neighbour<false>, in, out); }
 const char* missing_wait(const float* in, float* out) { return launch(copied<false>, in, out); }
 const char* fault_read_out_of_bounds(const float* in, float* out) { return launch(read_out_of_bounds, in, out); }
