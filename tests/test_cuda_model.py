@@ -1,0 +1,80 @@
+"""The counts that bench/model.py predicts from, held against the machine code for sm_90a."""
+
+import re
+import shutil
+from itertools import pairwise
+
+import pytest
+
+if not shutil.which("nvcc"):
+    pytest.skip("there is no nvcc", allow_module_level=True)
+
+from mtkd_fast.bench import model
+from sass import SOURCES, count, kernels, loops, stretches
+
+CASES = [model.Case(1, half, computed) for half in (False, True) for computed in (False, True)]
+LOAD = "LDS.128"
+COLUMNS = 8
+
+
+def forward_kl(case: model.Case) -> list[str]:
+    """Of a cluster that shares rows in shared memory."""
+    tile = "SharedTileILi64ELb1E" if case.computed else "SharedTileILi32ELb0E"
+    (code,) = kernels(SOURCES["kd"], "90a", "kd_residentILNS_4Kind" + "E0E", "ClusterGroup", tile).values()
+    return code
+
+
+def exponentials(code: list[str]) -> int:
+    return count(code, "MUFU.EX2")
+
+
+def writes_shared(code: list[str]) -> bool:
+    return any(re.search(r"\bSTS\b", x) for x in code)
+
+
+def sums_of_teacher(case: model.Case) -> list[list[str]]:
+    """Rounds of the loop that reads a chunk of a teacher, and of the student's floats: one for each dtype."""
+    loads = (1 if case.half else 2) + 2
+    return [x for x in loops(forward_kl(case)) if exponentials(x) == COLUMNS and count(x, LOAD) == loads]
+
+
+def shares_of_teacher(case: model.Case) -> list[list[str]]:
+    """Chunks, one after the other, of the sweeps that add to the sums: one load each of halves, two of floats."""
+    found = []
+    for before, x in pairwise(stretches(forward_kl(case), LOAD)):
+        whole = x if case.half else before + x
+        loads = count(whole, LOAD)
+        if exponentials(whole) == COLUMNS and loads == (1 if case.half else 2) and len(whole) < 60:
+            found.append(whole)
+    return [x for x in found if not any(re.search(r"\bSTG\b", y) for y in x)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_what_a_teacher_takes(case):
+    """The shortest way is that of τ = 1, whose sums at temperature 1 are an addition a column. Squared twice they are a
+    multiplication, and another with the addition.
+    """
+    sums, share = model.of_teacher(case)
+    rounds = sums_of_teacher(case)
+    assert len(rounds) == (2 if case.half else 1)
+    for x in rounds:
+        assert len(x) + case.computed * COLUMNS == pytest.approx(sums.instructions, rel=0.03)
+        assert exponentials(x) == sums.exponentials
+        assert not writes_shared(x)
+
+    chunks = shares_of_teacher(case)
+    pieces = 64 if case.computed else 32
+    assert len(chunks) >= pieces / COLUMNS - 2
+    for x in chunks:
+        assert len(x) == pytest.approx(share.instructions, rel=0.06)
+        assert not writes_shared(x)
+
+
+def test_what_bounds_a_case():
+    """Of five units of floats, 20 bytes a column, a copy of 4.3 TB/s leaves 4.65 ps."""
+    took = model.seconds_of_column(model.Case(3, half=False, computed=False))
+    assert took["memory"] == pytest.approx(20 / 4.3e12)
+    assert max(took, key=took.get) == "memory"
+    assert model.seconds(100, 1000, model.Case(3, half=False, computed=False)) == pytest.approx(1e5 * 20 / 4.3e12)
+    took = model.seconds_of_column(model.Case(16, half=True, computed=True))
+    assert max(took, key=took.get) == "instructions"
