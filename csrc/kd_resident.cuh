@@ -138,12 +138,11 @@ struct ResidentRow {
     tile.student_less(j, student.max, ds);
     auto p = [&](int i) { return probability(t[i], teacher, terms); };
     auto q = [&](int i) { return probability_of_shifted(ds[i], student, terms); };
-    constexpr int kFew = 2;  // beside the sums of many columns
-    for_each_element<kWidth, Tile::kPieces == 1 ? kTogether : kFew>(args.divergence, args.beta, p, q,
-                                                                    [&](int i, float, const Element<float>& of) {
-                                                                      sums.add(of);
-                                                                      x[i] = of.of_student;
-                                                                    });
+    constexpr int kAtATime = Tile::kPieces == 1 && kWidth == kChunk ? kTogether : 2;  // beside sums of many columns
+    for_each_element<kWidth, kAtATime>(args.divergence, args.beta, p, q, [&](int i, float, const Element<float>& of) {
+      sums.add(of);
+      x[i] = of.of_student;
+    });
   }
 
   // First pass: the state of the thread's columns. Leaves the exponentials of its last piece.

@@ -130,7 +130,8 @@ struct StreamingRow {
 
       TeacherState state = get(now, before.sum);
       if (rose) raise_student_side(state, by);
-      absorb_teacher<kind, true>(state, x, ds, es, terms, e);
+      // DKD has no registers for the quick way.
+      absorb_teacher<kind, kind != Kind::dkd>(state, x, ds, es, terms, e);
       put(now, state);
     }
   }
