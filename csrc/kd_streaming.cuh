@@ -210,7 +210,7 @@ struct StreamingRow {
       const Softmax teacher = softmax_of(summaries[now].max, summaries[now].sum);
       ElementSums sums{*field(now, 0), *field(now, 1)};
       auto p = [&](int i) { return probability(x[i], teacher, terms); };
-      for_each_element<kWidth>(
+      for_each_element<kWidth, kTogether / 2>(  // q of all columns has the rest of the registers
           args.divergence, args.beta, p, [&](int i) { return q[i]; },
           [&](int, float, const Element<float>& of) { sums.add(of); });
       *field(now, 0) = sums.divergence;
