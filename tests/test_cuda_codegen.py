@@ -114,11 +114,12 @@ def test_attention_loads_and_stores_16_bytes(architecture):
 @pytest.mark.parametrize(("group", "wide", "merges"), [("BlockGroup", 16, 40), ("PixelGroup", 8, 56)])
 def test_exponentials_of_the_streaming_forward(group, wide, merges, architecture):
     """A tile of 16 columns a thread (reverse KL and pixels: 8): the student's and a teacher's e^{·/τ}, both again at
-    temperature 1 where τ needs its own, and for reverse KL the student's beside the teachers. The elementwise
-    divergences, 8 columns too, have a second sweep: q, and p in each of four formulas. The rest belongs to merges, to
-    DKD's target and, with a thread's own loop over the teachers, to their weights.
+    temperature 1 where τ needs its own, the teacher's with its entropy or without, and for reverse KL the student's
+    beside the teachers. The elementwise divergences, 8 columns too, have a second sweep: q, and p in each of four
+    formulas. The rest belongs to merges, to DKD's target and, with a thread's own loop over the teachers, to their
+    weights.
     """
-    for kind, exponentials in (("E0E", 4 * wide), ("E1E", 5 * 8), ("E2E", 4 * wide), ("E3E", (4 + 5) * 8)):
+    for kind, exponentials in (("E0E", 5 * wide), ("E1E", 6 * 8), ("E2E", 5 * wide), ("E3E", (5 + 5) * 8)):
         (code,) = kernels(SOURCES["kd"], architecture, "kd_streamingILNS_4Kind" + kind, group).values()
         assert exponentials <= count(code, "MUFU.EX2") <= exponentials + merges, kind
 
