@@ -26,7 +26,7 @@ H200 = Device(multiprocessors=132, hertz=1.9e9, copied=4.3e12)
 class Pass(NamedTuple):
     """Over eight columns."""
 
-    instructions: float
+    instructions: int
     exponentials: int
     shared_bytes: int  # read and written
 
@@ -52,9 +52,9 @@ def of_student(case: Case) -> list[Pass]:
 
 
 def of_teacher(case: Case) -> list[Pass]:
-    """Its sums, against the student's floats; its share of the gradient. `came` is what the copy into place writes."""
+    """Its sums, against the student's floats; its share of the gradient."""
     size = 2 if case.half else 4
-    came = 8 * size
+    came = 8 * size  # written by the copy into place
     sums = Pass({(0, 0): 92, (0, 1): 106, (1, 0): 97, (1, 1): 110}[case.half, case.computed], 8, came + 8 * (size + 4))
     share = Pass({(0, 0): 34, (0, 1): 42, (1, 0): 39, (1, 1): 48}[case.half, case.computed], 8, 8 * size)
     return [sums, share]

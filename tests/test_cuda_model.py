@@ -21,7 +21,7 @@ COLUMNS = 8
 def forward_kl(case: model.Case) -> list[str]:
     """Of a cluster that shares rows in shared memory."""
     tile = "SharedTileILi64ELb1E" if case.computed else "SharedTileILi32ELb0E"
-    (code,) = kernels(SOURCES["kd"], "90a", "kd_residentILNS_4Kind" + "E0E", "ClusterGroup", tile).values()
+    (code,) = kernels(SOURCES["kd"], "90a", "kd_residentILNS_4KindE0E", "ClusterGroup", tile).values()
     return code
 
 

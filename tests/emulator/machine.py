@@ -3,7 +3,7 @@
 import ctypes
 import functools
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -44,23 +44,23 @@ def use_order(order: str, seed: int = 0, lib: ctypes.CDLL | None = None) -> Iter
 
 
 @contextmanager
-def use_shared_memory(size: int) -> Iterator[None]:
+def _limit(what: str, limit: int, usual: int) -> Iterator[None]:
+    set_limit = getattr(library(), f"emulator_set_{what}")
+    set_limit(limit)
+    try:
+        yield
+    finally:
+        set_limit(usual)
+
+
+def use_shared_memory(size: int) -> AbstractContextManager[None]:
     """As on a device with ``size`` bytes of shared memory to a block."""
-    library().emulator_set_shared_memory(size)
-    try:
-        yield
-    finally:
-        library().emulator_set_shared_memory(SHARED_MEMORY)
+    return _limit("shared_memory", size, SHARED_MEMORY)
 
 
-@contextmanager
-def use_clusters(limit: int) -> Iterator[None]:
+def use_clusters(limit: int) -> AbstractContextManager[None]:
     """As on a device whose clusters have at most ``limit`` blocks; 1 before sm_90."""
-    library().emulator_set_cluster_limit(limit)
-    try:
-        yield
-    finally:
-        library().emulator_set_cluster_limit(CLUSTER_LIMIT)
+    return _limit("cluster_limit", limit, CLUSTER_LIMIT)
 
 
 def span(x: Tensor) -> int:
