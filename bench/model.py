@@ -1,8 +1,9 @@
-"""What the CUDA kernels that keep a row in shared memory should take on an H200, from what can be counted without one.
+"""What the CUDA kernels of the op kd should take on an H200, from what can be counted without one.
 
 A multiprocessor moves bytes, issues instructions, evaluates exponentials and reads shared memory side by side; the one
 that takes longest bounds the kernel from below. Latencies, the first and last microsecond of a row, and what two blocks
-a multiprocessor cannot hide come on top: what a measurement has beyond the prediction is what wants explaining.
+a multiprocessor cannot hide come on top: what a measurement has beyond the prediction is what wants explaining. Of rows
+in registers only the bytes are counted, and of every call its two launches.
 
     python -m mtkd_fast.bench.model
 """
@@ -18,6 +19,7 @@ class Device(NamedTuple):
     instructions: int = 128  # of one lane
     exponentials: int = 16
     shared_bytes: int = 128
+    launch: float = 2e-6  # seconds, behind another
 
 
 H200 = Device(multiprocessors=132, hertz=1.9e9, copied=4.3e12)
@@ -55,8 +57,8 @@ def of_teacher(case: Case) -> list[Pass]:
     """Its sums, against the student's floats; its share of the gradient."""
     size = 2 if case.half else 4
     came = 8 * size  # written by the copy into place
-    sums = Pass({(0, 0): 92, (0, 1): 106, (1, 0): 97, (1, 1): 110}[case.half, case.computed], 8, came + 8 * (size + 4))
-    share = Pass({(0, 0): 34, (0, 1): 42, (1, 0): 39, (1, 1): 48}[case.half, case.computed], 8, 8 * size)
+    sums = Pass({(0, 0): 99, (0, 1): 114, (1, 0): 96, (1, 1): 111}[case.half, case.computed], 8, came + 8 * (size + 4))
+    share = Pass({(0, 0): 41, (0, 1): 48, (1, 0): 38, (1, 1): 45}[case.half, case.computed], 8, 8 * size)
     return [sums, share]
 
 
@@ -77,22 +79,44 @@ def seconds_of_column(case: Case, device: Device = H200) -> dict[str, float]:
     }
 
 
+IN_REGISTERS = 6144  # classes; longer rows lie in shared memory (csrc/kd_selection.cuh)
+
+
 def seconds(rows: int, classes: int, case: Case, device: Device = H200) -> float:
-    return rows * classes * max(seconds_of_column(case, device).values())
+    """Loss and gradient: a launch that does everything, and one that finds the upstream to be 1."""
+    took = seconds_of_column(case, device)
+    bound = took["memory"] if classes <= IN_REGISTERS else max(took.values())
+    return rows * classes * bound + 2 * device.launch
+
+
+def name_of(case: Case) -> str:
+    return f"{'bf16' if case.half else 'fp32'} | {'computed' if case.computed else 'given'} | {case.teachers}"
+
+
+CASES = [
+    Case(teachers, half, computed)
+    for half in (True, False)
+    for computed in (False, True)
+    for teachers in (1, 2, 4, 8, 16)
+]
+CLASSES = (100, 1000, 4096, 32000, 50257, 128256, 151936, 262144)
+ELEMENTS = 2**26  # of the student
 
 
 def main() -> None:
+    print("Picoseconds of a column on the whole device, of rows in shared memory:\n")
     print("| logits | weights | K | memory | instructions | exponentials | shared memory | share of a copy at most |")
     print("| --- | --- | --: | --: | --: | --: | --: | --: |")
-    for half in (True, False):
-        for computed in (False, True):
-            for teachers in (1, 2, 4, 8, 16):
-                case = Case(teachers, half, computed)
-                took = seconds_of_column(case)
-                cells = " | ".join(f"{1e12 * x:.2f}" for x in took.values())
-                share = took["memory"] / max(took.values())
-                kind = f"{'bf16' if half else 'fp32'} | {'computed' if computed else 'given'}"
-                print(f"| {kind} | {teachers} | {cells} | {share:.0%} |")
+    for case in CASES:
+        took = seconds_of_column(case)
+        cells = " | ".join(f"{1e12 * x:.2f}" for x in took.values())
+        print(f"| {name_of(case)} | {cells} | {took['memory'] / max(took.values()):.0%} |")
+    print(f"\nMilliseconds of loss and gradient, {ELEMENTS} logits a tensor, by classes:\n")
+    print("| logits | weights | K |", *(f"{classes} |" for classes in CLASSES))
+    print("| --- | --- | --: |", *("--: |" for _ in CLASSES))
+    for case in CASES:
+        times = (1e3 * seconds(ELEMENTS // classes, classes, case) for classes in CLASSES)
+        print(f"| {name_of(case)} |", *(f"{x:.3f} |" for x in times))
 
 
 if __name__ == "__main__":

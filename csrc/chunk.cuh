@@ -132,6 +132,20 @@ MTKD_DEVICE void copy_chunk(const InputRow& row, int64_t chunk, int64_t classes,
   }
 }
 
+// A chunk of a row that lies on 16 bytes from a column `lead` before its first one: what there is of it up to the last
+// class, then zeros.
+MTKD_DEVICE void copy_aligned_chunk(const InputRow& row, int64_t chunk, int64_t classes, Words* to) {
+  const Words* p = chunk_words(row, chunk);
+  const int words = row.dtype == DType::f32 ? 2 : 1;
+  const int64_t left = (classes - chunk * kChunk) * element_size(row.dtype);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int64_t bytes = left - i * static_cast<int64_t>(sizeof(Words));
+    if (i >= words) continue;
+    device::copy_async(to + i, p + i, bytes <= 0 ? 0 : bytes > 16 ? 16 : static_cast<int>(bytes));
+  }
+}
+
 MTKD_DEVICE float load_element(const InputRow& row, int64_t column) {
   const char* p = row.data + column * row.stride;
   if (row.dtype == DType::f32) return device::load(reinterpret_cast<const float*>(p));
@@ -191,8 +205,9 @@ MTKD_DEVICE OutputRow output_row(char* data, int64_t class_stride, DType dtype) 
   return {data, class_stride * element_size(dtype), dtype, aligned && class_stride == 1};
 }
 
-MTKD_DEVICE OutputRow output_row(const Gradient& x, RowPosition at) {
-  const int64_t first = at.outer * x.outer_stride + at.inner * x.inner_stride;
+// From `lead` columns before the row on.
+MTKD_DEVICE OutputRow output_row(const Gradient& x, RowPosition at, int lead = 0) {
+  const int64_t first = at.outer * x.outer_stride + at.inner * x.inner_stride - lead;
   return output_row(static_cast<char*>(x.data) + first * element_size(x.dtype), x.class_stride, x.dtype);
 }
 
@@ -201,19 +216,21 @@ MTKD_DEVICE OutputRow output_row(void* tensor, int64_t row, int64_t classes, DTy
   return output_row(static_cast<char*>(tensor) + row * classes * element_size(dtype), 1, dtype);
 }
 
-MTKD_DEVICE void store_chunk(const OutputRow& row, int64_t chunk, int64_t classes, const float* x) {
+// Columns from `lead` on, which is less than a chunk.
+MTKD_DEVICE void store_chunk(const OutputRow& row, int64_t chunk, int64_t classes, const float* x, int lead = 0) {
   const RawChunk raw = encode(x, row.dtype);
-  if (row.vectors && (chunk + 1) * kChunk <= classes) {
+  if (row.vectors && (chunk + 1) * kChunk <= classes && (chunk > 0 || lead == 0)) {
     Words* p = reinterpret_cast<Words*>(row.data + chunk * kChunk * element_size(row.dtype));
     device::store(p, raw.low);
     if (row.dtype == DType::f32) device::store(p + 1, raw.high);
     return;
   }
   const int64_t left = classes - chunk * kChunk;
+  const int first = chunk > 0 ? 0 : lead;
   char* p = row.data + chunk * kChunk * row.stride;
 #pragma unroll
   for (int i = 0; i < kChunk; ++i, p += row.stride) {
-    if (i >= left) continue;
+    if (i >= left || i < first) continue;
     if (row.dtype == DType::f32) {
       device::store(reinterpret_cast<uint32_t*>(p), i < 4 ? raw.low.word[i] : raw.high.word[i - 4]);
     } else {

@@ -23,7 +23,7 @@ struct LaunchShape {
 constexpr int kWarp = 32;
 constexpr int kMaxCluster = 16;
 
-// In shared memory: counts the bytes that come to a block from others of its cluster, phase after phase.
+// In shared memory: counts the bytes that come to a block, from others of its cluster or in bulk, phase after phase.
 using Mailbox = uint64_t;
 
 namespace device {
@@ -46,6 +46,10 @@ constexpr float kLog2E = 1.4426950408889634f;  // for exp2
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
+#include <tuple>
+
 #define MTKD_DEVICE __device__ __forceinline__
 #define MTKD_KERNEL(max_threads, min_blocks) __global__ void __launch_bounds__(max_threads, min_blocks)
 #define MTKD_PARAM(...) const __grid_constant__ __VA_ARGS__
@@ -62,12 +66,13 @@ MTKD_DEVICE char* shared_memory() {
   return reinterpret_cast<char*>(dynamic_shared_memory);
 }
 
-// Clusters of blocks: code for what came before sm_90 leaves out the kernels that use them.
+// Clusters of blocks and bulk copies: code for what came before sm_90 leaves them out.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr bool kHasClusters = false;
 #else
 constexpr bool kHasClusters = true;
 #endif
+constexpr bool kHasBulkCopies = kHasClusters;
 
 MTKD_DEVICE int cluster_rank() {
   uint32_t rank;
@@ -95,7 +100,7 @@ MTKD_DEVICE void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire
 
 MTKD_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-// Of a mailbox: by one thread, before the cluster meets.
+// Of a mailbox: by one thread, before the block or the cluster meets.
 MTKD_DEVICE void open(Mailbox* box) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(box)) : "memory");
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -202,15 +207,40 @@ MTKD_DEVICE void copy_async(uint32_t* shared, const uint32_t* global) {
       "l"(__cvta_generic_to_global(global))
       : "memory");
 }
+// The first `bytes` of 16, then zeros.
+MTKD_DEVICE void copy_async(Words* shared, const Words* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+               "l"(__cvta_generic_to_global(global)), "r"(bytes)
+               : "memory");
+}
 MTKD_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int pending>
 MTKD_DEVICE void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
+// Many times 16 bytes from global to shared memory, by one thread; the mailbox counts them. What this thread knows to
+// have been read or written there comes before.
+MTKD_DEVICE void copy_bulk(Words* shared, const Words* global, int bytes, Mailbox* box) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(shared)),
+               "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(box))
+               : "memory");
+}
+// Between what this thread has done to shared memory, or knows to have been done, and bulk copies to it.
+MTKD_DEVICE void order_bulk_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// In shared memory; returns how many were counted before. Who is last knows what the others did before they counted.
+MTKD_DEVICE int count(int* counter) {
+  int before;
+  asm volatile("atom.acq_rel.cta.shared::cta.add.s32 %0, [%1], 1;"
+               : "=r"(before)
+               : "r"(shared_address(counter))
+               : "memory");
+  return before;
+}
+
 // Host side.
 inline int64_t max_blocks() { return 0x7fffffff; }
-inline int64_t max_clusters(int blocks) { return max_blocks() / blocks; }
 
 // The most dynamic shared memory that one block can ask for, or -1.
 inline int shared_memory_limit(int device) {
@@ -251,27 +281,57 @@ inline cudaLaunchConfig_t launch_config(LaunchShape shape, void* stream, cudaLau
   return config;
 }
 
-// Whether the device has room for such a cluster: not before sm_90, less on a part of a device or a small one, and not
-// in code that was compiled for an older one and knows no clusters.
-template <typename Args>
-bool has_room_for_cluster(void (*kernel)(Args), LaunchShape shape, int device) {
-  int has_clusters = 0, clusters = 0;
-  cudaFuncAttributes compiled{};
-  cudaLaunchAttribute cluster{};
-  const cudaLaunchConfig_t config = launch_config(shape, nullptr, &cluster);
-  const bool has_room =
-      cudaDeviceGetAttribute(&has_clusters, cudaDevAttrClusterLaunch, device) == cudaSuccess && has_clusters &&
-      cudaFuncGetAttributes(&compiled, kernel) == cudaSuccess && compiled.ptxVersion >= 90 &&
-      allow(kernel, shape) == nullptr &&
-      cudaOccupancyMaxActiveClusters(&clusters, reinterpret_cast<const void*>(kernel), &config) == cudaSuccess &&
-      clusters > 0;
-  if (!has_room) cudaGetLastError();  // the answer is no; nothing has been launched
-  return has_room;
-}
-
 inline int multiprocessors(int device) {
   int count = 1;
   return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess ? count : 1;
+}
+
+// What ask() says of a kernel, asked once for each device and shape.
+template <typename Ask>
+int64_t remembered(const void* kernel, LaunchShape shape, int device, const Ask& ask) {
+  static std::mutex mutex;
+  static std::map<std::tuple<const void*, int, int, int, int>, int64_t> answers;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto key = std::make_tuple(kernel, device, shape.threads, shape.shared_bytes, shape.cluster);
+  const auto known = answers.find(key);
+  return known != answers.end() ? known->second : answers[key] = ask();
+}
+
+// Whether the device has clusters and bulk copies, and its code of the kernel knows of them: not before sm_90.
+template <typename Args>
+bool has_bulk_copies(void (*kernel)(Args), int device) {
+  const void* const of = reinterpret_cast<const void*>(kernel);
+  return remembered(of, {0, 0, 0}, device, [&]() -> int64_t {
+    int has_clusters = 0;
+    cudaFuncAttributes compiled{};
+    const bool has = cudaDeviceGetAttribute(&has_clusters, cudaDevAttrClusterLaunch, device) == cudaSuccess &&
+                     has_clusters && cudaFuncGetAttributes(&compiled, of) == cudaSuccess && compiled.ptxVersion >= 90;
+    if (!has) cudaGetLastError();  // the answer is no; nothing has been launched
+    return has;
+  });
+}
+
+// How many blocks of this shape, or clusters of them, run side by side on the device: 0 where it has no room for one.
+template <typename Args>
+int64_t side_by_side(void (*kernel)(Args), LaunchShape shape, int device) {
+  const void* const of = reinterpret_cast<const void*>(kernel);
+  if (shape.cluster > 1 && !has_bulk_copies(kernel, device)) return 0;
+  return remembered(of, shape, device, [&]() -> int64_t {
+    int count = 0;
+    cudaLaunchAttribute cluster{};
+    shape.blocks = shape.cluster;
+    const cudaLaunchConfig_t config = launch_config(shape, nullptr, &cluster);
+    bool known = allow(kernel, shape) == nullptr;
+    if (shape.cluster > 1) {
+      known = known && cudaOccupancyMaxActiveClusters(&count, of, &config) == cudaSuccess;
+    } else {
+      known = known && cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, of, shape.threads,
+                                                                     config.dynamicSmemBytes) == cudaSuccess;
+      count *= multiprocessors(device);
+    }
+    if (!known) cudaGetLastError();
+    return known ? count : 0;
+  });
 }
 
 // Null, or what went wrong.

@@ -29,7 +29,7 @@ struct HintArgs {
   acc_t* kept;  // [kept_numbers(distance), pairs, samples]: see Kept. Forward writes it, backward reads it.
 };
 
-// The forward of a CPU that writes gradients too, for an upstream of 1: of Σ scale·weight·distance, where a pair has
+// The forward that writes gradients too, for an upstream of 1: of Σ scale·weight·distance, where a pair has
 // room for it. `kept` is the distances alone, [pairs, samples].
 template <typename acc_t>
 struct HintFused : HintArgs<acc_t> {
@@ -45,6 +45,7 @@ void hint_backward_cpu(const HintArgs<double>&, int64_t begin, int64_t end);
 void hint_fused_cpu(const HintFused<float>&, int64_t begin, int64_t end);
 void hint_fused_cpu(const HintFused<double>&, int64_t begin, int64_t end);
 const char* hint_forward_cuda(const HintArgs<float>&, int device, void* stream);
+const char* hint_fused_cuda(const HintFused<float>&, int device, void* stream);
 const char* hint_backward_cuda(const HintArgs<float>&, int device, void* stream);
 
 }  // namespace mtkd_fast

@@ -1,6 +1,7 @@
 // The op `hint` on CUDA devices. Forward: a warp, or a block where samples are large, takes one sample of one pair: 2
 // reads, and the same again for the cosine of a sample of extreme norm. Backward: a block takes a stretch of one: 2
-// reads and a write. A pair of weight 0 is not read.
+// reads and a write. Fused: as the forward, and the gradient with it: 2 reads and a write, of which the cosine's reads
+// come twice. A pair of weight 0 is not read.
 #include "chunk.cuh"
 #include "group.cuh"
 #include "hint.h"
@@ -40,13 +41,12 @@ struct PairChunk {
   }
 };
 
-template <Distance kDistance, typename Group>
-MTKD_DEVICE DistanceSums<kDistance, float> distance_sums(Group& group, const FeaturePair& pair, int64_t sample,
-                                                         FeatureScales<float> scales) {
+// Calls step(c, PairChunk) for the chunks of a sample that are the thread's.
+template <typename Group, typename Step>
+MTKD_DEVICE void each_chunk(const Group& group, const FeaturePair& pair, int64_t sample, const Step& step) {
   const InputRow student = feature_row(pair.student, pair.student_stride, pair.student_dtype, sample);
   const InputRow teacher = feature_row(pair.teacher, pair.teacher_stride, pair.teacher_dtype, sample);
   const int64_t chunks = (pair.elements + kChunk - 1) / kChunk;
-  DistanceSums<kDistance, float> total;
   for (int64_t c = group.rank(); c < chunks; c += kChunksAtOnce * group.size()) {
     RawChunk f[kChunksAtOnce], g[kChunksAtOnce];
 #pragma unroll
@@ -57,13 +57,25 @@ MTKD_DEVICE DistanceSums<kDistance, float> distance_sums(Group& group, const Fea
     }
 #pragma unroll
     for (int u = 0; u < kChunksAtOnce; ++u) {
-      const PairChunk x(f[u], student.dtype, g[u], teacher.dtype, pair.elements - (c + u * group.size()) * kChunk);
-      DistanceSums<kDistance, float> sums;
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i) sums.add(x.f[i], x.g[i], scales);
-      total.absorb(sums, [](float sum) { return sum; });
+      const int64_t chunk = c + u * group.size();
+      step(chunk, PairChunk(f[u], student.dtype, g[u], teacher.dtype, pair.elements - chunk * kChunk));
     }
   }
+}
+
+template <Distance kDistance>
+MTKD_DEVICE void add_chunk(DistanceSums<kDistance, float>& total, const PairChunk& x, FeatureScales<float> scales) {
+  DistanceSums<kDistance, float> sums;
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) sums.add(x.f[i], x.g[i], scales);
+  total.absorb(sums, [](float sum) { return sum; });
+}
+
+template <Distance kDistance, typename Group>
+MTKD_DEVICE DistanceSums<kDistance, float> distance_sums(Group& group, const FeaturePair& pair, int64_t sample,
+                                                         FeatureScales<float> scales) {
+  DistanceSums<kDistance, float> total;
+  each_chunk(group, pair, sample, [&](int64_t, const PairChunk& x) { add_chunk(total, x, scales); });
   group.merge(total, AddLanes{});
   return total;
 }
@@ -75,6 +87,47 @@ MTKD_DEVICE Kept<float> sample_distance(Group& group, const FeaturePair& pair, i
   DistanceSums<kDistance, float> sums = distance_sums<kDistance>(group, pair, sample, scales);
   if (other_scales(sums, scales)) sums = distance_sums<kDistance>(group, pair, sample, scales);
   return finish(sums, scales, pair.elements);
+}
+
+template <Distance kDistance>
+MTKD_DEVICE void write_chunk(const DistanceGradient<kDistance, float>& gradient, const OutputRow& out, int64_t c,
+                             int64_t elements, const PairChunk& x) {
+  float out_chunk[kChunk];
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) out_chunk[i] = gradient(x.f[i], x.g[i]);
+  if (c * kChunk < elements) store_chunk(out, c, elements, out_chunk);
+}
+
+// The same, and weight·∂distance/∂f.
+template <Distance kDistance, typename Group>
+MTKD_DEVICE float distance_and_gradient(Group& group, const FeaturePair& pair, int64_t sample, float weight) {
+  const OutputRow out = output_row(pair.gradient, sample, pair.elements, pair.student_dtype);
+  if constexpr (kept_numbers(kDistance) > 1) {
+    const Kept<float> kept = sample_distance<kDistance>(group, pair, sample);
+    const DistanceGradient<kDistance, float> gradient(weight, kept, pair.elements);
+    each_chunk(group, pair, sample,
+               [&](int64_t c, const PairChunk& x) { write_chunk(gradient, out, c, pair.elements, x); });
+    return kept.distance;
+  } else {
+    const DistanceGradient<kDistance, float> gradient(weight, Kept<float>{}, pair.elements);
+    const FeatureScales<float> scales;
+    DistanceSums<kDistance, float> sums;
+    each_chunk(group, pair, sample, [&](int64_t c, const PairChunk& x) {
+      add_chunk(sums, x, scales);
+      write_chunk(gradient, out, c, pair.elements, x);
+    });
+    group.merge(sums, AddLanes{});
+    return finish(sums, scales, pair.elements).distance;
+  }
+}
+
+template <typename Group>
+MTKD_DEVICE void write_zeros(const Group& group, const FeaturePair& pair, int64_t sample) {
+  const OutputRow out = output_row(pair.gradient, sample, pair.elements, pair.student_dtype);
+  const float zeros[kChunk] = {};
+  for (int64_t c = group.rank(); c * kChunk < pair.elements; c += group.size()) {
+    store_chunk(out, c, pair.elements, zeros);
+  }
 }
 
 MTKD_DEVICE float* kept_number(const HintArgs<float>& args, int number, int64_t i) {
@@ -101,6 +154,31 @@ hint_forward(MTKD_PARAM(HintKernelArgs) args) {
         device::store(kept_number(args, 2, i), kept.g_norm);
       }
     }
+  }
+}
+
+// Shared memory: the group's scratch.
+template <Distance kDistance, typename Group>
+MTKD_KERNEL(kThreads, 2)
+hint_fused(MTKD_PARAM(HintFused<float>) args) {
+  Group group(kWarp, device::shared_memory());
+  const int groups_in_block = device::block_threads() / group.size();
+  const int64_t all = args.pairs * args.samples;
+  for (int64_t i = device::block_index() * groups_in_block + group.index_in_block(); i < all;
+       i += device::grid_blocks() * groups_in_block) {
+    const int k = static_cast<int>(i / args.samples);
+    const int64_t sample = i % args.samples;
+    const FeaturePair& pair = args.pair[k];
+    const float weight = weight_of(args.weights, k, sample);
+    float distance = 0;
+    if (pair.gradient == nullptr) {
+      if (weight != 0) distance = sample_distance<kDistance>(group, pair, sample).distance;
+    } else if (weight != 0) {
+      distance = distance_and_gradient<kDistance>(group, pair, sample, weight * args.scale);
+    } else {
+      write_zeros(group, pair, sample);
+    }
+    if (group.rank() == 0) device::store(kept_number(args, 0, i), distance);
   }
 }
 
@@ -169,22 +247,38 @@ const char* only_float(const HintArgs<float>& args) {
 
 int64_t grid_for(int64_t blocks) { return blocks < device::max_blocks() ? blocks : device::max_blocks(); }
 
+// A warp for each sample of each pair, or a block.
+LaunchShape shape_of_samples(const HintArgs<float>& args, bool by_warps) {
+  const int64_t all = args.pairs * args.samples;
+  constexpr int kWarps = kThreads / kWarp;
+  if (by_warps) return {grid_for((all + kWarps - 1) / kWarps), kThreads, 0};
+  return {grid_for(all), kThreads, BlockGroup::scratch_bytes()};
+}
+
 }  // namespace
 
 const char* hint_forward_cuda(const HintArgs<float>& args, int, void* stream) {
   if (const char* error = only_float(args)) return error;
-  const int64_t all = args.pairs * args.samples;
-  if (all == 0) return nullptr;
-  const HintKernelArgs kernel_args{args, 0};
+  if (args.pairs * args.samples == 0) return nullptr;
+  const bool by_warps = largest_sample(args) <= kElementsOfWarp;
+  const LaunchShape shape = shape_of_samples(args, by_warps);
   return with_distance(args.distance, [&](auto distance) {
     constexpr Distance kDistance = decltype(distance)::value;
-    if (largest_sample(args) <= kElementsOfWarp) {
-      constexpr int kWarps = kThreads / kWarp;
-      return device::launch(hint_forward<kDistance, LaneGroup>, {grid_for((all + kWarps - 1) / kWarps), kThreads, 0},
-                            stream, kernel_args);
-    }
-    return device::launch(hint_forward<kDistance, BlockGroup>, {grid_for(all), kThreads, BlockGroup::scratch_bytes()},
-                          stream, kernel_args);
+    const HintKernelArgs kernel_args{args, 0};
+    return by_warps ? device::launch(hint_forward<kDistance, LaneGroup>, shape, stream, kernel_args)
+                    : device::launch(hint_forward<kDistance, BlockGroup>, shape, stream, kernel_args);
+  });
+}
+
+const char* hint_fused_cuda(const HintFused<float>& args, int, void* stream) {
+  if (const char* error = only_float(args)) return error;
+  if (args.pairs * args.samples == 0) return nullptr;
+  const bool by_warps = largest_sample(args) <= kElementsOfWarp;
+  const LaunchShape shape = shape_of_samples(args, by_warps);
+  return with_distance(args.distance, [&](auto distance) {
+    constexpr Distance kDistance = decltype(distance)::value;
+    return by_warps ? device::launch(hint_fused<kDistance, LaneGroup>, shape, stream, args)
+                    : device::launch(hint_fused<kDistance, BlockGroup>, shape, stream, args);
   });
 }
 

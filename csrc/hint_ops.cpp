@@ -1,11 +1,12 @@
 // The op `hint` on tensors, and its autograd.
 //
-// On a CPU the forward writes the students' gradients for an upstream of 1 while it reads the features, 3 passes over
-// them in place of 5 (kd_rescale finishes them for another upstream), unless
+// The forward writes the students' gradients for an upstream of 1 while it reads the features, 3 passes over them in
+// place of 5 (kd_rescale finishes them for another upstream), unless
 //   * a teacher or the weights need a gradient too,
 //   * a student is fp16: see kd_autograd.cpp,
+//   * a student is so small that on a GPU the launch of kd_rescale would take longer,
 //   * the distance is "attention".
-// Then, and on a GPU, the forward keeps one to three numbers a sample, and the backward reads the features again.
+// Then the forward keeps one to three numbers a sample, and the backward reads the features again.
 #include "autograd.h"
 #include "hint.h"
 #include "pairs.h"
@@ -131,23 +132,6 @@ Tensor loss_of(const Tensor& distances, const HintArgs<T>& args, c10::string_vie
   return loss;
 }
 
-// The reduced loss, and the gradient of its sum in the students where it is needed.
-std::tuple<Tensor, std::vector<Tensor>> hint_fused_forward(TensorList student, TensorList teacher,
-                                                           const OptionalTensor& weights, c10::string_view distance,
-                                                           c10::string_view reduction, c10::List<bool> needs) {
-  return with_arguments(student, teacher, weights, distance,
-                        [&]<typename T>(Arguments<T>& args) -> std::tuple<Tensor, std::vector<Tensor>> {
-                          const Tensor distances =
-                              at::empty({args.pairs, args.samples}, student[0].options().dtype(dtype_as<T>()));
-                          args.kept = distances.mutable_data_ptr<T>();
-                          const std::vector<Tensor> gradients = empty_gradients(args, needs);
-                          const HintFused<T> fused{args, static_cast<T>(mean_factor(args.samples, reduction))};
-                          run<HintFused<T>>(student[0].device(), fused, args.pairs * args.samples,
-                                            3 * mean_elements(student), hint_fused_cpu, nullptr);
-                          return {loss_of<T>(distances, args, reduction), gradients};
-                        });
-}
-
 // Σ_k w_k·distance_k [N], where a weight of 0 removes its term.
 Tensor weighted_sum(const Tensor& distance, const OptionalTensor& weights) {
   if (!weights) return distance.sum(0);
@@ -159,6 +143,25 @@ Tensor reduced(const Tensor& per_sample, c10::string_view reduction) {
   if (reduction == "none") return per_sample;
   const Tensor sum = per_sample.sum();
   return reduction == "sum" ? sum : sum / at::Scalar(per_sample.sym_numel().max(1));
+}
+
+// The reduced loss, and the gradient of its sum in the students where it is needed.
+std::tuple<Tensor, std::vector<Tensor>> hint_fused_forward(TensorList student, TensorList teacher,
+                                                           const OptionalTensor& weights, c10::string_view distance,
+                                                           c10::string_view reduction, c10::List<bool> needs) {
+  return with_arguments(
+      student, teacher, weights, distance,
+      [&]<typename T>(Arguments<T>& args) -> std::tuple<Tensor, std::vector<Tensor>> {
+        const Tensor distances = at::empty({args.pairs, args.samples}, student[0].options().dtype(dtype_as<T>()));
+        args.kept = distances.mutable_data_ptr<T>();
+        const std::vector<Tensor> gradients = empty_gradients(args, needs);
+        const HintFused<T> fused{args, static_cast<T>(mean_factor(args.samples, reduction))};
+        run<HintFused<T>>(student[0].device(), fused, args.pairs * args.samples, 3 * mean_elements(student),
+                          hint_fused_cpu, MTKD_CUDA_LAUNCHER(hint_fused_cuda));
+        const Tensor loss = distances.is_cpu() ? loss_of<T>(distances, args, reduction)
+                                               : reduced(weighted_sum(distances, weights), reduction);
+        return {loss, gradients};
+      });
 }
 
 // [kept_numbers, K, N] with f and g in each other's places: a distance is symmetric, so the teachers' gradients are
@@ -256,11 +259,17 @@ struct Hint : public torch::autograd::Function<Hint> {
   }
 };
 
+// On a GPU two reads of a pair, at 4 TB/s two microseconds, take longer than the launch that finishes its gradient.
+constexpr size_t kFusedBytesOnGpu = size_t{4} << 20;
+
 bool fuses(TensorList student, TensorList teacher, const OptionalTensor& weights, c10::string_view distance) {
-  if (!student[0].is_cpu() || distance == "attention") return false;
+  const bool on_cpu = student[0].is_cpu();
+  if (distance == "attention") return false;
   if (!at::GradMode::is_enabled()) return true;
-  for (const Tensor& f : student)
-    if (f.requires_grad() && f.scalar_type() == at::kHalf) return false;
+  for (const Tensor& f : student) {
+    if (!f.requires_grad()) continue;
+    if (f.scalar_type() == at::kHalf || (!on_cpu && f.sym_numel() * f.itemsize() < kFusedBytesOnGpu)) return false;
+  }
   return !any_requires_grad(teacher) && !(weights && weights->requires_grad());
 }
 
@@ -344,10 +353,9 @@ Tensor hint(TensorList student, TensorList teacher, const OptionalTensor& weight
 
 TORCH_LIBRARY_IMPL(mtkd_fast, CompositeImplicitAutograd, m) { m.impl("hint", hint); }
 
-TORCH_LIBRARY_IMPL(mtkd_fast, CPU, m) { m.impl("hint_fused_forward", hint_fused_forward); }
-
 MTKD_PASSES(m) {
   m.impl("hint_forward", hint_forward);
+  m.impl("hint_fused_forward", hint_fused_forward);
   m.impl("hint_backward", hint_backward);
 }
 

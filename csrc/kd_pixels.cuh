@@ -83,7 +83,8 @@ struct PixelTile : RegisterSums<N, two_sums> {
   static constexpr int kChunks = N / kChunk;
   static constexpr int kAhead = N == kChunk ? 4 : 2;
   static constexpr int kPieces = 1;
-  static constexpr bool kFreesOnArrival = true;
+  static constexpr bool kReadsOn = false;
+  using Args = ResidentArgs;
   static constexpr int kTeachers = kAhead + 1;
   static constexpr int kCopied = sizeof(Words);
 
@@ -106,8 +107,9 @@ struct PixelTile : RegisterSums<N, two_sums> {
         slot_bytes(slot_bytes_of(args.wide)),
         slots(shared + device::thread_index() / kWarp * (1 + kTeachers) * slot_bytes) {}
 
-  static constexpr int ahead() { return kAhead; }
   static constexpr bool has(int) { return true; }
+  static constexpr int lead() { return 0; }
+  MTKD_DEVICE void begin_row(const RowPosition&) const {}
   MTKD_DEVICE int64_t chunk(int, int c) const { return first / kChunk + c; }
 
   MTKD_DEVICE void fetch_student(const Wanted& from) const { fetch(slots, from); }

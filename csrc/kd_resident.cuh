@@ -10,7 +10,10 @@
 // divergence is summed.
 #pragma once
 
+#include <type_traits>
+
 #include "kd_elementwise.cuh"
+#include "kd_shared.cuh"
 #include "kd_tiles.cuh"
 
 namespace mtkd_fast {
@@ -63,7 +66,6 @@ struct ResidentRow {
   const Summaries summaries;  // shared
   const Row row;
 
-  MTKD_DEVICE bool reads_student() const { return row.counts && (args.kd_scale != 0 || args.ce_weight != 0); }
   MTKD_DEVICE InputRow student_logits() const { return input_row(args.student, row.position); }
   MTKD_DEVICE InputRow teacher_logits(int k) const { return input_row(args.teacher[k], row.position); }
 
@@ -76,9 +78,29 @@ struct ResidentRow {
     if (k >= args.teachers) return {};
     return wanted(args.teacher[k], reads_teacher(args, row, known_weight(args, k, row)));
   }
+  MTKD_DEVICE void fetch_first() const {
+    if constexpr (!Tile::kReadsOn) {
+      tile.fetch_student(wanted(args.student, reads_student(args, row)));
+#pragma unroll 1
+      for (int k = 0; k < Tile::kAhead; ++k) tile.fetch_teacher(k, wanted_teacher(k));
+    }
+  }
+  // Teacher k is in registers, or will not be.
+  MTKD_DEVICE void fetch_later(int k) const {
+    if constexpr (!Tile::kReadsOn) tile.fetch_teacher(k + Tile::kAhead, wanted_teacher(k + Tile::kAhead));
+  }
+  // The student, or a teacher that has been read, is done with.
+  MTKD_DEVICE void fetch_next() const {
+    if constexpr (Tile::kReadsOn) tile.fetch_next();
+  }
 
+  // From the first chunk on, whose `lead` first columns are not the row's.
+  MTKD_DEVICE int64_t end() const { return args.classes + tile.lead(); }
+  MTKD_DEVICE int64_t label() const {
+    return row.label >= 0 && row.label_in_range ? row.label + tile.lead() : row.label;
+  }
   MTKD_DEVICE Columns columns(int j, int c) const {
-    return columns_of<kind>(tile.chunk(j, c), args.classes, row.label);
+    return columns_of<kind>(tile.chunk(j, c), end(), label(), tile.lead());
   }
   MTKD_DEVICE void set_target_apart(int j, float (&x)[kWidth]) const {
 #pragma unroll
@@ -108,19 +130,19 @@ struct ResidentRow {
 
   // What x of a piece is but for a factor. Of an only piece the exponentials are still here. A log p of −inf stands as
   // 0: its divergence is +inf already, or its column weighs nothing.
+  template <bool far>
   MTKD_DEVICE void values_of_piece(const float (&t)[kWidth], const Likelihoods& teacher, const float (&e)[kWidth],
                                    float (&x)[kWidth]) const {
-    if (kind != Kind::reverse_kl && Tile::kPieces > 1 && teacher.is_far) {
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) x[i] = device::exp2((t[i] - teacher.max) * terms.log2e_t);
-      return;
-    }
+    const auto exponential = [&](int i) {
+      if constexpr (far) return device::exp2((t[i] - teacher.max) * terms.log2e_t);
+      return Tile::kPieces == 1 ? e[i] : device::exp2(fmaf(t[i], terms.log2e_t, -teacher.reference));
+    };
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
       if (kind == Kind::reverse_kl) {
         x[i] = t[i] == -infinity<float>() ? 0.0f : (t[i] - teacher.max) * terms.inv_t - teacher.log_sum;
       } else {
-        x[i] = Tile::kPieces == 1 ? e[i] : device::exp2(fmaf(t[i], terms.log2e_t, -teacher.reference));
+        x[i] = exponential(i);
       }
     }
   }
@@ -166,14 +188,13 @@ struct ResidentRow {
                                       float& largest_signal) {
     const float weight = known_weight(args, k, row);
     const bool reads = reads_teacher(args, row, weight);
-    const int later = k + tile.ahead();
     if (!group.any(reads)) {
       if (group.leads()) summaries[k] = TeacherSummary{};
-      tile.fetch_teacher(later, wanted_teacher(later));
+      fetch_later(k);
       return;
     }
     tile.teacher_arrives(k, args.teacher[k].dtype, reads);
-    if constexpr (Tile::kFreesOnArrival) tile.fetch_teacher(later, wanted_teacher(later));
+    fetch_later(k);
     // Where weights are known, one thread of a block needs it: the one that finishes the summary.
     const bool needs_label = reads && wants_label_of_teachers<kind>(args.rule) && (two_sums || group.leads());
     const float at_label = needs_label ? label_logit(teacher_logits(k), row) : 0.0f;
@@ -191,20 +212,30 @@ struct ResidentRow {
     const float factor = kind == Kind::elementwise ? 1.0f : factor_of_values(local_max, summary, likelihoods);
     ElementSums sums;
     if (adds && share.fade != 1) tile.fade(share.fade);  // the first teachers', and at a new largest signal
-    if (adds || kind == Kind::elementwise) {
-      // An elementwise step is too long for three of it.
-      tile.template each_piece_of_teacher<Tile::kPieces, kind != Kind::elementwise>([&](int j, float (&t)[kWidth]) {
+    const auto sweep = [&](auto far) {
+      constexpr bool is_far = decltype(far)::value;
+      // An elementwise step is too long for three of it, and a far one too rare.
+      constexpr bool for_each_dtype = kind != Kind::elementwise && !is_far;
+      tile.template each_piece_of_teacher<Tile::kPieces, for_each_dtype>([&](int j, float (&t)[kWidth]) {
         float x[kWidth];
         set_target_apart(j, t);
         if constexpr (kind == Kind::elementwise) {
           elements_of_piece(j, t, q, p, sums, x);
         } else {
-          values_of_piece(t, likelihoods, e, x);
+          values_of_piece<is_far>(t, likelihoods, e, x);
         }
         if (adds) tile.accumulate(j, x, share.first * factor, share.second * factor);
       });
+    };
+    constexpr bool may_be_far = Tile::kPieces > 1 && (kind == Kind::forward_kl || kind == Kind::dkd);
+    if (adds || kind == Kind::elementwise) {
+      if (may_be_far && likelihoods.is_far) {
+        sweep(std::bool_constant<may_be_far>());
+      } else {
+        sweep(std::false_type());
+      }
     }
-    if constexpr (!Tile::kFreesOnArrival) tile.fetch_teacher(later, wanted_teacher(later));
+    fetch_next();
     if constexpr (kind == Kind::elementwise) group.merge(sums, AddLanes{});
     if (!group.leads()) return;
     if constexpr (kind == Kind::elementwise) {
@@ -217,8 +248,9 @@ struct ResidentRow {
   }
 
   MTKD_DEVICE void write_gradient(const SoftmaxState<float>& student, float at_label, const Mixture& mixture) const {
-    const OutputRow out = output_row(args.gradient, row.position);
-    const StudentGradient g = student_gradient<kind>(args, row, row.scale, student, at_label, mixture);
+    const OutputRow out = output_row(args.gradient, row.position, tile.lead());
+    StudentGradient g = student_gradient<kind>(args, row, row.scale, student, at_label, mixture);
+    g.label = label();
 #pragma unroll
     for (int j = 0; j < Tile::kPieces && tile.has(j); ++j) {
       float x[kWidth], mean[kWidth];
@@ -232,22 +264,23 @@ struct ResidentRow {
 #pragma unroll
           for (int i = 0; i < kChunk; ++i) x[c * kChunk + i] = 0;
         }
-        if (chunk * kChunk < args.classes) store_chunk(out, chunk, args.classes, x + c * kChunk);
+        if (chunk * kChunk < end()) store_chunk(out, chunk, end(), x + c * kChunk, tile.lead());
       }
     }
   }
 
   MTKD_DEVICE void forward() {
-    tile.fetch_student(wanted(args.student, reads_student()));
-#pragma unroll 1
-    for (int k = 0; k < tile.ahead(); ++k) tile.fetch_teacher(k, wanted_teacher(k));
+    tile.begin_row(row.position);
+    fetch_first();
     // One thread finishes the row; one of a block, the summaries. DKD's gradient of the hard label is everyone's.
     const bool finishes = kind == Kind::dkd ? group.leads() || args.ce_weight != 0 : group.rank() == 0;
     const bool needs_label = wants_label_of_student<kind>(args, row) && finishes;
     const float at_label = needs_label ? label_logit(student_logits(), row) : 0.0f;
-    tile.student_arrives(args.student.dtype, reads_student());
+    const bool reads = reads_student(args, row);
+    tile.student_arrives(args.student.dtype, reads);
     const SoftmaxState<float> student = absorb_student_row();
     tile.shift_student(student.max);
+    if (reads) fetch_next();
     const float ce = group.rank() == 0 ? student_cross_entropy<kind>(args, row, student, at_label) : 0.0f;
 
     tile.clear();
@@ -270,13 +303,22 @@ MTKD_HD int64_t summary_bytes(int summaries) {  // whole Words, for the tile tha
   return (bytes + sizeof(Words) - 1) / sizeof(Words) * sizeof(Words);
 }
 
+template <typename Tile, typename Group>
+MTKD_DEVICE Tile tile_of(const typename Tile::Args& args, const Group& group, char* shared) {
+  if constexpr (Tile::kReadsOn) {
+    return Tile(args, group.rank(), shared, Group::place(), Group::places());
+  } else {
+    return Tile(args, group.rank(), group.size(), shared);
+  }
+}
+
 template <Kind kind, bool two_sums, typename Group, typename Tile>
-MTKD_DEVICE void forward_rows(const ResidentArgs& args) {
+MTKD_DEVICE void forward_rows(const typename Tile::Args& args) {
   Group group(args.group_width, device::shared_memory());
   const int rows_in_block = group.groups_in_block();
   TeacherSummary* summaries = summaries_of(group, device::shared_memory());
-  Tile tile(args, group.rank(), group.size(),
-            reinterpret_cast<char*>(summaries) + summary_bytes(rows_in_block * args.teachers));
+  Tile tile =
+      tile_of<Tile>(args, group, reinterpret_cast<char*>(summaries) + summary_bytes(rows_in_block * args.teachers));
   Terms terms = terms_of(args, args.rule);
   terms.teacher_sum1 = two_sums;  // as the rule has it, known to the compiler
   terms.teacher_dot1 &= two_sums;
@@ -299,7 +341,7 @@ MTKD_DEVICE void forward_rows(const ResidentArgs& args) {
 
 template <Kind kind, bool two_sums, typename Group, typename Tile, int max_threads>
 MTKD_KERNEL(max_threads, 1)
-kd_resident(MTKD_PARAM(ResidentArgs) args) {
+kd_resident(MTKD_PARAM(typename Tile::Args) args) {
   if constexpr (Group::kExists) forward_rows<kind, two_sums, Group, Tile>(args);
 }
 

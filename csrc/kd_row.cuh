@@ -46,6 +46,9 @@ MTKD_DEVICE float known_weight(const KDForward<float>& args, int k, const Row& r
   return row.counts ? given_weight(args, k, row.index) : 0.0f;
 }
 
+MTKD_DEVICE bool reads_student(const KDArgs<float>& args, const Row& row) {
+  return row.counts && (args.kd_scale != 0 || args.ce_weight != 0);
+}
 MTKD_DEVICE bool reads_teacher(const KDForward<float>& args, const Row& row, float known_weight) {
   const bool skipped = args.rule == WeightRule::given && args.skip_zero_weights && known_weight == 0;
   return row.counts && args.kd_scale != 0 && !skipped;

@@ -123,15 +123,17 @@ MTKD_DEVICE Raise<float> unraised() {
 
 // Which columns of a chunk a state absorbs.
 struct Columns {
-  int valid;  // the first ones, up to the last class; none where negative
-  int apart;  // but for the target's, where DKD sets it apart; elsewhere −1
+  int begin, end;  // the classes; none where begin >= end
+  int apart;       // but for the target's, where DKD sets it apart; elsewhere −1
 };
 
+// Of a row with classes from `lead` on, which is less than a chunk, up to `end`.
 template <Kind kind>
-MTKD_DEVICE Columns columns_of(int64_t chunk, int64_t classes, int64_t label) {
-  const int64_t first = chunk * kChunk, left = classes - first;
+MTKD_DEVICE Columns columns_of(int64_t chunk, int64_t end, int64_t label, int lead = 0) {
+  const int64_t first = chunk * kChunk, left = end - first;
   const bool apart = kind == Kind::dkd && label >= first && label < first + kChunk;
-  return {left > kChunk ? kChunk : static_cast<int>(left), apart ? static_cast<int>(label - first) : -1};
+  return {chunk > 0 ? 0 : lead, left > kChunk ? kChunk : static_cast<int>(left),
+          apart ? static_cast<int>(label - first) : -1};
 }
 
 // The logit of a target that stands apart counts as −inf. `x` points at eight registers.
@@ -171,9 +173,10 @@ MTKD_DEVICE Raise<float> absorb_student(SoftmaxState<float>& state, const float 
     if (terms.student_total) {
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
-        state.total += i < columns[c].valid && i != columns[c].apart ? dx[i] : 0.0f;
+        const bool counts = i >= columns[c].begin && i < columns[c].end && i != columns[c].apart;
+        state.total += counts ? dx[i] : 0.0f;
       }
-      const int count = columns[c].valid - (columns[c].apart >= 0 ? 1 : 0);
+      const int count = columns[c].end - columns[c].begin - (columns[c].apart >= 0 ? 1 : 0);
       state.count += count > 0 ? static_cast<float>(count) : 0.0f;
     }
   }

@@ -12,4 +12,11 @@ const char* kd_forward_streaming(const KDForward<float>&, int device, void* stre
 const char* kd_forward_of_pixels(const KDForward<float>&, int device, void* stream);
 const char* kd_forward_streaming_of_pixels(const KDForward<float>&, int device, void* stream);
 
+// Where a long row lies: so many blocks of so many threads, room for so many rows as they come.
+struct KDPlacement {
+  int blocks, threads, places;
+  int64_t shared_bytes;
+};
+KDPlacement kd_placement(const KDForward<float>&, int device);
+
 }  // namespace mtkd_fast

@@ -40,9 +40,9 @@ def hint_loss(
 
     Returns: float32 (float64 when any feature is).
 
-    Gradient: to the features of both sides and to the weights, where they require it. On a CPU the forward writes it
-    if only students of float32, bfloat16 or float64 require it; else the backward pass reads the features again.
-    "attention" keeps one number a position for that.
+    Gradient: to the features of both sides and to the weights, where they require it. The forward writes it if only
+    students of float32, bfloat16 or float64 require it, on a GPU from 4 MB a student on; else the backward pass reads
+    the features again. "attention" keeps one number a position for that.
 
     Raises: TypeError, ValueError, naming the argument, what was expected and what came.
 

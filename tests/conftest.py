@@ -122,7 +122,12 @@ class EmulatedCuda(Backend):
             def hint_triton_backward(student, teacher, weights, *rest):
                 return hint.backward(dense(student), dense(teacher), weights, *rest)
 
+            @staticmethod
+            def hint_triton_fused_forward(student, teacher, *rest):
+                return triton_hint.fused_forward(dense(student), dense(teacher), *rest)
+
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(triton_hint, "hint_kernels", hint)
             patch.setattr(triton_kd, "kd_kernels", emulator)
             patch.setattr(triton_mutual, "mutual_kernels", mutual)
             patch.setattr(triton_relation, "relation_kernels", relation)

@@ -4,10 +4,12 @@ import re
 import shutil
 
 import pytest
+import torch
 
 if not shutil.which("nvcc"):
     pytest.skip("there is no nvcc", allow_module_level=True)
 
+import emulator
 from sass import ARCHITECTURES, SOURCES, count, instructions, kernels, resources
 
 
@@ -78,6 +80,39 @@ def test_resident_rows_come_in_by_asynchronous_copies(architecture):
             continue
         assert [x for x in code if re.search(r"LDGSTS\S*\.128", x)], name
         assert [x for x in code if re.search(r"STG\.E\.128", x)], name
+
+
+def test_long_rows_come_in_bulk(architecture):
+    """And their ends, or all of them, by each thread's own copies."""
+    for name, code in kernels(SOURCES["kd"], architecture, "kd_resident").items():
+        in_bulk = architecture != "80" and "SharedTile" in name
+        assert bool(count(code, "UBLKCP")) == in_bulk, name
+
+
+LATENCY = 0.8e-6  # seconds, of memory under load
+BANDWIDTH = 4.8e12 / 132  # bytes a second, of an H200, for a multiprocessor
+REGISTERS, SHARED_MEMORY, RESERVED = 65536, 228 * 1024, 1024  # of a multiprocessor; bytes, of a block
+
+
+@pytest.mark.parametrize("rule", ["uniform", "confidence"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n_teachers", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("classes", [8192, 16384, 32000, 50257, 128256, 151936, 262144])
+def test_enough_bytes_are_on_their_way(classes, n_teachers, dtype, rule):
+    """By Little's law, beside the row that is worked on, in as many blocks as a multiprocessor holds."""
+    at = emulator.placement(classes, dtype, n_teachers, rule, "forward_kl")
+    group = "BlockGroup" if at.blocks == 1 else "ClusterGroup"
+    sums = "Lb1E" if rule == "confidence" else "Lb0E"
+    (used,) = (
+        use["REG"]
+        for name, use in resources(SOURCES["kd"], "90a").items()
+        if all(x in name for x in ("kd_residentILNS_4KindE0E" + sums, group, "SharedTile"))
+    )
+    registers = at.threads * -(-used // 8) * 8
+    resident = min(REGISTERS // registers, SHARED_MEMORY // (at.shared_bytes + RESERVED))
+    assert resident >= 1
+    columns = classes / at.blocks
+    assert resident * (at.places - 1) * columns * dtype.itemsize >= LATENCY * BANDWIDTH
 
 
 def test_clusters_meet_once_and_send_what_they_have(architecture):

@@ -61,6 +61,8 @@ def test_sound_kernels_pass(faults, order):
         ("missing_barrier", lambda x: x.roll(-1)),
         ("missing_await", lambda x: x.roll(32)),
         ("missing_answer", lambda x: torch.full_like(x, 12)),
+        ("missing_await_of_bulk", lambda x: x.roll(-1)),
+        ("missing_look", lambda x: x.roll(-1)),
     ],
 )
 def test_what_a_kernel_lacks_shows_in_some_order(faults, kernel, right):
@@ -88,6 +90,10 @@ def test_a_copy_that_nobody_awaits_leaves_nan(faults):
         ("fault_too_little", "nothing ends this"),
         ("fault_leaving", "threads that have ended"),
         ("fault_never_arrived", "without an arrival"),
+        ("fault_unopened_for_bulk", "a mailbox that nobody has opened"),
+        ("fault_off_words", "misaligned"),
+        ("fault_part_of_words", "no multiple of 16"),
+        ("fault_bulk_past_the_end", "goes past shared memory"),
     ],
 )
 def test_faults_end_the_launch(faults, kernel, message):
@@ -103,6 +109,7 @@ def test_faults_end_the_launch(faults, kernel, message):
         ("kd_backward", layout.KDBackward),
         ("kd_rescale", layout.KDRescale),
         ("hint", layout.Hint),
+        ("hint_fused", layout.HintFused),
         ("relation_planes", layout.RelationPlanes),
         ("relation_angle", layout.RelationAngle),
         ("relation_distance", layout.RelationDistance),
@@ -268,8 +275,8 @@ def test_a_row_without_weights_has_no_gradient(variant, divergence, logit):
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
-def test_few_or_many_teachers_in_shared_memory_at_a_time(divergence):
-    """Room for the student and one to four teachers of 5: 8 to 20 bytes a column."""
+def test_few_or_many_rows_in_shared_memory_at_a_time(divergence):
+    """Room for one to four of the student and 5 teachers as they come: 8 to 20 bytes a column."""
     tensors = inputs(3, 1500, 5, (BF16, F32, F16))
     options = dict(rule="confidence", divergence=divergence, temperature=4.0, kd_scale=16.0, **OPTIONS)
     results = []
@@ -278,6 +285,65 @@ def test_few_or_many_teachers_in_shared_memory_at_a_time(divergence):
             results.append(run_forward(*tensors, options, SHARED, True))
     for other in results[1:]:
         assert all(a.equal(b) for a, b in zip(results[0], other, strict=True))
+
+
+def whole(x):
+    return x
+
+
+def in_wider_rows(x):
+    return torch.nn.functional.pad(x, (0, 13))[:, : x.shape[1]]
+
+
+def off_16_bytes(x):
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x)
+
+
+def of_sequences(x):
+    """All but the last token of each of two."""
+    return torch.nn.functional.pad(x.unflatten(0, (2, -1)), (0, 0, 0, 1))[:, :-1]
+
+
+@pytest.mark.parametrize("clusters", [1, 16], ids=["by threads", "in bulk"])
+@pytest.mark.parametrize("dtypes", [(F32,), (BF16,), (BF16, F32)])
+@pytest.mark.parametrize("classes", [3, 1001])
+@pytest.mark.parametrize(
+    ("of_student", "of_teacher"),
+    [(whole, whole), (in_wider_rows,) * 2, (of_sequences,) * 2, (off_16_bytes,) * 2, (whole, in_wider_rows)],
+)
+@pytest.mark.parametrize("variant", [SHARED, PAIRS])
+def test_rows_that_begin_anywhere(variant, of_student, of_teacher, classes, dtypes, clusters):
+    """They come in whole words of 16 bytes, where all begin as far from them; else element by element. More rows than
+    the device has blocks, so that each goes on to the next; some of them, or some of their teachers, are not read.
+    """
+    if variant == PAIRS and clusters == 1:
+        pytest.skip("a cluster has bulk copies")
+    n = 12
+    student, teachers, target, w = inputs(n, classes, 2, dtypes)
+    target[:2], w[1, 3:5], w[:, 8] = -100, 0, 0
+    used = (target != -100) & (w != 0)
+    options = dict(rule="given", divergence="forward_kl", temperature=2.0, kd_scale=4.0, **OPTIONS)
+    loss, _, gradient = exact(student, teachers, target, w, options, n)
+    student, teachers = of_student(student), [of_teacher(t) for t in teachers]
+    if of_teacher is of_sequences:
+        target, w = target.view(2, -1), w.view(2, 2, -1)
+    in_step = of_student is of_teacher and of_student is not off_16_bytes
+    model = kd_bytes(student, teachers, counted=n - 3, used=used.sum(1).tolist(), label_of_student=True)
+    counted = [(target != -100).flatten(), *used]
+    right = [
+        bytes + in_step * brought_along(x, rows)
+        for bytes, x, rows in zip(modelled(model, 2), (student, *teachers), counted, strict=True)
+    ]
+    for order in ("reverse", "shuffled", "last warp first"):
+        with machine.use_clusters(clusters), emulator.use_order(order, seed=3):
+            items = torch.tensor(float(n))
+            row_loss, _, got = emulator.forward(
+                student, teachers, target, w, None, items, **options, skip_zero_weights=True, write_gradient=True,
+                variant=variant,
+            )  # fmt: skip
+        assert_close(row_loss, loss, 3e-6)
+        assert_gradient_close(got.reshape(n, classes), gradient)
+        assert logits_bytes(2) == right
 
 
 @pytest.mark.parametrize("rule", ["uniform", "confidence"])
@@ -354,6 +420,12 @@ def logits_bytes(n_teachers):
     return [moved[name][0] for name in ("student", *(f"teacher{k}" for k in range(n_teachers)))]
 
 
+def brought_along(x, rows):
+    """Bytes before the first class of these rows, from where eight columns end: of rows read in whole words."""
+    places = torch.arange(x.untyped_storage().nbytes() // x.element_size())
+    return x.element_size() * int((places.as_strided(x.shape[:-1], x.stride()[:-1]).flatten()[rows] % 8).sum())
+
+
 def modelled(model, n_teachers):
     return [model.loads.get(name, 0) for name in ("student", *(f"teacher {k}" for k in range(n_teachers)))]
 
@@ -425,7 +497,10 @@ def test_rows_that_fit_on_chip_are_swept_once(divergence, classes, clusters, swe
     )  # fmt: skip
     with machine.use_clusters(clusters):
         run_forward(student, teachers, torch.zeros(2).long(), w, options, CHOSEN, False)
-    assert logits_bytes(2) == modelled(kd_bytes(student, teachers, counted=2, sweeps=sweeps), 2)
+    model = modelled(kd_bytes(student, teachers, counted=2, sweeps=sweeps), 2)
+    stays = divergence == "jsd" and sweeps == 1  # else it streams
+    along = [stays * brought_along(x, slice(None)) for x in (student, *teachers)]
+    assert logits_bytes(2) == [bytes + more for bytes, more in zip(model, along, strict=True)]
 
 
 def test_no_cluster_larger_than_the_device_has():
@@ -519,6 +594,29 @@ def test_hint(shape, distance, order):
         wanted = torch.autograd.grad(of_pair, x, w.double())[0]
         wanted[w == 0] = 0
         assert_close(got, wanted, 1e-6 if got.dtype == F32 else 4e-3)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("distance", layout.DISTANCES)
+@pytest.mark.parametrize("elements", [40, 3001])
+def test_a_hint_whose_gradient_comes_with_it(elements, distance, order):
+    """Each side is read once, the cosine's twice."""
+    n = 5
+    student = [torch.randn(n, elements), torch.randn(n, 7)]
+    teacher = [torch.randn(n, elements).bfloat16(), torch.randn(n, 7)]
+    weights = torch.rand(2, n)
+    weights[0, 1] = 0
+    kept = hint.forward(student, teacher, weights, distance)
+    right = hint.backward(student, teacher, 0.25 * weights, kept, [True, False], distance)
+    with machine.use_order(order, seed=3):
+        distances, got = hint.fused(student, teacher, weights, distance, 0.25, [True, False])
+    reads = 2 if distance == "cosine" else 1
+    assert machine.traffic()["student0"] == (reads * (n - 1) * elements * 4, 0)
+    assert machine.traffic()["teacher0"] == (reads * (n - 1) * elements * 2, 0)
+    assert machine.traffic()["gradient0"] == (0, n * elements * 4)
+    assert distances.equal(kept[0])
+    assert got[0].equal(right[0])
+    assert got[1].numel() == 0
 
 
 def test_the_cosine_reads_a_sample_of_extreme_norm_twice():

@@ -40,12 +40,16 @@ def sums_of_teacher(case: model.Case) -> list[list[str]]:
 
 
 def shares_of_teacher(case: model.Case) -> list[list[str]]:
-    """Chunks, one after the other, of the sweeps that add to the sums: one load each of halves, two of floats."""
+    """Chunks, one after the other, of the sweeps that add to the sums: one load each of halves, two of floats.
+
+    A far teacher's exponents, each a difference first, are another sweep.
+    """
     found = []
     for before, x in pairwise(stretches(forward_kl(case), LOAD)):
         whole = x if case.half else before + x
         loads = count(whole, LOAD)
-        if exponentials(whole) == COLUMNS and loads == (1 if case.half else 2) and len(whole) < 60:
+        of_far = count(whole, "FADD") >= COLUMNS
+        if exponentials(whole) == COLUMNS and loads == (1 if case.half else 2) and len(whole) < 60 and not of_far:
             found.append(whole)
     return [x for x in found if not any(re.search(r"\bSTG\b", y) for y in x)]
 
@@ -63,10 +67,10 @@ def test_what_a_teacher_takes(case):
         assert exponentials(x) == sums.exponentials
         assert not writes_shared(x)
 
-    chunks = shares_of_teacher(case)  # and the first and last of a sweep, and the ways between two
-    usual = statistics.mode(len(x) for x in chunks)
-    assert usual == pytest.approx(share.instructions, rel=0.03)
-    assert not any(writes_shared(x) for x in chunks if len(x) == usual)
+    chunks = sorted(shares_of_teacher(case), key=len)  # and the ways from one sweep to the next
+    pieces = (8 if case.computed else 4) * (2 if case.half else 1)  # of a thread, for each dtype
+    assert statistics.median(len(x) for x in chunks[:pieces]) == pytest.approx(share.instructions, rel=0.03)
+    assert not any(writes_shared(x) for x in chunks[:pieces])
 
 
 def test_what_bounds_a_case():
@@ -74,6 +78,16 @@ def test_what_bounds_a_case():
     took = model.seconds_of_column(model.Case(3, half=False, computed=False))
     assert took["memory"] == pytest.approx(20 / 4.3e12)
     assert max(took, key=took.get) == "memory"
-    assert model.seconds(100, 1000, model.Case(3, half=False, computed=False)) == pytest.approx(1e5 * 20 / 4.3e12)
+    found = model.seconds(100, 1000, model.Case(3, half=False, computed=False))
+    assert found == pytest.approx(1e5 * 20 / 4.3e12 + 2 * model.H200.launch)
     took = model.seconds_of_column(model.Case(16, half=True, computed=True))
     assert max(took, key=took.get) == "instructions"
+    found = model.seconds(100, 32000, model.Case(16, half=True, computed=True))
+    assert found == pytest.approx(3.2e6 * took["instructions"] + 2 * model.H200.launch)
+
+
+def test_the_model_prints_every_case(capsys):
+    model.main()
+    printed = capsys.readouterr().out
+    assert printed.count("| bf16 | computed |") == 2 * 5
+    assert f"| {model.CLASSES[-1]} |" in printed

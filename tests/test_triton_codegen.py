@@ -226,7 +226,9 @@ def entries_launch(number: int):
     return SimpleNamespace(kernel=logits.write_entries, arguments=table | dict.fromkeys(names, number))
 
 
-HINTS = [(kernel, distance) for kernel in ("forward", "backward") for distance in ("mse", "smooth_l1", "cosine")]
+HINTS = [
+    (kernel, distance) for kernel in ("forward", "backward", "fused") for distance in ("mse", "smooth_l1", "cosine")
+]
 
 
 def hint_launch(name: str, distance: str, dtype: torch.dtype = BF16, n_samples: int = 64):
@@ -235,9 +237,11 @@ def hint_launch(name: str, distance: str, dtype: torch.dtype = BF16, n_samples: 
 
     student, teacher = [torch.empty(n_samples, 50176, dtype=dtype)], [torch.empty(n_samples, 50176, dtype=dtype)]
     ((pairs, arguments),) = hint.chunks(student, teacher, torch.ones(1, n_samples), distance)
-    if name == "backward":
+    if name != "forward":
         arguments["gradients"] = (torch.empty_like(student[0]),)
-    kernel = {"forward": hint.hint_forward, "backward": hint.hint_backward}[name]
+    if name == "fused":
+        arguments["scale"] = 1 / n_samples
+    kernel = {"forward": hint.hint_forward, "backward": hint.hint_backward, "fused": hint.hint_fused}[name]
     return hint.launch(kernel, n_samples, kept=torch.empty(3, 1, n_samples)[:, pairs], **arguments)
 
 
@@ -326,7 +330,9 @@ def main() -> None:
     for name in ("attention_energy", "attention_distance", "attention_gradient"):
         launches = [attention_launch(name, n_samples=n) for n in (3, 64, 77)]
         found[f"{name} samples"] = len({str(bound(launch, 90)[2][1]) for launch in launches})
-    found["samples"] = len({str(bound(hint_launch("forward", "cosine", n_samples=n), 90)[2][1]) for n in (3, 64, 77)})
+    for name in ("forward", "fused"):
+        launches = [hint_launch(name, "cosine", n_samples=n) for n in (3, 64, 77)]
+        found[f"{name} samples"] = len({str(bound(launch, 90)[2][1]) for launch in launches})
     for name, batch, arch in RELATIONS:
         found[f"{name} {batch} sm_{arch}"] = disassembled(compiled(relation_launch(name, batch), arch))
     for name, arch in MIXTURES_COMPILED:
@@ -435,16 +441,20 @@ def test_no_entry_of_a_table_of_teachers_compiles_another_kernel(built):
 
 @pytest.mark.parametrize(("name", "distance"), HINTS)
 def test_hints_load_128_bits_and_do_not_spill(built, name, distance):
-    """A tile of 16 elements a thread and side; the cosine has the loop of its second sweep besides."""
+    """A tile of 16 elements a thread and side; the cosine has the loop of its second sweep besides, and that of its
+    gradient.
+    """
     found = built[f"hint {name} {distance}"]
     assert found["LDL"] + found["STL"] + found["stack"] == 0
-    assert found["LDG.E.128"] == 2 * 2 * (2 if (name, distance) == ("forward", "cosine") else 1)
-    assert found["STG.E.128"] == (2 if name == "backward" else 0)
+    sweeps = {"forward": 2, "backward": 1, "fused": 3}[name] if distance == "cosine" else 1
+    assert found["LDG.E.128"] == 2 * 2 * sweeps
+    assert found["STG.E.128"] == (0 if name == "forward" else 2)
     assert found["registers"] <= 128
 
 
-def test_the_number_of_samples_does_not_recompile_hints(built):
-    assert built["samples"] == 1
+@pytest.mark.parametrize("name", ["forward", "fused"])
+def test_the_number_of_samples_does_not_recompile_hints(built, name):
+    assert built[f"{name} samples"] == 1
 
 
 @pytest.mark.parametrize(("name", "batch", "arch"), RELATIONS)

@@ -273,6 +273,23 @@ def test_hint_reads_both_sides_once(distance):
     assert found.stores["rest"] == sum(g.numel() * g.element_size() for g in gradients)
 
 
+@pytest.mark.parametrize("distance", ["mse", "smooth_l1", "cosine"])
+def test_a_hint_whose_gradient_comes_with_it_reads_both_sides_once(distance):
+    """The cosine's twice."""
+    student = [torch.randn(4, 1000).bfloat16(), torch.randn(4, 5)]
+    teacher = [torch.randn_like(f) for f in student]
+    weights = torch.rand(2, 4) + 0.5
+    weights[0, 2] = 0
+    watched = {f"student {k}": f for k, f in enumerate(student)} | {f"teacher {k}": g for k, g in enumerate(teacher)}
+    with counted_in_interpreter(watched) as found:
+        _, gradients = hint.fused(student, teacher, weights, distance, 0.25, [True, False])
+    model = hint_bytes(student, teacher, used=[3, 4], gradients=True)
+    times = 2 if distance == "cosine" else 1
+    assert found.loads["student 0"] == times * model.loads["student 0"]
+    assert found.loads["student 1"] == model.loads["student 1"]
+    assert found.stores["rest"] == gradients[0].numel() * 2 + 2 * 4 * 4
+
+
 def test_the_cosine_reads_a_sample_of_extreme_norm_twice():
     student, teacher = [torch.randn(4, 100)], [torch.randn(4, 100)]
     student[0][1] *= 1e-20

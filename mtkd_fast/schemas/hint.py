@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mtkd_fast.reference.kd import compute_dtype
-from mtkd_fast.schemas.library import declare, declare_cpu_pass, declare_pass
+from mtkd_fast.schemas.library import declare, declare_pass
 
 
 def kept_numbers(distance: str) -> int:
@@ -54,7 +54,7 @@ declare_pass(
     " -> Tensor[]",
     fake_hint_backward,
 )
-declare_cpu_pass(
+declare_pass(
     "hint_fused_forward(Tensor[] student, Tensor[] teacher, Tensor? weights, str distance, str reduction, bool[] needs)"
     " -> (Tensor loss, Tensor[] gradients)",
     fake_hint_fused_forward,

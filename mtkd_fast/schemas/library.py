@@ -7,7 +7,6 @@ import torch
 LIBRARY = torch.library.Library("mtkd_fast", "DEF")
 FUSED: list[str] = []  # names of the ops with autograd
 PASSES: list[str] = []  # and of those without
-CPU_PASSES: list[str] = []  # and of those that are C++ on a CPU, and nothing else
 
 
 def declare(schema: str) -> None:
@@ -22,13 +21,6 @@ def declare_pass(schema: str, fake: Callable) -> None:
         LIBRARY.define(twin)
         torch.library.register_fake(f"mtkd_fast::{name_of(twin)}", fake, lib=LIBRARY)
         PASSES.append(name_of(twin))
-
-
-def declare_cpu_pass(schema: str, fake: Callable) -> None:
-    """A pass that C++ alone has, on a CPU alone."""
-    LIBRARY.define(schema)
-    torch.library.register_fake(f"mtkd_fast::{name_of(schema)}", fake, lib=LIBRARY)
-    CPU_PASSES.append(name_of(schema))
 
 
 def name_of(schema: str) -> str:

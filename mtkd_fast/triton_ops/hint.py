@@ -1,4 +1,8 @@
-"""The op hint in Triton, and its autograd (the twin of csrc/hint_ops.cpp)."""
+"""The op hint in Triton, and its autograd (the twin of csrc/hint_ops.cpp).
+
+Where only students want a gradient, and pairs are so large that two reads of one take longer than a launch, the forward
+writes the gradients for an upstream of 1, and the backward is the launch that finds that out, or rescales.
+"""
 
 import torch
 from torch import Tensor
@@ -7,8 +11,11 @@ from mtkd_fast.kernels import hint as hint_kernels
 from mtkd_fast.schemas.library import implement
 from mtkd_fast.triton_ops.attention import AttentionDistance
 from mtkd_fast.triton_ops.autograd import refuse_double_backward
+from mtkd_fast.triton_ops.kd import finish_gradient
 
 ops = torch.ops.mtkd_fast
+
+FUSED_BYTES = 4 << 20  # of a student's features: two reads of a pair are then 8 MB or more, at 4 TB/s two microseconds
 
 
 def weighted_sum(distance: Tensor, weights: Tensor | None) -> Tensor:
@@ -58,8 +65,71 @@ def feature_gradients(
     return [g if need else None for g, need in zip(found, needs, strict=True)]
 
 
+class FusedHint(torch.autograd.Function):
+    """The reduced loss, whose gradient in the students the forward writes."""
+
+    @staticmethod
+    def forward(ctx, weights, distance, reduction, n_pairs, *features):
+        student, teacher = features[:n_pairs], features[n_pairs:]
+        needs = list(ctx.needs_input_grad[4 : 4 + n_pairs])
+        loss, gradients = ops.hint_triton_fused_forward(student, teacher, weights, distance, reduction, needs)
+        ctx.save_for_backward(weights, *gradients)
+        ctx.n_samples = student[0].shape[0]
+        ctx.set_materialize_grads(False)
+        return loss
+
+    @staticmethod
+    def backward(ctx, upstream):
+        weights, *gradients = ctx.saved_tensors
+        found: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        if upstream is not None:
+            used = scales(weights, len(gradients), ctx.n_samples, upstream)
+            for k, gradient in enumerate(gradients):
+                if ctx.needs_input_grad[4 + k]:
+                    found[4 + k] = finished(gradient, upstream.detach(), used[k])
+        return refuse_double_backward(*found)
+
+
+def scales(weights: Tensor | None, n_pairs: int, n_samples: int, like: Tensor) -> Tensor:
+    """[K, N]: where the weight is 0 so is the gradient, whatever the upstream."""
+    if weights is None:
+        return like.new_ones(n_samples).expand(n_pairs, -1)
+    return weights.detach().to(like.dtype).view(n_pairs, -1).expand(-1, n_samples).contiguous()
+
+
+def finished(gradient: Tensor, upstream: Tensor, scale: Tensor) -> Tensor:
+    """gradient · upstream, as rows of samples, which lie one after the other, and back."""
+    elements = gradient[:1].numel()
+    samples = gradient.as_strided((gradient.shape[0], elements), (elements, 1))
+    found = finish_gradient(samples, upstream, scale)
+    return gradient if found is samples else found.as_strided(gradient.shape, gradient.stride())
+
+
+def fuses(student: list[Tensor], teacher: list[Tensor], weights: Tensor | None, distance: str) -> bool:
+    wanted = [f for f in student if f.requires_grad]
+    others = [*teacher] if weights is None else [*teacher, weights]
+    return (
+        torch.is_grad_enabled()
+        and distance != "attention"
+        and len(wanted) > 0
+        and not any(x.requires_grad for x in others)
+        and all(f.dtype != torch.float16 and f.numel() * f.element_size() >= FUSED_BYTES for f in wanted)
+    )
+
+
+def fused_forward(
+    student: list[Tensor], teacher: list[Tensor], weights: Tensor | None, distance: str, reduction: str,
+    needs: list[bool],
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    scale = 1 / max(student[0].shape[0], 1) if reduction == "mean" else 1.0
+    distances, gradients = hint_kernels.fused(student, teacher, weights, distance, scale, needs)
+    return reduced(weighted_sum(distances, weights), reduction), gradients
+
+
 def hint(student: list[Tensor], teacher: list[Tensor], weights: Tensor | None, distance: str, reduction: str) -> Tensor:
     """The arguments of torch.ops.mtkd_fast.hint; the gradient to the weights is PyTorch's, over [K, N] numbers."""
+    if fuses(student, teacher, weights, distance):
+        return FusedHint.apply(weights, distance, reduction, len(student), *student, *teacher)
     skipped = None if weights is None or weights.requires_grad else weights
     if distance == "attention":
         distances = AttentionDistance.apply(skipped, len(student), *student, *teacher)
@@ -68,4 +138,10 @@ def hint(student: list[Tensor], teacher: list[Tensor], weights: Tensor | None, d
     return reduced(weighted_sum(distances, weights), reduction)
 
 
-implement({"hint_triton_forward": hint_kernels.forward, "hint_triton_backward": hint_kernels.backward})
+implement(
+    {
+        "hint_triton_forward": hint_kernels.forward,
+        "hint_triton_backward": hint_kernels.backward,
+        "hint_triton_fused_forward": fused_forward,
+    }
+)

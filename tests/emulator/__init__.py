@@ -6,9 +6,9 @@
 A fault of a kernel (see emulator.h) raises ``EmulatorError``.
 """
 
-from emulator.kd import backward, fits_on_chip, forward, rescale, rescale_
+from emulator.kd import backward, fits_on_chip, forward, placement, rescale, rescale_
 from emulator.machine import EmulatorError, traffic, use_order
 
 __all__ = [
-    "EmulatorError", "backward", "fits_on_chip", "forward", "rescale", "rescale_", "traffic", "use_order",
+    "EmulatorError", "backward", "fits_on_chip", "forward", "placement", "rescale", "rescale_", "traffic", "use_order",
 ]  # fmt: skip

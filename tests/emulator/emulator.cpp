@@ -89,7 +89,7 @@ struct Box {
 };
 
 struct Parcel {
-  float x;
+  std::vector<char> bytes;
   char* to;
   Box* box;
   int block;  // of the cluster, that it goes to
@@ -193,8 +193,8 @@ void deliver() {
       const Fiber& there = *cluster.threads[parcel.block * cluster.block_threads + i];
       if (there.waits == Waits::ended) throw Fault("something is sent to threads that have ended");
     }
-    memcpy(parcel.to, &parcel.x, sizeof(parcel.x));
-    parcel.box->missing -= sizeof(parcel.x);
+    memcpy(parcel.to, parcel.bytes.data(), parcel.bytes.size());
+    parcel.box->missing -= static_cast<int64_t>(parcel.bytes.size());
     end_phase_if_complete(*parcel.box);
   }
   cluster.sent.clear();
@@ -370,15 +370,30 @@ static char* in_block(const void* shared, int bytes, int block) {
   return cluster.threads[block * current->block_threads]->shared + offset;
 }
 
+static void put_on_its_way(Parcel parcel, Mailbox* box) {
+  parcel.box = &opened(in_block(box, sizeof(*box), parcel.block));
+  cluster.sent.push_back(std::move(parcel));
+  if (order_kind == 1 || order_kind == 4) deliver();
+}
+
 void send(float x, float* to, Mailbox* box, int block) {
   if (block < 0 || block >= current->cluster_blocks) throw Fault("a block that the cluster does not have");
   Fiber* const* const there = cluster.threads.data() + block * current->block_threads;
   for (int i = 0; i < current->block_threads; ++i) {
     if (!there[i]->started) throw Fault("something is sent to threads that have not begun");
   }
-  Box& of = opened(in_block(box, sizeof(*box), block));
-  cluster.sent.push_back({x, in_block(to, sizeof(x), block), &of, block});
-  if (order_kind == 1 || order_kind == 4) deliver();
+  const char* const bytes = reinterpret_cast<const char*>(&x);
+  put_on_its_way({{bytes, bytes + sizeof(x)}, in_block(to, sizeof(x), block), nullptr, block}, box);
+}
+
+void copy_bulk(void* shared, const void* global, int bytes, Mailbox* box) {
+  const char* const from = static_cast<const char*>(global);
+  const int block = current->cluster_rank;
+  char* const to = in_block(shared, bytes, block);
+  if (bytes <= 0 || bytes % sizeof(Words) != 0) throw Fault("a bulk copy of bytes that are no multiple of 16");
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(Words) != 0) throw Fault("a bulk copy to an address off 16 bytes");
+  memset(to, 0xff, bytes);  // what is there until the copy lands must not be used
+  put_on_its_way({{from, from + bytes}, to, nullptr, block}, box);
 }
 
 void warp_barrier(int line) { wait(Waits::at_warp, line); }
@@ -400,9 +415,10 @@ bool any(bool value, int line) {
   return std::any_of(all, all + kWarp, [](uint32_t x) { return x != 0; });
 }
 
-void check_access(const void* p, int bytes, bool writes, int line) {
+void check_access(const void* p, int bytes, bool writes, int line, int alignment) {
   const char* at = static_cast<const char*>(p);
-  if (reinterpret_cast<uintptr_t>(p) % bytes != 0) throw Fault("a misaligned access to global memory");
+  if (reinterpret_cast<uintptr_t>(p) % (alignment > 0 ? alignment : bytes) != 0)
+    throw Fault("a misaligned access to global memory");
   for (Buffer& buffer : buffers) {
     if (at < buffer.begin || at + bytes > buffer.begin + buffer.bytes) continue;
     if (writes && !buffer.writable) continue;

@@ -49,7 +49,8 @@ void warp_barrier(int line);
 uint32_t shuffle(uint32_t value, int source_lane, int line);
 bool any(bool value, int line);
 
-void check_access(const void* p, int bytes, bool writes, int line);
+void check_access(const void* p, int bytes, bool writes, int line, int alignment = 0);
+void copy_bulk(void* shared, const void* global, int bytes, Mailbox* box);
 void copy_async(void* shared, const void* global, int bytes);
 void commit_copies();
 void wait_for_copies(int pending);
@@ -69,6 +70,7 @@ inline int64_t grid_blocks() { return emulator::current->grid_blocks; }
 inline char* shared_memory() { return emulator::current->shared; }
 
 constexpr bool kHasClusters = true;
+constexpr bool kHasBulkCopies = true;
 inline int cluster_rank() { return emulator::current->cluster_rank; }
 inline int cluster_blocks() { return emulator::current->cluster_blocks; }
 inline int64_t cluster_index() { return block_index() / cluster_blocks(); }
@@ -158,6 +160,18 @@ inline void copy_async(T* shared, const T* global, int line = __builtin_LINE()) 
   emulator::check_access(global, sizeof(T), false, line);
   emulator::copy_async(shared, global, sizeof(T));
 }
+inline void copy_async(Words* shared, const Words* global, int bytes, int line = __builtin_LINE()) {
+  if (bytes > 0) emulator::check_access(global, bytes, false, line, sizeof(Words));
+  Words words{};
+  memcpy(&words, global, bytes);
+  emulator::copy_async(shared, &words, sizeof(Words));
+}
+inline void copy_bulk(Words* shared, const Words* global, int bytes, Mailbox* box, int line = __builtin_LINE()) {
+  emulator::check_access(global, bytes, false, line, sizeof(Words));
+  emulator::copy_bulk(shared, global, bytes, box);
+}
+inline void order_bulk_copies() {}
+inline int count(int* counter) { return (*counter)++; }
 inline void commit_copies() { emulator::commit_copies(); }
 template <int pending>
 inline void wait_for_copies() {
@@ -165,14 +179,19 @@ inline void wait_for_copies() {
 }
 
 inline int64_t max_blocks() { return 5; }  // so few that kernels must loop
-inline int64_t max_clusters(int blocks) { return blocks == 1 ? max_blocks() : 2; }
 inline int shared_memory_limit(int) { return emulator::shared_memory; }
 inline int shared_memory_of_two(int) { return emulator::shared_memory / 2; }
 inline int multiprocessors(int) { return 1; }
 
 template <typename Args>
-bool has_room_for_cluster(void (*)(const Args&), LaunchShape shape, int) {
-  return shape.cluster <= emulator::cluster_limit;
+bool has_bulk_copies(void (*)(const Args&), int) {
+  return emulator::cluster_limit > 1;
+}
+
+template <typename Args>
+int64_t side_by_side(void (*)(const Args&), LaunchShape shape, int) {
+  if (shape.cluster > emulator::cluster_limit) return 0;
+  return shape.cluster == 1 ? max_blocks() : 2;
 }
 
 template <typename Args>

@@ -134,8 +134,44 @@ cluster_twice(MTKD_PARAM(Args) args) {
 
 MTKD_KERNEL(kThreads, 1) never_arrived(MTKD_PARAM(Args)) { device::wait_for_cluster(); }
 
+// The block's numbers in bulk, by the last thread that has looked at what is there before: zeros.
+enum class Copies { soundly, unawaited, unread, unopened, off_words, part_of_words, past_the_end };
+
+template <Copies how>
+MTKD_KERNEL(kThreads, 1)
+copied_in_bulk(MTKD_PARAM(Args) args) {
+  const int i = device::thread_index(), neighbour = (i + 1) % kThreads;
+  Mailbox* const box = reinterpret_cast<Mailbox*>(device::shared_memory());
+  int* const looked = reinterpret_cast<int*>(box + 1);
+  float* const numbers = reinterpret_cast<float*>(device::shared_memory() + sizeof(Words));
+  if (i == 0) {
+    if (how != Copies::unopened) device::open(box);
+    *looked = 0;
+  }
+  numbers[i] = 0;
+  device::sync_block();
+  const auto copy = [&] {
+    const int bytes = kThreads * static_cast<int>(sizeof(float)) - (how == Copies::part_of_words ? 4 : 0);
+    device::expect(box, bytes);
+    device::copy_bulk(reinterpret_cast<Words*>(numbers) + (how == Copies::past_the_end),
+                      reinterpret_cast<const Words*>(args.in + (how == Copies::off_words)), bytes, box);
+  };
+  if (how == Copies::unread && i == 0) copy();
+  const float before = numbers[neighbour];
+  if (device::count(looked) == kThreads - 1 && how != Copies::unread) copy();
+  const float too_early = numbers[neighbour];
+  device::await(box, 0);
+  device::store(args.out + i, before + (how == Copies::unawaited ? too_early : numbers[neighbour]));
+}
+
 const char* launch(void (*kernel)(const Args&), const float* in, float* out, int cluster = 1) {
   return device::launch(kernel, {cluster, kThreads / cluster, kThreads * sizeof(float), cluster}, nullptr,
+                        Args{in, out});
+}
+
+template <Copies how>
+const char* launch_bulk(const float* in, float* out) {
+  return device::launch(copied_in_bulk<how>, {1, kThreads, sizeof(Words) + kThreads * sizeof(float)}, nullptr,
                         Args{in, out});
 }
 
@@ -163,6 +199,13 @@ const char* fault_too_little(const float* in, float* out) {
 }
 const char* fault_leaving(const float* in, float* out) { return launch(cluster_neighbour<Sends::leaving>, in, out, 2); }
 const char* fault_never_arrived(const float* in, float* out) { return launch(never_arrived, in, out, 2); }
+const char* sound_bulk_copy(const float* in, float* out) { return launch_bulk<Copies::soundly>(in, out); }
+const char* missing_await_of_bulk(const float* in, float* out) { return launch_bulk<Copies::unawaited>(in, out); }
+const char* missing_look(const float* in, float* out) { return launch_bulk<Copies::unread>(in, out); }
+const char* fault_unopened_for_bulk(const float* in, float* out) { return launch_bulk<Copies::unopened>(in, out); }
+const char* fault_off_words(const float* in, float* out) { return launch_bulk<Copies::off_words>(in, out); }
+const char* fault_part_of_words(const float* in, float* out) { return launch_bulk<Copies::part_of_words>(in, out); }
+const char* fault_bulk_past_the_end(const float* in, float* out) { return launch_bulk<Copies::past_the_end>(in, out); }
 const char* missing_barrier(const float* in, float* out) { return launch(neighbour<false>, in, out); }
 const char* missing_wait(const float* in, float* out) { return launch(copied<false>, in, out); }
 const char* fault_read_out_of_bounds(const float* in, float* out) { return launch(read_out_of_bounds, in, out); }

@@ -12,9 +12,12 @@ def dense(x: Tensor) -> Tensor:
     return x if x[:1].is_contiguous() and x.stride(0) >= 0 else x.contiguous()
 
 
-def arguments(student: list[Tensor], teacher: list[Tensor], weights: Tensor | None, distance: str):
+def arguments(
+    student: list[Tensor], teacher: list[Tensor], weights: Tensor | None, distance: str,
+    struct: type[layout.Hint] = layout.Hint,
+):  # fmt: skip
     """The struct and the tensors that it points at; a pair is read in place where its samples are dense."""
-    args = layout.Hint()
+    args = struct()
     args.distance = layout.DISTANCES[distance]
     student, teacher = [dense(f) for f in student], [dense(g) for g in teacher]
     args.pairs, args.samples = len(student), student[0].shape[0]
@@ -50,8 +53,30 @@ def backward(
     args, inputs = arguments(student, teacher, weights, distance)
     kept = kept.contiguous()
     args.kept = kept.data_ptr()
+    wanted = room_for_gradients(args, student, needs)
+    launch("hint_backward", args, inputs | {"kept": kept}, {f"gradient{k}": x for k, x in enumerate(wanted)})
+    return wanted
+
+
+def fused(
+    student: list[Tensor],
+    teacher: list[Tensor],
+    weights: Tensor | None,
+    distance: str,
+    scale: float,
+    needs: list[bool],
+) -> tuple[Tensor, list[Tensor]]:
+    """-> the distances [K, N], the gradients of scale·Σ weight·distance; an empty one where none is needed."""
+    args, inputs = arguments(student, teacher, weights, distance, layout.HintFused)
+    distances = poisoned((args.pairs, args.samples), torch.float32)
+    args.kept, args.scale = distances.data_ptr(), scale
+    wanted = room_for_gradients(args, student, needs)
+    launch("hint_fused", args, inputs, {"distances": distances} | {f"gradient{k}": x for k, x in enumerate(wanted)})
+    return distances, wanted
+
+
+def room_for_gradients(args: layout.Hint, student: list[Tensor], needs: list[bool]) -> list[Tensor]:
     wanted = [poisoned(f.shape if need else (0,), f.dtype) for f, need in zip(student, needs, strict=True)]
     for pair, gradient, need in zip(args.pair, wanted, needs, strict=False):
         pair.gradient = gradient.data_ptr() if need else None
-    launch("hint_backward", args, inputs | {"kept": kept}, {f"gradient{k}": x for k, x in enumerate(wanted)})
     return wanted

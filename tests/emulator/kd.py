@@ -66,6 +66,26 @@ def fits_on_chip(student: Tensor) -> bool:
     return bool(library().fits_on_chip(layout.ctypes.byref(args)))
 
 
+class Placement(layout.ctypes.Structure):
+    _fields_ = (
+        ("blocks", layout.ctypes.c_int),
+        ("threads", layout.ctypes.c_int),
+        ("places", layout.ctypes.c_int),
+        ("shared_bytes", layout.int64),
+    )
+
+
+def placement(classes: int, dtype: torch.dtype, n_teachers: int, rule: str, divergence: str) -> Placement:
+    """Where a long row lies (csrc/kd_variants.h)."""
+    args = layout.KDForward(rows=1, inner=1, classes=classes, teachers=n_teachers)
+    args.rule, args.divergence = layout.RULES[rule], layout.DIVERGENCES[divergence]
+    for logits in (args.student, *args.teacher):
+        logits.dtype = layout.DTYPES[dtype]
+    found = Placement()
+    library().placement(layout.ctypes.byref(args), layout.ctypes.byref(found))
+    return found
+
+
 def forward(
     student, teachers, target, weights, row_weights, items,
     *, rule, divergence, beta, temperature, kd_scale, ce_weight, label_smoothing, ignore_index,

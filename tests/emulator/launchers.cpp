@@ -17,6 +17,7 @@ int64_t size_of_kd_rescale() { return sizeof(KDRescale<float>); }
 int64_t size_of_mutual_forward() { return sizeof(MutualForward<float>); }
 int64_t size_of_mutual_backward() { return sizeof(MutualBackward<float>); }
 int64_t size_of_hint() { return sizeof(HintArgs<float>); }
+int64_t size_of_hint_fused() { return sizeof(HintFused<float>); }
 int64_t size_of_relation_planes() { return sizeof(RelationPlanes); }
 int64_t size_of_relation_angle() { return sizeof(RelationAngle); }
 int64_t size_of_relation_distance() { return sizeof(RelationDistance); }
@@ -26,6 +27,7 @@ int64_t size_of_mixture_divergence() { return sizeof(MixtureDivergence<float>); 
 int64_t size_of_attention_maps() { return sizeof(AttentionMaps<float>); }
 int64_t size_of_attention_pairs() { return sizeof(AttentionPairs<float>); }
 
+void placement(const KDForward<float>* args, KDPlacement* found) { *found = kd_placement(*args, 0); }
 int fits_on_chip(const KDForward<float>* args) { return kd_fits_on_chip(*args, args->rule, 0); }
 
 const char* kd_forward(const KDForward<float>* args) { return kd_forward_cuda(*args, 0, nullptr); }
@@ -41,6 +43,7 @@ const char* kd_forward_stream_of_pixels(const KDForward<float>* args) {
 const char* kd_backward(const KDBackward<float>* args) { return kd_backward_cuda(*args, 0, nullptr); }
 const char* kd_rescale(const KDRescale<float>* args) { return kd_rescale_cuda(*args, 0, nullptr); }
 const char* hint_forward(const HintArgs<float>* args) { return hint_forward_cuda(*args, 0, nullptr); }
+const char* hint_fused(const HintFused<float>* args) { return hint_fused_cuda(*args, 0, nullptr); }
 const char* hint_backward(const HintArgs<float>* args) { return hint_backward_cuda(*args, 0, nullptr); }
 const char* relation_planes(const RelationPlanes* args) { return relation_planes_cuda(*args, 0, nullptr); }
 const char* relation_angle(const RelationAngle* args) { return relation_angle_cuda(*args, 0, nullptr); }

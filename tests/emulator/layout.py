@@ -117,6 +117,10 @@ class Hint(ctypes.Structure):
     )
 
 
+class HintFused(Hint):
+    _fields_ = (("scale", real),)
+
+
 class RelationPlanes(ctypes.Structure):
     _fields_ = (
         ("count", int64),

@@ -1,0 +1,284 @@
+// Which kernel of the op `kd` a shape takes on a CUDA device, and how it is laid out there. Units are [rows, classes]
+// tensors that pass through memory for a loss and its gradient.
+//
+//   classes            a row lies in                              kernel                       units    because of
+//   up to 256          lanes of a warp, 8 columns in registers    kd_resident, LaneGroup       K + 2    (1)
+//   up to 6144         a block, 8 or 16 columns in registers      kd_resident, BlockGroup      K + 2    (2)
+//   up to 16384        a block: logits in shared memory, sums     kd_resident, SharedTile      K + 2    (3)
+//                      in registers
+//   up to 262144       the same, a cluster of 2 to 16 blocks      kd_resident, SharedTile      K + 2    (4)
+//   else, or           memory                                     kd_streaming, kd_backward    2K + 3   (5)
+//   without clusters
+//
+// (1) A merge is 5 shuffles a field and no barrier; many rows a block. (2) 4096 are 512 threads of 128 registers, 6144
+// are 384 of 168; beyond, the sums of a column leave no room for its logits. Elementwise divergences: 8 columns, 4096,
+// for their logarithms. (3) 65536 registers hold two sums of 16384 columns, or one and 16 warps to hide what they wait
+// for. (4) Clusters have at most 16 blocks, and come with sm_90. (5) Two sweeps. Where no gradient is asked for, rows
+// beyond (2) stream too, K + 1 units either way, unless an elementwise divergence would sweep twice.
+//
+// Rows that are pixels of planes, of a student [B, C, H, W]: neighbouring threads have neighbouring pixels, so that 32
+// lanes touch whole sectors. Other tensors of the call may lie as they like.
+//
+//   classes            32 pixels lie in                           kernel                       units
+//   up to 32           a warp, all classes in registers           kd_resident, PixelGroup      K + 2
+//   up to 256          12 warps of 16 classes, or 8 of 32         kd_resident, PixelGroup      K + 2
+//   else               memory                                     kd_streaming, kd_backward    2K + 3
+//
+// These lines follow from counts of bytes, registers and shared memory (tests/test_cuda_codegen.py holds the
+// registers), not from measurements: none of them has been timed on a device.
+#pragma once
+
+#include <algorithm>
+
+#include "kd_pixels.cuh"
+#include "kd_resident.cuh"
+
+namespace mtkd_fast {
+
+enum class Strategy { registers, pixels, shared_memory, streaming, streaming_pixels };
+
+// Where a row of shared memory lies: in so many blocks of so many threads, with room for so many rows as they come.
+struct Placement {
+  int blocks = 0;  // none: it fits nowhere
+  int threads = 0;
+  int places = 0;
+};
+
+struct Selection {
+  Strategy strategy;
+  Placement at;
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int64_t at_most_grid(int64_t blocks) { return std::min(blocks, device::max_blocks()); }
+
+inline bool has_two_sums(WeightRule rule) { return rule == WeightRule::confidence || rule == WeightRule::entropy; }
+
+// Calls launch(Of<kind>, Sums<two_sums>) for the run-time values.
+template <Kind kind>
+struct Of {
+  static constexpr Kind value = kind;
+};
+template <bool two>
+struct Sums {
+  static constexpr bool value = two;
+};
+
+template <typename Launch>
+const char* with_kind(Divergence divergence, const Launch& launch) {
+  switch (kind_of(divergence)) {
+    case Kind::forward_kl:
+      return launch(Of<Kind::forward_kl>{});
+    case Kind::reverse_kl:
+      return launch(Of<Kind::reverse_kl>{});
+    case Kind::dkd:
+      return launch(Of<Kind::dkd>{});
+    default:
+      return launch(Of<Kind::elementwise>{});
+  }
+}
+
+template <typename Launch>
+const char* with_kernel(const KDForward<float>& args, const Launch& launch) {
+  return with_kind(args.divergence, [&](auto kind) {
+    return has_two_sums(args.rule) ? launch(kind, Sums<true>{}) : launch(kind, Sums<false>{});
+  });
+}
+
+// ------------------------------------------------------------------------------------------------------ in registers
+
+constexpr int kLaneThreads = 128;
+constexpr int kLaneColumns = kWarp * kChunk;
+constexpr int kTileThreads = 512;  // 128 registers a thread
+constexpr int kNarrowColumns = kTileThreads * kChunk;
+constexpr int kWideTileThreads = 384;  // 168 registers a thread
+constexpr int kWideColumns = kWideTileThreads * 2 * kChunk;
+
+// 2, 4, ... up to a warp: the lanes that share a row.
+inline int lane_width(int64_t classes) {
+  int width = 1;
+  while (width * kChunk < classes) width *= 2;
+  return width;
+}
+
+inline LaunchShape lane_shape(const ResidentArgs& args, int threads) {
+  const int rows_in_block = threads / args.group_width;
+  const int64_t shared_bytes =
+      summary_bytes(rows_in_block * args.teachers) + RegisterTile<kChunk, false>::shared_bytes(args, threads);
+  return {at_most_grid(ceil_div(args.rows, rows_in_block)), threads, static_cast<int>(shared_bytes)};
+}
+
+template <int N>
+LaunchShape block_shape(const KDArgs<float>& args) {
+  const int threads = static_cast<int>(ceil_div(ceil_div(args.classes, N), kWarp)) * kWarp;
+  const int64_t shared_bytes =
+      BlockGroup::scratch_bytes() + summary_bytes(args.teachers) + RegisterTile<N, false>::shared_bytes(args, threads);
+  return {at_most_grid(args.rows), threads, static_cast<int>(shared_bytes)};
+}
+
+// Two chunks a thread leave an elementwise divergence no registers for its logarithms.
+constexpr bool has_registers(Kind kind, int columns) { return columns == kChunk || kind != Kind::elementwise; }
+
+inline bool fits_in_registers(const KDArgs<float>& args, int device) {
+  if (args.classes <= kNarrowColumns) return true;
+  const int limit = device::shared_memory_limit(device);
+  return args.classes <= kWideColumns && !is_elementwise(args.divergence) &&
+         block_shape<2 * kChunk>(args).shared_bytes <= limit;
+}
+
+// ------------------------------------------------------------------------------------------------------------ pixels
+
+// Pixels: classes a thread has in registers, and the threads that have registers for them.
+constexpr int kPixelThreads = 64;  // of a block whose warps each have pixels of their own
+constexpr int kPixelColumns = 4 * kChunk;
+constexpr int most_pixel_threads(int columns) { return columns <= 2 * kChunk ? 384 : 256; }  // 168 or 255 registers
+
+inline bool along_pixels(const KDArgs<float>& args) {
+  return args.inner > 1 && args.classes > 1 && lies_in_planes(args.student);
+}
+
+struct PixelShape {
+  int columns;  // classes a thread
+  int warps;    // that share a pixel
+};
+
+// One warp, twelve of two chunks a thread, or eight of four; none that could: 0.
+inline PixelShape pixel_shape(int64_t classes) {
+  const auto share = [&](int most) { return static_cast<int>(ceil_div(classes, most)); };
+  const auto fits = [&](int most) { return share(most) <= most_pixel_threads(most) / kWarp; };
+  const int most = share(kPixelColumns) == 1 || !fits(2 * kChunk) ? kPixelColumns : 2 * kChunk;
+  if (!fits(most)) return {0, 0};
+  return {static_cast<int>(ceil_div(ceil_div(classes, share(most)), kChunk)) * kChunk, share(most)};
+}
+
+// A block of `threads`, or of fewer where they all have pixels of their own and need too much shared memory.
+template <typename Bytes>
+LaunchShape shape_of_pixels(const KDArgs<float>& args, int warps, int threads, int device, const Bytes& bytes) {
+  while (warps == 1 && threads > kWarp && bytes(threads) > device::shared_memory_limit(device)) threads /= 2;
+  return {at_most_grid(ceil_div(args.rows, threads / warps)), threads, static_cast<int>(bytes(threads))};
+}
+
+template <int columns>
+struct ColumnsOf {
+  static constexpr int value = columns;
+};
+
+template <typename Launch>
+auto with_columns(int columns, const Launch& launch) {
+  switch (columns) {
+    case kChunk:
+      return launch(ColumnsOf<kChunk>{});
+    case 2 * kChunk:
+      return launch(ColumnsOf<2 * kChunk>{});
+    case 3 * kChunk:
+      return launch(ColumnsOf<3 * kChunk>{});
+    default:
+      return launch(ColumnsOf<kPixelColumns>{});
+  }
+}
+
+template <int N>
+LaunchShape shape_of_pixels(const KDArgs<float>& args, int warps, int device) {
+  return shape_of_pixels(args, warps, warps == 1 ? kPixelThreads : warps * kWarp, device, [&](int threads) {
+    return PixelGroup::scratch_bytes(warps) + summary_bytes(threads / warps * args.teachers) +
+           PixelTile<N, false>::shared_bytes(args, threads);
+  });
+}
+
+inline bool pixels_fit_in_registers(const KDArgs<float>& args, int device) {
+  const PixelShape shape = pixel_shape(args.classes);
+  return shape.columns > 0 && with_columns(shape.columns, [&](auto columns) {
+           const LaunchShape launch = shape_of_pixels<decltype(columns)::value>(args, shape.warps, device);
+           return launch.shared_bytes <= device::shared_memory_limit(device);
+         });
+}
+
+// -------------------------------------------------------------------------------------------------- in shared memory
+
+// Rows in shared memory, whose sums are registers: 32 of 512 threads, or 64, or twice as many, of 256. The elementwise
+// divergences' logarithms and DKD's target want more than 128 registers.
+constexpr int kBlockColumns = 16384;
+constexpr int columns_of_thread(Kind kind, bool two_sums) {
+  return two_sums || kind == Kind::elementwise || kind == Kind::dkd ? 64 : 32;
+}
+constexpr int most_threads(Kind kind, bool two_sums) { return kBlockColumns / columns_of_thread(kind, two_sums); }
+
+template <Kind kind, bool two, typename Group>
+constexpr auto in_shared_memory =
+    kd_resident<kind, two, Group, SharedTile<columns_of_thread(kind, two), two>, most_threads(kind, two)>;
+
+inline int64_t shared_bytes(const KDArgs<float>& args, Placement at) {
+  const int scratch = at.blocks > 1 ? ClusterGroup::scratch_bytes() : BlockGroup::scratch_bytes();
+  return scratch + summary_bytes(args.teachers) + shared_tile_bytes(args, at.blocks, at.places);
+}
+
+// As many blocks as run side by side, so that each goes on from row to row.
+template <typename Args>
+LaunchShape shared_tile_shape(void (*kernel)(Args), const KDArgs<float>& args, Placement at, int device) {
+  LaunchShape shape{0, at.threads, static_cast<int>(shared_bytes(args, at)), at.blocks};
+  shape.blocks = std::min(args.rows, device::side_by_side(kernel, shape, device)) * at.blocks;
+  return shape;
+}
+
+inline bool has_room_for_cluster(const KDArgs<float>& args, WeightRule rule, Placement at, int device) {
+  const LaunchShape shape{0, at.threads, static_cast<int>(shared_bytes(args, at)), at.blocks};
+  int64_t clusters = 0;
+  with_kind(args.divergence, [&](auto kind) -> const char* {
+    constexpr Kind of = decltype(kind)::value;
+    clusters = has_two_sums(rule) ? device::side_by_side(in_shared_memory<of, true, ClusterGroup>, shape, device)
+                                  : device::side_by_side(in_shared_memory<of, false, ClusterGroup>, shape, device);
+    return nullptr;
+  });
+  return clusters > 0;
+}
+
+// With as many places as fit, if one does. Of half the threads two blocks share a multiprocessor.
+inline Placement placement_in(int blocks, bool half, const KDArgs<float>& args, WeightRule rule, int device) {
+  const int threads = most_threads(kind_of(args.divergence), has_two_sums(rule)) / (half ? 2 : 1);
+  if (chunks_of_block(args.classes, blocks) * kChunk > kBlockColumns / (half ? 2 : 1)) return {};
+  const int limit = half ? device::shared_memory_of_two(device) : device::shared_memory_limit(device);
+  for (int places = kMostPlaces; places > 0; --places) {
+    const Placement at{blocks, threads, places};
+    if (shared_bytes(args, at) <= limit) return at;
+  }
+  return {};
+}
+
+// In turn: two blocks a multiprocessor, so that one reads while the other begins a row, ends it or waits for its
+// cluster, and two places, so that a teacher is on its way while another is worked on; one block; one place. Each with
+// the fewest blocks, a power of two.
+inline Placement placement_of(const KDArgs<float>& args, WeightRule rule, int device) {
+  for (int places = 2; places > 0; --places) {
+    for (const bool half : {true, false}) {
+      for (int blocks = 1; blocks <= kMaxCluster; blocks *= 2) {
+        const Placement at = placement_in(blocks, half, args, rule, device);
+        if (at.places >= places && (blocks == 1 || has_room_for_cluster(args, rule, at, device))) return at;
+      }
+    }
+  }
+  return {};
+}
+
+// ------------------------------------------------------------------------------------------------------------- which
+
+// What a forward takes: with a gradient, everything that stays on chip; without one, what would be read twice.
+inline Selection selection_of(const KDForward<float>& args, int device) {
+  const bool writes = args.gradient.data != nullptr;
+  if (along_pixels(args)) {
+    if (pixels_fit_in_registers(args, device)) return {Strategy::pixels, {}};
+    if (!writes) return {Strategy::streaming_pixels, {}};
+  }
+  if (fits_in_registers(args, device)) return {Strategy::registers, {}};
+  const bool stays = writes || is_elementwise(args.divergence);
+  const Placement at = stays ? placement_of(args, args.rule, device) : Placement{};
+  return at.blocks > 0 || writes ? Selection{Strategy::shared_memory, at} : Selection{Strategy::streaming, {}};
+}
+
+// Whether there is a kernel that writes the gradient in the forward.
+inline bool stays_on_chip(const KDArgs<float>& args, WeightRule rule, int device) {
+  if (along_pixels(args)) return pixels_fit_in_registers(args, device);
+  return fits_in_registers(args, device) || placement_of(args, rule, device).blocks > 0;
+}
+
+}  // namespace mtkd_fast
