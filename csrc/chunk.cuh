@@ -34,6 +34,7 @@ struct RowPosition {
 
 MTKD_DEVICE RowPosition row_position(int64_t row, int64_t inner) {
   if (inner == 1) return {row, 0};
+  if (row < inner) return {0, row};  // always, where rows take one stride: no division
   const int64_t outer = row / inner;
   return {outer, row - outer * inner};
 }
@@ -132,8 +133,7 @@ MTKD_DEVICE void copy_chunk(const InputRow& row, int64_t chunk, int64_t classes,
   }
 }
 
-// A chunk of a row that lies on 16 bytes from a column `lead` before its first one: what there is of it up to the last
-// class, then zeros.
+// A chunk that lies on 16 bytes: what there is of it up to the last class, then zeros.
 MTKD_DEVICE void copy_aligned_chunk(const InputRow& row, int64_t chunk, int64_t classes, Words* to) {
   const Words* p = chunk_words(row, chunk);
   const int words = row.dtype == DType::f32 ? 2 : 1;

@@ -46,6 +46,7 @@ constexpr float kLog2E = 1.4426950408889634f;  // for exp2
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <tuple>
@@ -110,18 +111,34 @@ MTKD_DEVICE void expect(Mailbox* box, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(box)), "r"(bytes)
                : "memory");
 }
-// For the end of a phase; they alternate between parities 0 and 1.
-MTKD_DEVICE void await(Mailbox* box, int parity) {
+// Whether a phase has ended; they alternate between parities 0 and 1. It may wait a little before it says no.
+MTKD_DEVICE bool has_ended(Mailbox* box, int parity) {
   uint32_t done;
-  do {
-    asm volatile(
-        "{\n\t.reg .pred done;\n\tmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2;\n\tselp.b32 "
-        "%0, 1, 0, "
-        "done;\n\t}"
-        : "=r"(done)
-        : "r"(shared_address(box)), "r"(parity)
-        : "memory");
-  } while (!done);
+  asm volatile(
+      "{\n\t.reg .pred done;\n\tmbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%1], %2;\n\t"
+      "selp.b32 %0, 1, 0, done;\n\t}"
+      : "=r"(done)
+      : "r"(shared_address(box)), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+// The same, where other blocks have sent.
+MTKD_DEVICE bool has_ended_in_cluster(Mailbox* box, int parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n\t.reg .pred done;\n\tmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2;\n\t"
+      "selp.b32 %0, 1, 0, done;\n\t}"
+      : "=r"(done)
+      : "r"(shared_address(box)), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+// For what other blocks send, and for bulk copies of this one.
+MTKD_DEVICE void await(Mailbox* box, int parity) {
+  while (!has_ended_in_cluster(box, parity)) continue;
+}
+MTKD_DEVICE void await_copies(Mailbox* box, int parity) {
+  while (!has_ended(box, parity)) continue;
 }
 // To this address, by way of this mailbox, both in the shared memory of `block` of the cluster.
 MTKD_DEVICE void send(float x, float* to, Mailbox* box, int block) {
@@ -219,8 +236,7 @@ MTKD_DEVICE void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-// Many times 16 bytes from global to shared memory, by one thread; the mailbox counts them. What this thread knows to
-// have been read or written there comes before.
+// Many times 16 bytes from global to shared memory, by one thread; the mailbox counts them. Behind order_bulk_copies.
 MTKD_DEVICE void copy_bulk(Words* shared, const Words* global, int bytes, Mailbox* box) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    shared_address(shared)),
@@ -256,13 +272,18 @@ inline int shared_memory_of_two(int device) {
   return bytes / 2 - reserved;
 }
 
-// Null, or what went wrong.
+// Null, or what went wrong. All the memory that the device has, so that threads which launch a kernel in other shapes
+// side by side do not take it from each other.
 template <typename Args>
 const char* allow(void (*kernel)(Args), LaunchShape shape) {
   constexpr int kWithoutAsking = 48 * 1024, kPortable = 8;
   cudaError_t error = cudaSuccess;
-  if (shape.shared_bytes > kWithoutAsking)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes);
+  if (shape.shared_bytes > kWithoutAsking) {
+    int device = 0;
+    error = cudaGetDevice(&device);
+    const int most = std::max(shape.shared_bytes, shared_memory_limit(device));
+    if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  }
   if (error == cudaSuccess && shape.cluster > kPortable)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
@@ -286,7 +307,13 @@ inline int multiprocessors(int device) {
   return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess ? count : 1;
 }
 
-// What ask() says of a kernel, asked once for each device and shape.
+// Of a question, after which nothing has been launched.
+inline bool failed(cudaError_t answer) {
+  if (answer != cudaSuccess) cudaGetLastError();
+  return answer != cudaSuccess;
+}
+
+// What ask() says of a kernel, asked once for each device and shape; 0, and asked again, where it fails: below 0.
 template <typename Ask>
 int64_t remembered(const void* kernel, LaunchShape shape, int device, const Ask& ask) {
   static std::mutex mutex;
@@ -294,7 +321,10 @@ int64_t remembered(const void* kernel, LaunchShape shape, int device, const Ask&
   const std::lock_guard<std::mutex> lock(mutex);
   const auto key = std::make_tuple(kernel, device, shape.threads, shape.shared_bytes, shape.cluster);
   const auto known = answers.find(key);
-  return known != answers.end() ? known->second : answers[key] = ask();
+  if (known != answers.end()) return known->second;
+  const int64_t answer = ask();
+  if (answer < 0) return 0;
+  return answers[key] = answer;
 }
 
 // Whether the device has clusters and bulk copies, and its code of the kernel knows of them: not before sm_90.
@@ -304,10 +334,9 @@ bool has_bulk_copies(void (*kernel)(Args), int device) {
   return remembered(of, {0, 0, 0}, device, [&]() -> int64_t {
     int has_clusters = 0;
     cudaFuncAttributes compiled{};
-    const bool has = cudaDeviceGetAttribute(&has_clusters, cudaDevAttrClusterLaunch, device) == cudaSuccess &&
-                     has_clusters && cudaFuncGetAttributes(&compiled, of) == cudaSuccess && compiled.ptxVersion >= 90;
-    if (!has) cudaGetLastError();  // the answer is no; nothing has been launched
-    return has;
+    if (failed(cudaDeviceGetAttribute(&has_clusters, cudaDevAttrClusterLaunch, device))) return -1;
+    if (failed(cudaFuncGetAttributes(&compiled, of))) return -1;
+    return has_clusters && compiled.ptxVersion >= 90;
   });
 }
 
@@ -321,16 +350,11 @@ int64_t side_by_side(void (*kernel)(Args), LaunchShape shape, int device) {
     cudaLaunchAttribute cluster{};
     shape.blocks = shape.cluster;
     const cudaLaunchConfig_t config = launch_config(shape, nullptr, &cluster);
-    bool known = allow(kernel, shape) == nullptr;
-    if (shape.cluster > 1) {
-      known = known && cudaOccupancyMaxActiveClusters(&count, of, &config) == cudaSuccess;
-    } else {
-      known = known && cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, of, shape.threads,
-                                                                     config.dynamicSmemBytes) == cudaSuccess;
-      count *= multiprocessors(device);
-    }
-    if (!known) cudaGetLastError();
-    return known ? count : 0;
+    if (allow(kernel, shape) != nullptr) return -1;
+    if (shape.cluster > 1) return failed(cudaOccupancyMaxActiveClusters(&count, of, &config)) ? -1 : count;
+    const size_t bytes = config.dynamicSmemBytes;
+    if (failed(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, of, shape.threads, bytes))) return -1;
+    return count * multiprocessors(device);
   });
 }
 

@@ -16,7 +16,7 @@ struct FeaturePair {
   int64_t student_stride, teacher_stride;  // from sample to sample, in elements
   int64_t elements;
   DType student_dtype, teacher_dtype;
-  void* gradient;  // [samples, elements], stride `elements`, the student's dtype; backward only
+  void* gradient;  // [samples, elements], stride `elements`, the student's dtype; backward and fused only
 };
 
 template <typename acc_t>

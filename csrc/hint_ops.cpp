@@ -1,7 +1,8 @@
 // The op `hint` on tensors, and its autograd.
 //
 // The forward writes the students' gradients for an upstream of 1 while it reads the features, 3 passes over them in
-// place of 5 (kd_rescale finishes them for another upstream), unless
+// place of 5, unless what follows. kd_rescale finishes them for another upstream: then 5 too. The cosine, which needs
+// its sums first, looks at a sample twice, the second time in cache.
 //   * a teacher or the weights need a gradient too,
 //   * a student is fp16: see kd_autograd.cpp,
 //   * a student is so small that on a GPU the launch of kd_rescale would take longer,
@@ -311,22 +312,29 @@ struct FusedHint : public torch::autograd::Function<FusedHint> {
     const Tensor& weights = saved[0];
     const Tensor upstream = upstreams[0].detach();
     const bool as_it_is = is_one(upstream) && !torch::autograd::get_current_graph_task_keep_graph();
+    Tensor scale;
     for (int64_t k = 0; k < pairs; ++k) {
       const Tensor& gradient = saved[1 + k];
       if (!ctx->needs_input_grad(k)) continue;
-      gradients[k] = as_it_is ? gradient : finished(gradient, upstream, weights, k);
+      if (!as_it_is && !scale.defined()) scale = scales(weights, pairs, gradient.sym_size(0), upstream);
+      gradients[k] = as_it_is ? gradient : finished(gradient, upstream, scale.select(0, k));
     }
     refuse_double_backward(gradients);
     return gradients;
   }
 
-  // gradient·upstream, and 0 where the weight is, whatever the upstream.
-  static Tensor finished(const Tensor& gradient, const Tensor& upstream, const Tensor& weights, int64_t k) {
+  // [K, N]: where a weight is 0 so is the gradient, whatever the upstream.
+  static Tensor scales(const Tensor& weights, int64_t pairs, const c10::SymInt& samples, const Tensor& upstream) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    if (!weights.defined()) return at::ones_symint({samples}, upstream.options()).expand_symint({pairs, samples});
+    const Tensor given = in_compute_dtype(weights.detach(), upstream.scalar_type());
+    return (given.dim() == 1 ? given.unsqueeze(1) : given).expand_symint({pairs, samples}).contiguous();
+  }
+
+  // gradient·upstream
+  static Tensor finished(const Tensor& gradient, const Tensor& upstream, const Tensor& scale) {
     at::AutoDispatchBelowADInplaceOrView below;
     const Tensor rows = as_samples(gradient);
-    Tensor scale = weights.defined() ? in_compute_dtype(weights.detach(), upstream.scalar_type()).select(0, k)
-                                     : at::ones({}, upstream.options());
-    if (scale.dim() == 0) scale = scale.expand_symint({rows.sym_size(0)});
     const Tensor found = finish_gradient(rows, upstream, scale);
     return found.is_same(rows) ? gradient : found.as_strided_symint(gradient.sym_sizes(), gradient.sym_strides());
   }

@@ -50,7 +50,7 @@ bool kd_fits_on_chip(const KDArgs<float>& args, WeightRule rule, int device) {
 
 KDPlacement kd_placement(const KDForward<float>& args, int device) {
   const Placement at = placement_of(args, args.rule, device);
-  return {at.blocks, at.threads, at.places, shared_bytes(args, at)};
+  return {at.blocks, at.threads, at.places, at.blocks > 0 ? shared_bytes(args, at) : 0};
 }
 
 const char* kd_forward_in_registers(const KDForward<float>& args, int device, void* stream) {
@@ -79,13 +79,15 @@ const char* kd_forward_of_pixels(const KDForward<float>& args, int device, void*
 template <typename Group>
 const char* forward_in_shared_memory(const KDForward<float>& args, Placement at, int device, void* stream) {
   const int pitch = static_cast<int>(chunks_of_block(args.classes, at.blocks));
-  const bool wide = any_wide(args), mixed = wide && any_half(args);
+  const bool wide = any_wide(args);
   const int place_words = (wide ? 2 : 1) * pitch;
-  SharedArgs shared{{args, kWarp, wide}, at.places, place_words, at.places * place_words, pitch, mixed,
-                    all_in_step(args),   false};
+  SharedArgs shared{{args, kWarp, wide}, at.places, place_words, at.places * place_words, pitch,
+                    all_in_step(args),   false,     false};
   return with_kernel(args, [&](auto kind, auto sums) {
     const auto kernel = in_shared_memory<decltype(kind)::value, decltype(sums)::value, Group>;
     shared.in_bulk = shared.in_step && device::has_bulk_copies(kernel, device);
+    const bool by_threads = !shared.in_bulk || args.classes % kChunk != 0;
+    shared.moves = by_threads && wide && any_half(args);
     return device::launch(kernel, shared_tile_shape(kernel, args, at, device), stream, shared);
   });
 }

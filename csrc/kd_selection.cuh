@@ -4,17 +4,18 @@
 //   classes            a row lies in                              kernel                       units    because of
 //   up to 256          lanes of a warp, 8 columns in registers    kd_resident, LaneGroup       K + 2    (1)
 //   up to 6144         a block, 8 or 16 columns in registers      kd_resident, BlockGroup      K + 2    (2)
-//   up to 16384        a block: logits in shared memory, sums     kd_resident, SharedTile      K + 2    (3)
-//                      in registers
-//   up to 262144       the same, a cluster of 2 to 16 blocks      kd_resident, SharedTile      K + 2    (4)
-//   else, or           memory                                     kd_streaming, kd_backward    2K + 3   (5)
-//   without clusters
+//   up to n · 8192     n blocks, two to a multiprocessor: logits  kd_resident, SharedTile      K + 2    (3)
+//                      in shared memory, sums in registers
+//   up to n · 16384    n blocks, one to a multiprocessor          kd_resident, SharedTile      K + 2    (3)
+//   else               memory                                     kd_streaming, kd_backward    2K + 3   (4)
 //
 // (1) A merge is 5 shuffles a field and no barrier; many rows a block. (2) 4096 are 512 threads of 128 registers, 6144
 // are 384 of 168; beyond, the sums of a column leave no room for its logits. Elementwise divergences: 8 columns, 4096,
-// for their logarithms. (3) 65536 registers hold two sums of 16384 columns, or one and 16 warps to hide what they wait
-// for. (4) Clusters have at most 16 blocks, and come with sm_90. (5) Two sweeps. Where no gradient is asked for, rows
-// beyond (2) stream too, K + 1 units either way, unless an elementwise divergence would sweep twice.
+// for their logarithms. (3) n is 1, or 2, 4, 8 or 16 blocks of a cluster (sm_90 and later); two to a multiprocessor are
+// tried first, for all n. 65536 registers hold two sums of 16384 columns, or one and 16 warps to hide what they wait
+// for. Less where shared memory is small, and 7 columns less for class counts that are no multiple of 8. (4) Two
+// sweeps. Where no gradient is asked for, rows beyond (2) stream too, K + 1 units either way, unless an elementwise
+// divergence would sweep twice.
 //
 // Rows that are pixels of planes, of a student [B, C, H, W]: neighbouring threads have neighbouring pixels, so that 32
 // lanes touch whole sectors. Other tensors of the call may lie as they like.
@@ -217,7 +218,8 @@ inline int64_t shared_bytes(const KDArgs<float>& args, Placement at) {
 template <typename Args>
 LaunchShape shared_tile_shape(void (*kernel)(Args), const KDArgs<float>& args, Placement at, int device) {
   LaunchShape shape{0, at.threads, static_cast<int>(shared_bytes(args, at)), at.blocks};
-  shape.blocks = std::min(args.rows, device::side_by_side(kernel, shape, device)) * at.blocks;
+  const int64_t most = std::max<int64_t>(1, device::side_by_side(kernel, shape, device));
+  shape.blocks = std::min(args.rows, most) * at.blocks;
   return shape;
 }
 

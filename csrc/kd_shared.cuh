@@ -6,12 +6,15 @@
 // this teacher is worked on, and while a row ends and the next begins. Shared memory: [places, rows as they come;
 // student, floats less their maximum][chunks of the block].
 //
-// Chunks are counted from the 16 bytes on which a row begins, so that every chunk is whole accesses in rows that do not
-// begin there (odd class counts): the first `lead` columns of the first chunk are the end of the row before, those
-// after the last class nothing. Where all logits of a call lie alike, and they do (`in_step`).
+// Where all logits of a call lie alike (`in_step`), chunks are counted from the 16 bytes (floats: 32) at or before a
+// row's first class, so that every chunk is whole accesses also in rows that begin elsewhere (odd class counts). The
+// first `lead` columns of the first chunk are then the end of the row before, and the last chunk ends in nothing.
 //
-// Then, from sm_90 on, chunks come in bulk: the last warp that is done with a place asks for what comes next there, and
-// a mailbox tells when it has come. Else every thread copies the chunks that it will look at itself.
+//   chunks                        copied by                                 awaited by               −inf beside the
+//   row in step, whole, from sm_90    the last warp done with the place, bulk   all, at its mailbox      there is none
+//   in step, in part              their thread, 16 bytes at a time          their thread, its group  their thread,
+//   later in step before sm_90          the same                                  the same                 the same
+//   else                          their thread, as they lie                 the same                 as they are copied
 #pragma once
 
 #include "kd_readings.cuh"
@@ -26,8 +29,8 @@ struct SharedArgs : ResidentArgs {
   int place_words;  // of 16 bytes, in one
   int student_at;   // words from the first place to the student's floats
   int pitch;        // chunks that a block has, but for the last ones
-  bool mixed;       // halves and floats: which part of a place is a thread's differs from row to row
   bool in_step, in_bulk;
+  bool moves;  // halves and floats in turns: threads copy to where others may still read
 };
 
 // In shared memory, before the places.
@@ -87,7 +90,7 @@ struct SharedTile : RegisterSums<N, two_sums> {
   Words *const places, *const s;
   const int first;   // chunk of the row
   int lead_, count;  // of this row: columns, chunks of this block
-  int last;          // the place that has arrived last, counted round
+  int latest;        // the place that has arrived last, counted round
   const Words* t;    // and where that is
   DType dtype;
   bool is_there;
@@ -100,7 +103,7 @@ struct SharedTile : RegisterSums<N, two_sums> {
         places(reinterpret_cast<Words*>(feed + 1)),
         s(places + args.student_at),
         first(rank / device::block_threads() * args.pitch),
-        last(args.places - 1) {
+        latest(args.places - 1) {
     static_assert(sizeof(Feed) % sizeof(Words) == 0, "");
     if (device::thread_index() == 0) {
       if constexpr (device::kHasBulkCopies) {
@@ -126,13 +129,17 @@ struct SharedTile : RegisterSums<N, two_sums> {
   }
 
   // By all threads, when they are done with what has arrived. Between two of them the block meets.
-  MTKD_DEVICE void fetch_next() { fetch_into(last); }
+  MTKD_DEVICE void fetch_next() { fetch_into(latest); }
 
   MTKD_DEVICE void student_arrives(DType dtype, bool reads) {
-    if (reads) arrives(dtype);
+    this->dtype = dtype;
     is_there = reads;
+    if (reads) arrives();
   }
-  MTKD_DEVICE void teacher_arrives(int, DType dtype, bool) { arrives(dtype); }
+  MTKD_DEVICE void teacher_arrives(int, DType dtype, bool) {
+    this->dtype = dtype;
+    arrives();
+  }
 
   MTKD_DEVICE void student(int j, float (&x)[kChunk]) const {
     decode(is_there ? get(j, dtype) : empty_chunk(dtype), dtype, x);
@@ -222,10 +229,11 @@ struct SharedTile : RegisterSums<N, two_sums> {
   MTKD_DEVICE void fetch_into(int free) {
     const Reading reading = feed->next[turn];
     turn ^= 1;
-    if (device::thread_index() == 0) feed->next[turn] = wanted_from(args, {reading.row, reading.which + 1}, feed->step);
-    if (args.mixed) device::sync_block();
+    if (args.moves) device::sync_block();
     fetch(reading, free);
     device::commit_copies();
+    // Behind the copies, since it may wait for labels and weights. The others read it when the block has met.
+    if (device::thread_index() == 0) feed->next[turn] = wanted_from(args, {reading.row, reading.which + 1}, feed->step);
   }
   MTKD_DEVICE void fetch(const Reading& reading, int free) const {
     const bool exists = reading.row < args.rows;
@@ -287,30 +295,29 @@ struct SharedTile : RegisterSums<N, two_sums> {
     const int64_t end = args.classes + lead;
     const int words = row.dtype == DType::f32 ? 2 : 1;
     const bool leads = first == 0 && lead > 0 && device::thread_index() == 0;
-    const int tail = last_in_part(lead);
+    const int tail = own_end(lead);
     if (leads) copy_aligned_chunk(row, 0, end, to);
     if (tail > 0 || (tail == 0 && !leads)) copy_aligned_chunk(row, first + tail, end, to + words * tail);
   }
-  // Of this thread; or −1.
-  MTKD_DEVICE int last_in_part(int lead) const {
+  // The chunk in which the row ends, if that is in part and this thread's; or −1.
+  MTKD_DEVICE int own_end(int lead) const {
     const int64_t end = args.classes + lead, tail = end / kChunk - first;
-    const bool mine =
-        end % kChunk != 0 && tail >= 0 && tail < args.pitch && tail % device::block_threads() == device::thread_index();
-    return mine ? static_cast<int>(tail) : -1;
+    if (end % kChunk == 0 || tail < 0 || tail >= args.pitch) return -1;
+    const int chunk = static_cast<int>(tail);
+    return chunk % device::block_threads() == device::thread_index() ? chunk : -1;
   }
 
-  MTKD_DEVICE void arrives(DType of) {
-    last = last + 1 == args.places ? 0 : last + 1;
+  MTKD_DEVICE void arrives() {
+    latest = latest + 1 == args.places ? 0 : latest + 1;
     wait_for_all_but(args.places - 1);
     if constexpr (device::kHasBulkCopies) {
       if (args.in_bulk) {
-        device::await(&feed->arrived[last], phases >> last & 1);
-        phases ^= 1u << last;
+        device::await_copies(&feed->arrived[latest], phases >> latest & 1);
+        phases ^= 1u << latest;
       }
     }
-    Words* const here = place(last);
+    Words* const here = place(latest);
     t = here;
-    dtype = of;
     if (args.in_step && args.classes % kChunk != 0) close_ends(here);
   }
   MTKD_DEVICE static void wait_for_all_but(int pending) {
@@ -324,7 +331,7 @@ struct SharedTile : RegisterSums<N, two_sums> {
   // −inf in what came beside the classes.
   MTKD_DEVICE void close_ends(Words* here) const {
     if (first == 0 && lead_ > 0 && device::thread_index() == 0) close(here, 0, 0, lead_);
-    const int tail = last_in_part(lead_);
+    const int tail = own_end(lead_);
     if (tail >= 0) close(here, tail, static_cast<int>((args.classes + lead_) % kChunk), kChunk);
   }
   MTKD_DEVICE void close(Words* here, int chunk, int begin, int end) const {

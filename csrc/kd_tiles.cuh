@@ -1,6 +1,6 @@
 // Where a row stays on chip. A tile holds a thread's share of a row as kPieces of kWidth columns: the student, the
 // teacher being read, and for each column the sums over teachers that its gradient needs. A thread keeps the same
-// columns throughout, so a tile needs no barrier.
+// columns throughout. Between two calls of fetch_next the block meets, by a merge.
 //
 //   fetch_student, fetch_teacher   start reading a row; always called, in this order, kAhead teachers ahead, the next
 //                                  one when a teacher has arrived

@@ -87,6 +87,8 @@ def test_long_rows_come_in_bulk(architecture):
     for name, code in kernels(SOURCES["kd"], architecture, "kd_resident").items():
         in_bulk = architecture != "80" and "SharedTile" in name
         assert bool(count(code, "UBLKCP")) == in_bulk, name
+        # Before every bulk copy, and behind −inf that a thread has written where one may go.
+        assert not in_bulk or count(code, "FENCE.VIEW.ASYNC") > count(code, "UBLKCP"), name
 
 
 LATENCY = 0.8e-6  # seconds, of memory under load

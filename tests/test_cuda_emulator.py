@@ -50,6 +50,8 @@ def test_sound_kernels_pass(faults, order):
     assert out.equal(x.roll(32))
     _, out = run(faults, "sound_phases", order)
     assert (out == 12).all()
+    x, out = run(faults, "sound_bulk_copy", order)
+    assert out.equal(x.roll(-1))
     x, out = run(faults, "sound_copy", order)
     assert out.equal(x)
     assert machine.traffic() == {"out": (0, 256), "in": (256, 0)}
@@ -344,6 +346,34 @@ def test_rows_that_begin_anywhere(variant, of_student, of_teacher, classes, dtyp
         assert_close(row_loss, loss, 3e-6)
         assert_gradient_close(got.reshape(n, classes), gradient)
         assert logits_bytes(2) == right
+
+
+@pytest.mark.parametrize("variant", [SHARED, PAIRS])
+@pytest.mark.parametrize("divergence", ["forward_kl", "dkd"])
+@pytest.mark.parametrize("label", [-5, 1001, 2**62])
+def test_a_label_out_of_range_is_nan_wherever_its_row_begins(variant, divergence, label):
+    student, teachers, target, w = inputs(12, 1001, 2, (BF16,))
+    target[7] = label
+    options = dict(rule="uniform", divergence=divergence, temperature=2.0, kd_scale=4.0, **OPTIONS)
+    row_loss, _, got = run_forward(student, teachers, target, w, options, variant, True)
+    others = (torch.arange(12) != 7) & (target != -100)
+    assert row_loss[7].isnan()
+    assert got[7].isnan().all()
+    assert row_loss[others].isfinite().all()
+    assert got[others].isfinite().all()
+
+
+@pytest.mark.parametrize("variant", [SHARED, PAIRS])
+def test_a_call_that_reads_nothing_writes_zeros(variant):
+    student, teachers, target, w = inputs(12, 1001, 2)
+    options = dict(
+        rule="uniform", divergence="forward_kl", temperature=2.0, kd_scale=0.0, beta=0.0, ce_weight=0.0,
+        label_smoothing=0.0, ignore_index=-100,
+    )  # fmt: skip
+    row_loss, _, got = run_forward(student, teachers, target, w, options, variant, True)
+    assert logits_bytes(2) == [0, 0, 0]
+    assert not row_loss.any()
+    assert not got.any()
 
 
 @pytest.mark.parametrize("rule", ["uniform", "confidence"])

@@ -80,6 +80,7 @@ inline void wait_for_cluster(int line = __builtin_LINE()) { emulator::wait_for_c
 inline void open(Mailbox* box) { emulator::open(box); }
 inline void expect(Mailbox* box, int bytes) { emulator::expect(box, bytes); }
 inline void await(Mailbox* box, int parity, int line = __builtin_LINE()) { emulator::await(box, parity, line); }
+inline void await_copies(Mailbox* box, int parity, int line = __builtin_LINE()) { emulator::await(box, parity, line); }
 inline void send(float x, float* to, Mailbox* box, int block) { emulator::send(x, to, box, block); }
 
 inline void sync_block(int line = __builtin_LINE()) { emulator::barrier(line); }
@@ -180,7 +181,7 @@ inline void wait_for_copies() {
 
 inline int64_t max_blocks() { return 5; }  // so few that kernels must loop
 inline int shared_memory_limit(int) { return emulator::shared_memory; }
-inline int shared_memory_of_two(int) { return emulator::shared_memory / 2; }
+inline int shared_memory_of_two(int) { return (emulator::shared_memory + 1024) / 2 - 1024; }
 inline int multiprocessors(int) { return 1; }
 
 template <typename Args>

@@ -160,7 +160,7 @@ copied_in_bulk(MTKD_PARAM(Args) args) {
   const float before = numbers[neighbour];
   if (device::count(looked) == kThreads - 1 && how != Copies::unread) copy();
   const float too_early = numbers[neighbour];
-  device::await(box, 0);
+  device::await_copies(box, 0);
   device::store(args.out + i, before + (how == Copies::unawaited ? too_early : numbers[neighbour]));
 }
 
