@@ -253,10 +253,11 @@ kd_backward(MTKD_PARAM(BackwardArgs) args) {
   const Terms terms = terms_of(args, WeightRule::given);
   const int64_t steps = (args.rows + rows_in_block - 1) / rows_in_block * args.stretches;
   for (int64_t i = device::block_index(); i < steps; i += device::grid_blocks()) {
-    const int64_t index = i / args.stretches * rows_in_block + group.index_in_block();
+    const int64_t step = steps - 1 - i;  // backwards: the last rows of the forward may still be in the L2 cache
+    const int64_t index = step / args.stretches * rows_in_block + group.index_in_block();
     const BackwardRow<kind, Group> row{
         args, terms, group, {teachers + group.index_in_block(), rows_in_block}, backward_row(args, index)};
-    row.backward(i % args.stretches);
+    row.backward(step % args.stretches);
     group.sync();  // the terms have been read
   }
 }

@@ -2,10 +2,13 @@
 //
 //   mixture_resident     up to 8192 classes: a teacher's columns stay in registers between its state and its part of
 //                        the mixture. K reads, 1 write
-//   mixture_streaming    longer rows: a second read, which finds short enough rows in cache
+//   mixture_streaming    longer rows: a sweep for the states and one for the mixture
 //   mixture_backward     K + 1 reads; the gradient of a teacher reads it and the upstream again
-//   mixture_divergence   a sweep for the states and one for the value and the student's gradient, which reads the row
-//                        from cache again; where the weights want a gradient the teachers' chunks are read a third time
+//   mixture_divergence   a sweep for the states, one for the value and the student's gradient, and in it, where the
+//                        weights want a gradient, one more of the teachers' chunks
+//
+// Where shared memory has room for what is swept again, a row's logits are all copied there at once, and memory is read
+// once: K reads, K + 1 of the divergence. Else a sweep is a read, which finds short enough rows in cache.
 #include "chunk.cuh"
 #include "group.cuh"
 #include "mixture.h"
@@ -23,9 +26,32 @@ constexpr int kResidentThreads = 512;
 constexpr int kResidentChunks = 2;  // of a thread
 constexpr int kResidentColumns = kResidentThreads * kResidentChunks * kChunk;
 
+// Rows that stay in shared memory: of `rows` tensors a thread has its own chunks, [rows][planes][chunks][threads] of 16
+// bytes.
+struct KeptShape {
+  int chunks;  // of a thread; 0: nothing is kept
+  int planes;  // 2 where some logits are floats
+};
+
 template <typename Args>
 struct Grouped : Args {
   int group_width;
+  KeptShape kept;
+};
+
+struct KeptRows {
+  KeptShape shape;
+  Words* first;  // this thread's
+
+  MTKD_DEVICE Words* at(int row, int plane, int j) const {
+    return first + ((row * shape.planes + plane) * shape.chunks + j) * device::block_threads();
+  }
+  MTKD_DEVICE RawChunk get(int row, int j, DType dtype) const {
+    RawChunk raw;
+    raw.low = *at(row, 0, j);
+    raw.high = dtype == DType::f32 ? *at(row, 1, j) : raw.low;
+    return raw;
+  }
 };
 
 // A row's softmax, and what its columns need of it.
@@ -85,16 +111,22 @@ struct MixtureRow {
   const RowPosition position;
   const float inv_t;
 
-  MTKD_DEVICE MixtureRow(const MixtureArgs<float>& args, Group& group, Member* members, int64_t index)
+  const KeptRows kept;
+
+  MTKD_DEVICE MixtureRow(const MixtureArgs<float>& args, Group& group, Member* members, int64_t index,
+                         KeptRows kept = {})
       : args(args),
         group(group),
         members(members),
         index(index),
         exists(index < args.rows),
         position(row_position(exists ? index : 0, args.inner)),
-        inv_t(1.0f / args.temperature) {}
+        inv_t(1.0f / args.temperature),
+        kept(kept) {}
 
   MTKD_DEVICE int64_t chunks() const { return exists ? (args.classes + kChunk - 1) / kChunk : 0; }
+  MTKD_DEVICE int64_t chunk(int j) const { return group.rank() + static_cast<int64_t>(j) * group.size(); }
+  MTKD_DEVICE bool has(int j) const { return chunk(j) < chunks(); }
 
   MTKD_DEVICE float weight(int k) const {
     if (!exists) return 0.0f;
@@ -108,12 +140,38 @@ struct MixtureRow {
     decode(load_chunk(row, chunk, args.classes), row.dtype, x);
   }
 
-  MTKD_DEVICE Softmax state_of(const Logits& logits, bool read) const {
+  // The thread's chunk j of teacher `row`, or of the student, `row` K.
+  MTKD_DEVICE void load(int row, const Logits& logits, int j, float (&x)[kChunk]) const {
+    if (kept.shape.chunks > 0) {
+      decode(kept.get(row, j, logits.dtype), logits.dtype, x);
+    } else {
+      load(input(logits), chunk(j), x);
+    }
+  }
+
+  // On their way all at once; a thread looks at its own chunks alone.
+  MTKD_DEVICE void copy(int row, const Logits& logits) const {
+    const InputRow from = input(logits);
+    for (int j = 0; kept.shape.chunks > 0 && has(j); ++j) {
+      copy_chunk(from, chunk(j), args.classes, kept.at(row, 0, j), kept.at(row, kept.shape.planes - 1, j));
+    }
+  }
+  MTKD_DEVICE void copy_teachers() const {
+    for (int k = 0; kept.shape.chunks > 0 && k < args.teachers; ++k) {
+      if (reads(weight(k))) copy(k, args.teacher[k]);
+    }
+  }
+  MTKD_DEVICE void wait_for_copies() const {
+    if (kept.shape.chunks == 0) return;
+    device::commit_copies();
+    device::wait_for_copies<0>();
+  }
+
+  MTKD_DEVICE Softmax state_of(int row, const Logits& logits, bool read) const {
     Softmax state;
-    const InputRow row = input(logits);
-    for (int64_t c = group.rank(); read && c < chunks(); c += group.size()) {
+    for (int j = 0; read && has(j); ++j) {
       float x[kChunk];
-      load(row, c, x);
+      load(row, logits, j, x);
       absorb_chunk(state, x, inv_t);
     }
     group.merge(state, MergeSoftmax{inv_t});
@@ -128,20 +186,20 @@ struct MixtureRow {
   MTKD_DEVICE void find_states() const {
     for (int k = 0; k < args.teachers; ++k) {
       const float w = weight(k);
-      put(k, w, state_of(args.teacher[k], reads(w)));
+      put(k, w, state_of(k, args.teacher[k], reads(w)));
     }
     group.sync();
   }
 
-  // Σ_k w_k p_k of a chunk.
-  MTKD_DEVICE void mix(int64_t chunk, float (&mixture)[kChunk]) const {
+  // Σ_k w_k p_k of the thread's chunk j.
+  MTKD_DEVICE void mix(int j, float (&mixture)[kChunk]) const {
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) mixture[i] = 0;
     for (int k = 0; k < args.teachers; ++k) {
       const Member m = members[k];
       if (m.weight == 0) continue;
       float x[kChunk];
-      load(input(args.teacher[k]), chunk, x);
+      load(k, args.teacher[k], j, x);
       add_probabilities(m.weight / m.sum, m.max, x, mixture);
     }
   }
@@ -152,7 +210,7 @@ struct MixtureRow {
   }
 
   // log Σ_k w_k p_k of a chunk, whatever underflows: −inf where no teacher in use allows the class.
-  MTKD_DEVICE void log_mixture(int64_t chunk, float (&log_p)[kChunk]) const {
+  MTKD_DEVICE void log_mixture(int j, float (&log_p)[kChunk]) const {
     float largest[kChunk], sum[kChunk], x[kChunk];
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
@@ -162,7 +220,7 @@ struct MixtureRow {
     for (int k = 0; k < args.teachers; ++k) {
       const Member m = members[k];
       if (m.weight == 0) continue;
-      load(input(args.teacher[k]), chunk, x);
+      load(k, args.teacher[k], j, x);
       const float log_sum = log_of(m.sum);
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
@@ -195,6 +253,15 @@ template <typename Group>
 MTKD_DEVICE Member* members_of(const Group& group, int teachers) {
   Member* all = reinterpret_cast<Member*>(device::shared_memory() + Group::scratch_bytes());
   return all + group.index_in_block() * teachers;
+}
+
+// Behind `floats` for each thread and teacher, which come behind the members.
+template <typename Group, typename Args>
+MTKD_DEVICE KeptRows kept_rows(const Group& group, const Grouped<Args>& args, int floats) {
+  const int groups = device::block_threads() / group.size(), teachers = args.teachers;
+  Member* const end = reinterpret_cast<Member*>(device::shared_memory() + Group::scratch_bytes()) + groups * teachers;
+  const int words = teachers * floats * device::block_threads() * 4 / static_cast<int>(sizeof(Words));
+  return {args.kept, reinterpret_cast<Words*>(end) + words + device::thread_index()};
 }
 
 template <typename Group>
@@ -257,18 +324,21 @@ mixture_resident(MTKD_PARAM(Grouped<MixtureForward<float>>) args) {
   });
 }
 
+// The same, and the rows that are kept.
 MTKD_KERNEL(kBlockThreads, 2) mixture_streaming(MTKD_PARAM(Grouped<MixtureForward<float>>) args) {
   BlockGroup group(args.group_width, device::shared_memory());
   Member* members = members_of(group, args.teachers);
   for_each_row(group, args.rows, [&](int64_t index) {
-    const MixtureRow<BlockGroup> row(args, group, members, index);
+    const MixtureRow<BlockGroup> row(args, group, members, index, kept_rows(group, args, 0));
+    row.copy_teachers();
+    row.wait_for_copies();
     row.find_states();
     store_states(args, row);
     const OutputRow out = probability_row(args, index);
-    for (int64_t c = group.rank(); c < row.chunks(); c += group.size()) {
+    for (int j = 0; row.has(j); ++j) {
       float mixture[kChunk];
-      row.mix(c, mixture);
-      store_chunk(out, c, args.classes, mixture);
+      row.mix(j, mixture);
+      store_chunk(out, row.chunk(j), args.classes, mixture);
     }
   });
 }
@@ -338,7 +408,6 @@ MTKD_DEVICE float infinite_or_product(float e, float ratio) { return ratio == in
 template <typename Group>
 struct DivergenceRow : MixtureRow<Group> {
   using Base = MixtureRow<Group>;
-  using Base::chunks;
   using Base::exists;
   using Base::group;
   using Base::index;
@@ -354,10 +423,17 @@ struct DivergenceRow : MixtureRow<Group> {
   Softmax student;
 
   MTKD_DEVICE DivergenceRow(const MixtureDivergence<float>& args, Group& group, Member* members, float* dots,
-                            int64_t index)
-      : Base(args, group, members, index), args(args), dots(dots) {}
+                            int64_t index, KeptRows kept)
+      : Base(args, group, members, index, kept), args(args), dots(dots) {}
 
   MTKD_DEVICE float& dot(int k) const { return dots[k * device::block_threads() + device::thread_index()]; }
+
+  MTKD_DEVICE bool reads_any() const {
+    for (int k = 0; k < args.teachers; ++k) {
+      if (this->reads(this->weight(k))) return true;
+    }
+    return false;
+  }
 
   MTKD_DEVICE void look_at_members() {
     for (int k = 0; k < args.teachers; ++k) {
@@ -372,11 +448,14 @@ struct DivergenceRow : MixtureRow<Group> {
   }
 
   MTKD_DEVICE void forward() {
+    this->copy_teachers();
+    if (reads_any()) this->copy(args.teachers, args.student);
+    this->wait_for_copies();
     this->find_states();
     look_at_members();
-    student = this->state_of(args.student, active);
+    student = this->state_of(args.teachers, args.student, active);
     Sum value;
-    for (int64_t c = group.rank(); c < chunks(); c += group.size()) value.value += absorb(c);
+    for (int j = 0; this->has(j); ++j) value.value += absorb(j);
     group.merge(value, MergeSum{});
     const bool undefined = empty || student.sum == 0;
     if (exists && group.rank() == 0) {
@@ -387,38 +466,39 @@ struct DivergenceRow : MixtureRow<Group> {
   }
 
   // A chunk of the second sweep: its part of the value; the student's gradient is written, the dots grow.
-  MTKD_DEVICE float absorb(int64_t chunk) const {
+  MTKD_DEVICE float absorb(int j) const {
     float mixture[kChunk], ratio[kChunk], gradient[kChunk] = {};
     float value = 0;
     if (active) {
       float s[kChunk];
-      this->mix(chunk, mixture);
-      this->load(this->input(args.student), chunk, s);
-      value = value_and_gradient(chunk, s, mixture, ratio, gradient);
-      if (dots != nullptr) add_dots(chunk, ratio);
+      this->mix(j, mixture);
+      this->load(args.teachers, args.student, j, s);
+      value = value_and_gradient(j, s, mixture, ratio, gradient);
+      if (dots != nullptr) add_dots(j, ratio);
     }
     if (args.gradient != nullptr) {
       if (!some) {
 #pragma unroll
         for (int i = 0; i < kChunk; ++i) gradient[i] = 0;
       }
-      store_chunk(output_row(args.gradient, index, args.classes, args.student.dtype), chunk, args.classes, gradient);
+      const OutputRow out = output_row(args.gradient, index, args.classes, args.student.dtype);
+      store_chunk(out, this->chunk(j), args.classes, gradient);
     }
     return value;
   }
 
-  MTKD_DEVICE float value_and_gradient(int64_t chunk, const float (&s)[kChunk], const float (&mixture)[kChunk],
+  MTKD_DEVICE float value_and_gradient(int j, const float (&s)[kChunk], const float (&mixture)[kChunk],
                                        float (&ratio)[kChunk], float (&gradient)[kChunk]) const {
     const float log_sum = log_of(student.sum), of_student = total_weight / student.sum;
     bool safe = true;
 #pragma unroll
     for (int i = 0; i < kChunk; ++i)
-      safe = safe && (mixture[i] >= kSafeMixture<float> || chunk * kChunk + i >= args.classes);
+      safe = safe && (mixture[i] >= kSafeMixture<float> || this->chunk(j) * kChunk + i >= args.classes);
     if (safe) {
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) ratio[i] = log_of(mixture[i]);
     } else {
-      this->log_mixture(chunk, ratio);
+      this->log_mixture(j, ratio);
     }
     float value = 0;
 #pragma unroll
@@ -432,12 +512,12 @@ struct DivergenceRow : MixtureRow<Group> {
     return value;
   }
 
-  MTKD_DEVICE void add_dots(int64_t chunk, const float (&ratio)[kChunk]) const {
+  MTKD_DEVICE void add_dots(int j, const float (&ratio)[kChunk]) const {
     for (int k = 0; k < args.teachers; ++k) {
       const Member m = members[k];
       if (m.read == 0) continue;
       float x[kChunk], sum = 0;
-      this->load(this->input(args.teacher[k]), chunk, x);
+      this->load(k, args.teacher[k], j, x);
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
         const float term = infinite_or_product(softmax_numerator(x[i], m.max, inv_t), ratio[i]);
@@ -475,7 +555,7 @@ struct DivergenceRow : MixtureRow<Group> {
   }
 };
 
-// Shared memory: the group's scratch, [groups][K] members, [K][threads] dots.
+// Shared memory: the group's scratch, [groups][K] members, [K][threads] dots, the rows that are kept.
 template <typename Group, int max_threads>
 MTKD_KERNEL(max_threads, 2)
 mixture_divergence(MTKD_PARAM(Grouped<MixtureDivergence<float>>) args) {
@@ -485,7 +565,7 @@ mixture_divergence(MTKD_PARAM(Grouped<MixtureDivergence<float>>) args) {
   Member* end = members_of(group, 0) + groups * args.teachers;
   float* dots = args.weights != nullptr && !args.skip_zero_weights ? reinterpret_cast<float*>(end) : nullptr;
   for_each_row(group, args.rows, [&](int64_t index) {
-    DivergenceRow<Group> row(args, group, members, dots, index);
+    DivergenceRow<Group> row(args, group, members, dots, index, kept_rows(group, args, 1));
     row.forward();
   });
 }
@@ -522,22 +602,43 @@ LaunchShape shape_of(const MixtureArgs<float>& args, int block_threads, int memb
 
 template <typename Args>
 Grouped<Args> grouped(const Args& args) {
-  return {args, lane_width(args)};
+  return {args, lane_width(args), {0, 1}};
+}
+
+// Room for `rows` rows of logits, where there is.
+template <typename Args>
+void keep(Grouped<Args>& args, LaunchShape& shape, int rows, bool wide, int device) {
+  const int64_t threads = by_lanes(args) ? args.group_width : shape.threads;
+  const int64_t chunks = (args.classes + kChunk - 1) / kChunk, of_thread = (chunks + threads - 1) / threads;
+  const int planes = wide ? 2 : 1;
+  const int64_t bytes = shape.shared_bytes + rows * planes * of_thread * shape.threads * int64_t{sizeof(Words)};
+  if (bytes > device::shared_memory_limit(device)) return;
+  args.kept = {static_cast<int>(of_thread), planes};
+  shape.shared_bytes = static_cast<int>(bytes);
+}
+
+bool any_wide(const MixtureArgs<float>& args) {
+  bool wide = false;
+  for (int k = 0; k < args.teachers; ++k) wide |= args.teacher[k].dtype == DType::f32;
+  return wide;
 }
 
 }  // namespace
 
-const char* mixture_forward_cuda(const MixtureForward<float>& args, int, void* stream) {
+const char* mixture_forward_cuda(const MixtureForward<float>& args, int device, void* stream) {
   if (const char* error = only_float(args, DType::f32)) return error;
   if (args.rows == 0) return nullptr;
+  Grouped<MixtureForward<float>> kernel_args = grouped(args);
   if (by_lanes(args)) {
-    return device::launch(mixture_resident<LaneGroup, 1, kLaneThreads>, shape_of(args, 0, 1, 0), stream, grouped(args));
+    return device::launch(mixture_resident<LaneGroup, 1, kLaneThreads>, shape_of(args, 0, 1, 0), stream, kernel_args);
   }
   if (args.classes <= kResidentColumns) {
     return device::launch(mixture_resident<BlockGroup, kResidentChunks, kResidentThreads>,
-                          shape_of(args, kResidentThreads, 1, 0), stream, grouped(args));
+                          shape_of(args, kResidentThreads, 1, 0), stream, kernel_args);
   }
-  return device::launch(mixture_streaming, shape_of(args, kBlockThreads, 1, 0), stream, grouped(args));
+  LaunchShape shape = shape_of(args, kBlockThreads, 1, 0);
+  keep(kernel_args, shape, args.teachers, any_wide(args), device);
+  return device::launch(mixture_streaming, shape, stream, kernel_args);
 }
 
 const char* mixture_backward_cuda(const MixtureBackward<float>& args, int, void* stream) {
@@ -550,14 +651,16 @@ const char* mixture_backward_cuda(const MixtureBackward<float>& args, int, void*
   return device::launch(mixture_backward<BlockGroup, kBlockThreads>, shape, stream, grouped(args));
 }
 
-const char* mixture_divergence_cuda(const MixtureDivergence<float>& args, int, void* stream) {
+const char* mixture_divergence_cuda(const MixtureDivergence<float>& args, int device, void* stream) {
   if (const char* error = only_float(args, args.student.dtype)) return error;
   if (args.rows == 0) return nullptr;
-  const LaunchShape shape = shape_of(args, kBlockThreads, 1, 1);
+  Grouped<MixtureDivergence<float>> kernel_args = grouped(args);
+  LaunchShape shape = shape_of(args, kBlockThreads, 1, 1);
+  keep(kernel_args, shape, args.teachers + 1, any_wide(args) || args.student.dtype == DType::f32, device);
   if (by_lanes(args)) {
-    return device::launch(mixture_divergence<LaneGroup, kLaneThreads>, shape, stream, grouped(args));
+    return device::launch(mixture_divergence<LaneGroup, kLaneThreads>, shape, stream, kernel_args);
   }
-  return device::launch(mixture_divergence<BlockGroup, kBlockThreads>, shape, stream, grouped(args));
+  return device::launch(mixture_divergence<BlockGroup, kBlockThreads>, shape, stream, kernel_args);
 }
 
 }  // namespace mtkd_fast

@@ -706,17 +706,19 @@ def test_angles_of_relations(batch, gradient):
 
 # ---------- mixture
 
-SHAPES_OF_MIXTURES = pytest.mark.parametrize(("classes", "resident"), [(100, True), (1000, True), (9000, False)])
+SHAPES_OF_MIXTURES = pytest.mark.parametrize(
+    ("classes", "stays"), [(100, True), (1000, True), (1003, True), (9000, True), (21000, False)]
+)
 
 
 @SHAPES_OF_MIXTURES
-def test_mixture_reads_teachers_of_resident_rows_once(classes, resident):
+def test_mixture_reads_teachers_of_rows_that_stay_on_chip_once(classes, stays):
     _, teachers, _, w = inputs(4, classes, 3, (BF16, F32, F16))
     w[1], w[2, 0] = 0, 0
     teachers[1][:] = float("nan")
     probabilities, row_stats = mixture.forward(teachers, w, 2.0, True)
     assert probabilities.isfinite().all()
-    times = 1 if resident else 2
+    times = 1 if stays else 2
     loaded = [machine.traffic()[f"teacher{k}"][0] for k in range(3)]
     assert loaded == [times * rows * classes * size for rows, size in ((4, 4), (0, 2), (3, 2))]
     assert machine.traffic()["probabilities"] == (0, 4 * classes * 4)
@@ -729,18 +731,31 @@ def test_mixture_reads_teachers_of_resident_rows_once(classes, resident):
 
 @SHAPES_OF_MIXTURES
 @pytest.mark.parametrize("skip", [True, False])
-def test_mixture_divergence_sweeps_twice_and_once_more_for_the_weights(classes, resident, skip):
+def test_mixture_divergence_sweeps_twice_and_once_more_for_the_weights(classes, stays, skip):
+    """Through memory only where the rows do not stay on chip."""
     student, teachers, _, w = inputs(4, classes, 3, (BF16, F32, F16))
     w = w.abs()
     divergence, _, gradient = mixture.divergence(student, teachers, w, 2.0, skip, True)
     assert divergence.isfinite().all()
     assert gradient.isfinite().all()
     moved = machine.traffic()
-    assert moved["student"][0] == 2 * student.numel() * 2
-    assert [moved[f"teacher{k}"][0] for k in range(3)] == [
-        (2 if skip else 3) * t.numel() * t.element_size() for t in teachers
-    ]
+    sweeps = 1 if stays else 2
+    assert moved["student"][0] == sweeps * student.numel() * 2
+    sweeps = 1 if stays else 2 if skip else 3
+    assert [moved[f"teacher{k}"][0] for k in range(3)] == [sweeps * t.numel() * t.element_size() for t in teachers]
     assert moved["gradient"] == (0, student.numel() * 2)
+
+
+def test_what_stays_on_chip_changes_no_mixture():
+    student, teachers, _, w = inputs(7, 9001, 3, (BF16, F32, F16))
+    w[1, 2] = 0
+    results = []
+    for kilobytes in (227, 32):
+        with machine.use_shared_memory(kilobytes * 1024):
+            results.append(mixture.divergence(student, teachers, w.abs(), 2.0, True, True))
+            results[-1] += mixture.forward(teachers, w.abs(), 2.0, True)
+            assert (machine.traffic()["teacher0"][0] > 7 * 9001 * 4) == (kilobytes == 32)
+    assert all(a.equal(b) for a, b in zip(*results, strict=True))
 
 
 def test_the_order_of_threads_changes_no_mixture():
