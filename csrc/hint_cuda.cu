@@ -134,17 +134,23 @@ MTKD_DEVICE float* kept_number(const HintArgs<float>& args, int number, int64_t 
   return args.kept + number * args.pairs * args.samples + i;
 }
 
-// Shared memory: the group's scratch.
-template <Distance kDistance, typename Group>
-MTKD_KERNEL(kThreads, 2)
-hint_forward(MTKD_PARAM(HintKernelArgs) args) {
+// Calls step(group, i, pair, sample) for the samples of all pairs, one a group, i their number.
+template <typename Group, typename Step>
+MTKD_DEVICE void each_sample(const HintArgs<float>& args, const Step& step) {
   Group group(kWarp, device::shared_memory());
   const int groups_in_block = device::block_threads() / group.size();
   const int64_t all = args.pairs * args.samples;
   for (int64_t i = device::block_index() * groups_in_block + group.index_in_block(); i < all;
        i += device::grid_blocks() * groups_in_block) {
-    const int pair = static_cast<int>(i / args.samples);
-    const int64_t sample = i % args.samples;
+    step(group, i, static_cast<int>(i / args.samples), i % args.samples);
+  }
+}
+
+// Shared memory: the group's scratch.
+template <Distance kDistance, typename Group>
+MTKD_KERNEL(kThreads, 2)
+hint_forward(MTKD_PARAM(HintKernelArgs) args) {
+  each_sample<Group>(args, [&](Group& group, int64_t i, int pair, int64_t sample) {
     Kept<float> kept{};
     if (weight_of(args.weights, pair, sample) != 0) kept = sample_distance<kDistance>(group, args.pair[pair], sample);
     if (group.rank() == 0) {
@@ -154,20 +160,14 @@ hint_forward(MTKD_PARAM(HintKernelArgs) args) {
         device::store(kept_number(args, 2, i), kept.g_norm);
       }
     }
-  }
+  });
 }
 
 // Shared memory: the group's scratch.
 template <Distance kDistance, typename Group>
 MTKD_KERNEL(kThreads, 2)
 hint_fused(MTKD_PARAM(HintFused<float>) args) {
-  Group group(kWarp, device::shared_memory());
-  const int groups_in_block = device::block_threads() / group.size();
-  const int64_t all = args.pairs * args.samples;
-  for (int64_t i = device::block_index() * groups_in_block + group.index_in_block(); i < all;
-       i += device::grid_blocks() * groups_in_block) {
-    const int k = static_cast<int>(i / args.samples);
-    const int64_t sample = i % args.samples;
+  each_sample<Group>(args, [&](Group& group, int64_t i, int k, int64_t sample) {
     const FeaturePair& pair = args.pair[k];
     const float weight = weight_of(args.weights, k, sample);
     float distance = 0;
@@ -179,7 +179,7 @@ hint_fused(MTKD_PARAM(HintFused<float>) args) {
       write_zeros(group, pair, sample);
     }
     if (group.rank() == 0) device::store(kept_number(args, 0, i), distance);
-  }
+  });
 }
 
 template <Distance kDistance>
@@ -204,15 +204,15 @@ MTKD_DEVICE void backward_stretch(const HintKernelArgs& args, const FeaturePair&
   const OutputRow out = output_row(pair.gradient, sample, pair.elements, pair.student_dtype);
   const int64_t chunks = (pair.elements + kChunk - 1) / kChunk;
   const int64_t end = (stretch + 1) * (kStretch / kChunk);
+  const float zeros[kChunk] = {};
   for (int64_t c = stretch * (kStretch / kChunk) + device::thread_index(); c < end && c < chunks; c += kThreads) {
-    float out_chunk[kChunk] = {};
     if (weight != 0) {
       const RawChunk f = load_chunk(student, c, pair.elements), g = load_chunk(teacher, c, pair.elements);
-      const PairChunk x(f, student.dtype, g, teacher.dtype, pair.elements - c * kChunk);
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i) out_chunk[i] = gradient(x.f[i], x.g[i]);
+      write_chunk(gradient, out, c, pair.elements,
+                  PairChunk(f, student.dtype, g, teacher.dtype, pair.elements - c * kChunk));
+    } else {
+      store_chunk(out, c, pair.elements, zeros);
     }
-    store_chunk(out, c, pair.elements, out_chunk);
   }
 }
 

@@ -10,11 +10,10 @@
 // row's first class, so that every chunk is whole accesses also in rows that begin elsewhere (odd class counts). The
 // first `lead` columns of the first chunk are then the end of the row before, and the last chunk ends in nothing.
 //
-//   chunks                        copied by                                 awaited by               −inf beside the
-//   row in step, whole, from sm_90    the last warp done with the place, bulk   all, at its mailbox      there is none
-//   in step, in part              their thread, 16 bytes at a time          their thread, its group  their thread,
-//   later in step before sm_90          the same                                  the same                 the same
-//   else                          their thread, as they lie                 the same                 as they are copied
+//   in step, whole, from sm_90 on: copied in bulk by the last warp that is done with the place; all await its mailbox
+//   in step, in part, or before:   by the thread whose they are, 16 bytes at a time; it closes them with −inf when its
+//                                  copies have come
+//   else:                          by the same thread as they lie, −inf beside the row included
 #pragma once
 
 #include "kd_readings.cuh"

@@ -156,10 +156,15 @@ struct MixtureRow {
       copy_chunk(from, chunk(j), args.classes, kept.at(row, 0, j), kept.at(row, kept.shape.planes - 1, j));
     }
   }
-  MTKD_DEVICE void copy_teachers() const {
+  // Whether there are any.
+  MTKD_DEVICE bool copy_teachers() const {
+    bool any = false;
     for (int k = 0; kept.shape.chunks > 0 && k < args.teachers; ++k) {
-      if (reads(weight(k))) copy(k, args.teacher[k]);
+      if (!reads(weight(k))) continue;
+      copy(k, args.teacher[k]);
+      any = true;
     }
+    return any;
   }
   MTKD_DEVICE void wait_for_copies() const {
     if (kept.shape.chunks == 0) return;
@@ -428,13 +433,6 @@ struct DivergenceRow : MixtureRow<Group> {
 
   MTKD_DEVICE float& dot(int k) const { return dots[k * device::block_threads() + device::thread_index()]; }
 
-  MTKD_DEVICE bool reads_any() const {
-    for (int k = 0; k < args.teachers; ++k) {
-      if (this->reads(this->weight(k))) return true;
-    }
-    return false;
-  }
-
   MTKD_DEVICE void look_at_members() {
     for (int k = 0; k < args.teachers; ++k) {
       const Member m = members[k];
@@ -448,8 +446,7 @@ struct DivergenceRow : MixtureRow<Group> {
   }
 
   MTKD_DEVICE void forward() {
-    this->copy_teachers();
-    if (reads_any()) this->copy(args.teachers, args.student);
+    if (this->copy_teachers()) this->copy(args.teachers, args.student);
     this->wait_for_copies();
     this->find_states();
     look_at_members();

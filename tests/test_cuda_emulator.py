@@ -306,20 +306,21 @@ def of_sequences(x):
     return torch.nn.functional.pad(x.unflatten(0, (2, -1)), (0, 0, 0, 1))[:, :-1]
 
 
-@pytest.mark.parametrize("clusters", [1, 16], ids=["by threads", "in bulk"])
 @pytest.mark.parametrize("dtypes", [(F32,), (BF16,), (BF16, F32)])
 @pytest.mark.parametrize("classes", [3, 1001])
 @pytest.mark.parametrize(
     ("of_student", "of_teacher"),
     [(whole, whole), (in_wider_rows,) * 2, (of_sequences,) * 2, (off_16_bytes,) * 2, (whole, in_wider_rows)],
 )
-@pytest.mark.parametrize("variant", [SHARED, PAIRS])
+@pytest.mark.parametrize(
+    ("variant", "clusters"),
+    [(SHARED, 1), (SHARED, 16), (PAIRS, 16)],
+    ids=["by threads", "in bulk", "in bulk by two blocks"],
+)
 def test_rows_that_begin_anywhere(variant, of_student, of_teacher, classes, dtypes, clusters):
     """They come in whole words of 16 bytes, where all begin as far from them; else element by element. More rows than
     the device has blocks, so that each goes on to the next; some of them, or some of their teachers, are not read.
     """
-    if variant == PAIRS and clusters == 1:
-        pytest.skip("a cluster has bulk copies")
     n = 12
     student, teachers, target, w = inputs(n, classes, 2, dtypes)
     target[:2], w[1, 3:5], w[:, 8] = -100, 0, 0
