@@ -1,9 +1,9 @@
 """What the CUDA kernels of the op kd should take on an H200, from what can be counted without one.
 
 A multiprocessor moves bytes, issues instructions, evaluates exponentials and reads shared memory side by side; the one
-that takes longest bounds the kernel from below. Latencies, the first and last microsecond of a row, and what two blocks
-a multiprocessor cannot hide come on top: what a measurement has beyond the prediction is what wants explaining. Of rows
-in registers only the bytes are counted, and of every call its two launches.
+that takes longest bounds the kernel from below. Latencies, the first and last microsecond of a call, and what the rows
+that share a multiprocessor cannot hide of one another come on top: what a measurement has beyond the prediction is what
+wants explaining. Of rows in registers only the bytes are counted, and of every call its two launches.
 
     python -m mtkd_fast.bench.model
 """
@@ -26,7 +26,7 @@ H200 = Device(multiprocessors=132, hertz=1.9e9, copied=4.3e12)
 
 
 class Pass(NamedTuple):
-    """Over eight columns."""
+    """Over a chunk of eight columns."""
 
     instructions: int
     exponentials: int
@@ -39,54 +39,104 @@ class Case(NamedTuple):
     computed: bool  # weights from confidence or entropy: two sums a column
 
 
-# Forward KL with a hard label at τ = 4. tests/test_cuda_model.py holds those of the teachers against the machine code;
-# of the student's, DECODE is its conversion from halves and SQUARES its statistics at temperature 1.
-DECODE, SQUARES = 8, 20
+# Forward KL with a hard label at τ = 4. tests/test_cuda_model.py holds them against the machine code, but for the
+# gradient, and for the student's statistics at temperature 1 (SQUARES).
+SQUARES = 20
 
 
 def of_student(case: Case) -> list[Pass]:
-    """Its sums; less its maximum, as floats; the gradient."""
+    """Its largest logit; its sums; less its maximum, as floats; the gradient."""
     size = 2 if case.half else 4
-    sums = Pass(69 + SQUARES + DECODE * case.half, 8, 8 * size)
-    shift = Pass(18 + DECODE * case.half, 0, 8 * (size + 4))
-    gradient = Pass(97 if case.computed else 81, 8, 8 * 4)
-    return [sums, shift, gradient]
+    largest = Pass(7 if case.half else 20, 0, 8 * size)
+    sums = Pass((51 if case.half else 56) + SQUARES, 8, 8 * size)
+    shift = Pass(32 if case.half else 34, 0, 8 * (size + 4))
+    gradient = Pass(93 if case.computed else 77, 8, 8 * 4)
+    return [largest, sums, shift, gradient]
 
 
 def of_teacher(case: Case) -> list[Pass]:
-    """Its sums, against the student's floats; its share of the gradient."""
+    """Its largest logit; its sums, against the student's floats; its share of the gradient, of exponentials that are
+    kept where there is one sum.
+    """
     size = 2 if case.half else 4
     came = 8 * size  # written by the copy into place
-    sums = Pass({(0, 0): 99, (0, 1): 114, (1, 0): 96, (1, 1): 111}[case.half, case.computed], 8, came + 8 * (size + 4))
-    share = Pass({(0, 0): 41, (0, 1): 48, (1, 0): 38, (1, 1): 45}[case.half, case.computed], 8, 8 * size)
-    return [sums, share]
+    largest = Pass(7 if case.half else 20, 0, came + 8 * size)
+    instructions = {(0, 0): 68, (0, 1): 84, (1, 0): 67, (1, 1): 83}[case.half, case.computed]
+    sums = Pass(instructions, 8, 8 * (size + 4))
+    share = Pass(42 if case.half else 44, 8, 8 * size) if case.computed else Pass(11, 0, 0)
+    return [largest, sums, share]
 
 
-def seconds_of_column(case: Case, device: Device = H200) -> dict[str, float]:
-    """What one column of one row takes of each of the four, on the whole device."""
+class Layout(NamedTuple):
+    """Where a row of shared memory lies (csrc/kd_selection.cuh)."""
+
+    blocks: int
+    threads: int  # of a block
+    rounds: int  # chunks of 32 lanes, of all warps of a block
+
+
+CHUNK, WARP = 8, 32
+IN_REGISTERS = 256  # classes; longer rows lie in shared memory
+OF_A_WARP = 1024
+OF_TWO_BLOCKS = 8192  # the columns that a block has at most, for two to share a multiprocessor
+
+
+def layout(classes: int) -> Layout:
+    columns, most = (32, 384) if classes <= OF_A_WARP else (64, 256)  # of a thread; threads of a multiprocessor
+    blocks = 1
+    while -(-classes // blocks) > OF_TWO_BLOCKS and blocks < 16:
+        blocks *= 2
+    chunks = -(-classes // (CHUNK * blocks))
+    threads = -(-chunks * CHUNK // (columns * WARP)) * WARP
+    threads = most // (most // threads) // WARP * WARP
+    return Layout(blocks, threads, -(-chunks // WARP))
+
+
+class Warp(NamedTuple):
+    """Instructions of a warp beside the chunks, as read off the way that an ordinary row takes: where it is, how lanes
+    wait and merge; and what only the first warp of a block does: ask for what comes next, for labels, and end the row.
+    """
+
+    every: int
+    first: int
+    of_warps: int = 80  # merged once more, where a block has several
+    of_blocks: int = 60  # and where a row has several blocks
+
+
+OF_A_ROW, OF_A_TEACHER = Warp(every=700, first=250), Warp(every=200, first=145)
+
+
+def instructions_of_row(classes: int, case: Case) -> int:
+    """Of all warps."""
+    at = layout(classes)
+    warps = at.threads // WARP
+    chunk = sum(x.instructions for x in of_student(case) + case.teachers * of_teacher(case))
+
+    def beside(of: Warp) -> int:
+        merges = of.of_warps * (warps > 1) + of.of_blocks * (at.blocks > 1)
+        return warps * (of.every + merges) + of.first
+
+    return at.blocks * (at.rounds * chunk + beside(OF_A_ROW) + case.teachers * beside(OF_A_TEACHER))
+
+
+def seconds_of_row(classes: int, case: Case, device: Device = H200) -> dict[str, float]:
+    """What a row takes of each of the four, on the whole device."""
     passes = of_student(case) + case.teachers * of_teacher(case)
-    cycles = 8 * device.multiprocessors * device.hertz
-
-    def at_rate(name: str) -> float:
-        return sum(getattr(x, name) for x in passes) / (cycles * getattr(device, name))
-
-    units = case.teachers + 2
+    chunks = classes / CHUNK
+    cycles = device.multiprocessors * device.hertz
     return {
-        "memory": units * (2 if case.half else 4) / device.copied,
-        "instructions": at_rate("instructions"),
-        "exponentials": at_rate("exponentials"),
-        "shared memory": at_rate("shared_bytes"),
+        "memory": (case.teachers + 2) * classes * (2 if case.half else 4) / device.copied,
+        "instructions": WARP * instructions_of_row(classes, case) / (cycles * device.instructions),
+        "exponentials": chunks * sum(x.exponentials for x in passes) / (cycles * device.exponentials),
+        "shared memory": chunks * sum(x.shared_bytes for x in passes) / (cycles * device.shared_bytes),
     }
-
-
-IN_REGISTERS = 6144  # classes; longer rows lie in shared memory (csrc/kd_selection.cuh)
 
 
 def seconds(rows: int, classes: int, case: Case, device: Device = H200) -> float:
     """Loss and gradient: a launch that does everything, and one that finds the upstream to be 1."""
-    took = seconds_of_column(case, device)
+    took = seconds_of_row(classes, case, device)
     bound = took["memory"] if classes <= IN_REGISTERS else max(took.values())
-    return rows * classes * bound + 2 * device.launch
+    return rows * bound + 2 * device.launch
 
 
 def name_of(case: Case) -> str:
@@ -100,17 +150,28 @@ CASES = [
     for teachers in (1, 2, 4, 8, 16)
 ]
 CLASSES = (100, 1000, 4096, 32000, 50257, 128256, 151936, 262144)
+SHARES = (1000, 4096, 32000)
 ELEMENTS = 2**26  # of the student
 
 
+def share_of_copy(classes: int, case: Case) -> float:
+    took = seconds_of_row(classes, case)
+    return took["memory"] / max(took.values())
+
+
 def main() -> None:
-    print("Picoseconds of a column on the whole device, of rows in shared memory:\n")
-    print("| logits | weights | K | memory | instructions | exponentials | shared memory | share of a copy at most |")
-    print("| --- | --- | --: | --: | --: | --: | --: | --: |")
+    print("Picoseconds a column on the whole device, of rows of 128256 classes; what other rows can reach:\n")
+    print(
+        "| logits | weights | K | memory | instructions | exponentials | shared memory | share of a copy at most |",
+        end="",
+    )
+    print(*(f" {classes} |" for classes in SHARES), sep="")
+    print("| --- | --- | --: | --: | --: | --: | --: | --: |", " --: |" * len(SHARES), sep="")
     for case in CASES:
-        took = seconds_of_column(case)
-        cells = " | ".join(f"{1e12 * x:.2f}" for x in took.values())
-        print(f"| {name_of(case)} | {cells} | {took['memory'] / max(took.values()):.0%} |")
+        took = seconds_of_row(128256, case)
+        cells = " | ".join(f"{1e12 * x / 128256:.2f}" for x in took.values())
+        shares = (f"{share_of_copy(classes, case):.0%}" for classes in (128256, *SHARES))
+        print(f"| {name_of(case)} | {cells} |", *(f"{x} |" for x in shares))
     print(f"\nMilliseconds of loss and gradient, {ELEMENTS} logits a tensor, by classes:\n")
     print("| logits | weights | K |", *(f"{classes} |" for classes in CLASSES))
     print("| --- | --- | --: |", *("--: |" for _ in CLASSES))

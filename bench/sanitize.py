@@ -2,8 +2,8 @@
 
     compute-sanitizer --tool memcheck python -m mtkd_fast.bench.sanitize [cuda|cpu]
 
-Shapes straddle what the kernels choose between: a warp's worth of classes, a register-resident row, a row in the shared
-memory of a block or of a cluster of them, one longer than that, odd ends, one teacher and many, aligned and not.
+Shapes straddle what the kernels choose between: rows in the registers of a warp, in the shared memory of a warp, of a
+block or of a cluster of them, and longer ones; odd ends, one teacher and many, aligned and not.
 """
 
 import itertools

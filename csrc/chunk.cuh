@@ -48,6 +48,13 @@ MTKD_DEVICE InputRow input_row(const Logits& x, RowPosition at) {
 
 MTKD_DEVICE uint32_t half_minus_infinity(DType dtype) { return dtype == DType::bf16 ? 0xff80u : 0xfc00u; }
 
+// Of a float, or of each of two halves.
+MTKD_DEVICE uint32_t larger_of_words(uint32_t a, uint32_t b, DType dtype) {
+  if (dtype == DType::bf16) return device::max_bf16(a, b);
+  if (dtype == DType::f16) return device::max_f16(a, b);
+  return device::float_as_word(fmaxf(device::word_as_float(a), device::word_as_float(b)));
+}
+
 // A chunk of −inf: what lies beyond the last class, and what is not read.
 MTKD_DEVICE RawChunk empty_chunk(DType dtype) {
   const uint32_t half = half_minus_infinity(dtype);
@@ -179,15 +186,18 @@ MTKD_DEVICE void decode(const RawChunk& raw, DType dtype, float* x) {
 
 MTKD_DEVICE RawChunk encode(const float* x, DType dtype) {
   RawChunk raw{};
+  if (dtype == DType::f32) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (dtype == DType::f32) {
+    for (int i = 0; i < 4; ++i) {
       raw.low.word[i] = device::float_as_word(x[i]);
       raw.high.word[i] = device::float_as_word(x[i + 4]);
-    } else {
-      raw.low.word[i] =
-          dtype == DType::bf16 ? device::pack_bf16(x[2 * i], x[2 * i + 1]) : device::pack_f16(x[2 * i], x[2 * i + 1]);
     }
+  } else if (dtype == DType::bf16) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) raw.low.word[i] = device::pack_bf16(x[2 * i], x[2 * i + 1]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) raw.low.word[i] = device::pack_f16(x[2 * i], x[2 * i + 1]);
   }
   return raw;
 }

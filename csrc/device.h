@@ -183,6 +183,18 @@ MTKD_DEVICE uint32_t pack_bf16(float lo, float hi) {
   return x;
 }
 
+// Of each of two halves the larger one; of a number and NaN the number.
+MTKD_DEVICE uint32_t max_f16(uint32_t a, uint32_t b) {
+  uint32_t x;
+  asm("max.f16x2 %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b));
+  return x;
+}
+MTKD_DEVICE uint32_t max_bf16(uint32_t a, uint32_t b) {
+  uint32_t x;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b));
+  return x;
+}
+
 // Inputs that no thread of the grid writes.
 MTKD_DEVICE Words load(const Words* p) {
   const uint4 x = __ldg(reinterpret_cast<const uint4*>(p));
@@ -264,12 +276,21 @@ inline int shared_memory_limit(int device) {
   return cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess ? bytes : -1;
 }
 
-// The same where two blocks are to share a multiprocessor.
-inline int shared_memory_of_two(int device) {
-  int bytes = -1, reserved = 0;
-  if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device) != cudaSuccess) return -1;
-  if (cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device) != cudaSuccess) return -1;
-  return bytes / 2 - reserved;
+// What each of the blocks that share a multiprocessor can ask for.
+struct SharedMemory {
+  int of_multiprocessor, reserved, limit;
+  int of_block(int blocks) const { return std::min(limit, of_multiprocessor / blocks - reserved); }
+};
+
+// Nothing where the device does not say.
+inline SharedMemory shared_memory(int device) {
+  SharedMemory memory{0, 0, shared_memory_limit(device)};
+  int* const multiprocessor = &memory.of_multiprocessor;
+  if (cudaDeviceGetAttribute(multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device) != cudaSuccess)
+    return {};
+  if (cudaDeviceGetAttribute(&memory.reserved, cudaDevAttrReservedSharedMemoryPerBlock, device) != cudaSuccess)
+    return {};
+  return memory;
 }
 
 // Null, or what went wrong. All the memory that the device has, so that threads which launch a kernel in other shapes

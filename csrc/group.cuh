@@ -71,8 +71,8 @@ struct LaneGroup : WithinBlock {
   static constexpr int scratch_bytes() { return 0; }
 };
 
-// The whole block shares a row. One barrier a merge: the scratch is used in turns, so that a warp still reading one
-// half cannot meet a warp that already writes the next.
+// The whole block shares a row. One barrier a merge, also of a block that is one warp, which needs no more: the scratch
+// is used in turns, so that a warp still reading one half cannot meet a warp that already writes the next.
 struct BlockGroup : WithinBlock {
   float* scratch;  // [2][kMaxStateFields][kMaxWarps]
   int turn = 0;
@@ -94,6 +94,10 @@ struct BlockGroup : WithinBlock {
     static_assert(kFields <= kMaxStateFields, "the scratch is too small for this state");
     merge_lanes(state, kWarp);
     const int warp = rank() / kWarp, lane = rank() % kWarp, warps = size() / kWarp;
+    if (warps == 1) {
+      device::sync_block();
+      return;
+    }
     float* slots = scratch + turn * kMaxStateFields * kMaxWarps;
     turn ^= 1;
     float* fields = reinterpret_cast<float*>(&state);

@@ -20,27 +20,14 @@ const char* forward_by_lanes(const ResidentArgs& args, int device, void* stream)
   LaunchShape shape = lane_shape(args, kLaneThreads);
   const int limit = device::shared_memory_limit(device);
   while (shape.threads > kWarp && shape.shared_bytes > limit) shape = lane_shape(args, shape.threads / 2);
-  return with_kernel(args, [&](auto kind, auto sums) {
+  return with_kernel(args.divergence, args.rule, [&](auto kind, auto sums) {
     constexpr bool two = decltype(sums)::value;
-    return device::launch(kd_resident<decltype(kind)::value, two, LaneGroup, RegisterTile<kChunk, two>, kLaneThreads>,
-                          shape, stream, args);
+    return device::launch(kd_resident<decltype(kind)::value, two, LaneGroup, RegisterTile<two>, kLaneThreads>, shape,
+                          stream, args);
   });
 }
 
 constexpr const char* kTooWide = "the rows have too many classes for registers";
-
-template <int N, int max_threads>
-const char* forward_by_blocks(const ResidentArgs& args, void* stream) {
-  return with_kernel(args, [&](auto kind, auto sums) -> const char* {
-    constexpr bool two = decltype(sums)::value;
-    if constexpr (has_registers(decltype(kind)::value, N)) {
-      return device::launch(kd_resident<decltype(kind)::value, two, BlockGroup, RegisterTile<N, two>, max_threads>,
-                            block_shape<N>(args), stream, args);
-    } else {
-      return kTooWide;
-    }
-  });
-}
 
 }  // namespace
 
@@ -55,10 +42,7 @@ KDPlacement kd_placement(const KDForward<float>& args, int device) {
 
 const char* kd_forward_in_registers(const KDForward<float>& args, int device, void* stream) {
   const ResidentArgs resident{args, lane_width(args.classes), any_wide(args)};
-  if (args.classes <= kLaneColumns) return forward_by_lanes(resident, device, stream);
-  if (args.classes <= kNarrowColumns) return forward_by_blocks<kChunk, kTileThreads>(resident, stream);
-  if (args.classes <= kWideColumns) return forward_by_blocks<2 * kChunk, kWideTileThreads>(resident, stream);
-  return kTooWide;
+  return fits_in_registers(args) ? forward_by_lanes(resident, device, stream) : kTooWide;
 }
 
 const char* kd_forward_of_pixels(const KDForward<float>& args, int device, void* stream) {
@@ -67,7 +51,7 @@ const char* kd_forward_of_pixels(const KDForward<float>& args, int device, void*
   const ResidentArgs resident{args, pixels.warps, any_wide(args)};
   return with_columns(pixels.columns, [&](auto columns) {
     constexpr int N = decltype(columns)::value;
-    return with_kernel(args, [&](auto kind, auto sums) {
+    return with_kernel(args.divergence, args.rule, [&](auto kind, auto sums) {
       constexpr bool two = decltype(sums)::value;
       return device::launch(
           kd_resident<decltype(kind)::value, two, PixelGroup, PixelTile<N, two>, most_pixel_threads(N)>,
@@ -76,35 +60,27 @@ const char* kd_forward_of_pixels(const KDForward<float>& args, int device, void*
   });
 }
 
-template <typename Group>
 const char* forward_in_shared_memory(const KDForward<float>& args, Placement at, int device, void* stream) {
+  if (at.blocks == 0) return "the rows have too many classes for shared memory";
   const int pitch = static_cast<int>(chunks_of_block(args.classes, at.blocks));
   const bool wide = any_wide(args);
   const int place_words = (wide ? 2 : 1) * pitch;
-  SharedArgs shared{{args, kWarp, wide}, at.places, place_words, at.places * place_words, pitch,
-                    all_in_step(args),   false,     false};
-  return with_kernel(args, [&](auto kind, auto sums) {
-    const auto kernel = in_shared_memory<decltype(kind)::value, decltype(sums)::value, Group>;
+  const int rounds = static_cast<int>(ceil_div(pitch, at.threads));
+  SharedArgs shared{{args, kWarp, wide}, at.places, place_words, at.places * place_words, pitch, rounds * kWarp};
+  shared.in_step = all_in_step(args);
+  shared.odd_ends = shared.in_step && args.classes % kChunk != 0;
+  return with_shared_kernel(args, args.rule, at, [&](auto kernel) {
     shared.in_bulk = shared.in_step && device::has_bulk_copies(kernel, device);
-    const bool by_threads = !shared.in_bulk || args.classes % kChunk != 0;
+    const bool by_threads = !shared.in_bulk || shared.odd_ends;
     shared.moves = by_threads && wide && any_half(args);
-    return device::launch(kernel, shared_tile_shape(kernel, args, at, device), stream, shared);
+    return device::launch(kernel, resident_shape(kernel, args, at, device), stream, shared);
   });
 }
 
-const char* forward_in_shared_memory(const KDForward<float>& args, Placement at, int device, void* stream) {
-  if (at.blocks == 0) return "the rows have too many classes for shared memory";
-  return at.blocks > 1 ? forward_in_shared_memory<ClusterGroup>(args, at, device, stream)
-                       : forward_in_shared_memory<BlockGroup>(args, at, device, stream);
-}
-
-const char* kd_forward_in_shared_memory(const KDForward<float>& args, int device, void* stream) {
-  return forward_in_shared_memory(args, placement_in(1, false, args, args.rule, device), device, stream);
-}
-
-const char* kd_forward_by_clusters(const KDForward<float>& args, int blocks, int device, void* stream) {
-  const Placement at = placement_in(blocks, false, args, args.rule, device);
-  if (blocks < 2 || (at.blocks > 0 && !has_room_for_cluster(args, args.rule, at, device))) {
+const char* kd_forward_in_shared_memory(const KDForward<float>& args, KDShape shape, int device, void* stream) {
+  const Placement wanted{shape.blocks, shape.is_short, shape.warps * kWarp};
+  const Placement at = placement_in(wanted, 1, 1, args, args.rule, device);
+  if (at.blocks > 1 && !has_room_for_cluster(args, args.rule, at, device)) {
     return "the device has no clusters of so many blocks";
   }
   return forward_in_shared_memory(args, at, device, stream);

@@ -84,6 +84,7 @@ struct PixelTile : RegisterSums<N, two_sums> {
   static constexpr int kAhead = N == kChunk ? 4 : 2;
   static constexpr int kPieces = 1;
   static constexpr bool kReadsOn = false;
+  static constexpr bool kKeepsExponentials = true;
   using Args = ResidentArgs;
   static constexpr int kTeachers = kAhead + 1;
   static constexpr int kCopied = sizeof(Words);
@@ -109,7 +110,7 @@ struct PixelTile : RegisterSums<N, two_sums> {
 
   static constexpr bool has(int) { return true; }
   static constexpr int lead() { return 0; }
-  MTKD_DEVICE void begin_row(const RowPosition&) const {}
+  MTKD_DEVICE void begin_row(int64_t) const {}
   MTKD_DEVICE int64_t chunk(int, int c) const { return first / kChunk + c; }
 
   MTKD_DEVICE void fetch_student(const Wanted& from) const { fetch(slots, from); }
@@ -128,10 +129,15 @@ struct PixelTile : RegisterSums<N, two_sums> {
     reads_teacher = reads;
   }
 
-  MTKD_DEVICE void student(int, float (&x)[N]) const { get(slots, student_dtype, reads_student, x); }
+  template <int, bool, typename Step>
+  MTKD_DEVICE void each_piece_of_student(const Step& step) const {
+    float x[N];
+    get(slots, student_dtype, reads_student, x);
+    step(0, x);
+  }
   MTKD_DEVICE void shift_student(float) const {}
   MTKD_DEVICE void student_less(int, float max, float (&x)[N]) const {
-    student(0, x);
+    get(slots, student_dtype, reads_student, x);
 #pragma unroll
     for (int i = 0; i < N; ++i) x[i] = shifted(x[i], max);
   }

@@ -11,18 +11,21 @@ struct Reading {
   int which;  // 0: the student; 1 + k: teacher k
 };
 
-MTKD_DEVICE bool is_wanted(const KDForward<float>& args, const Row& row, int which) {
-  return which == 0 ? reads_student(args, row) : reads_teacher(args, row, known_weight(args, which - 1, row));
+// Of a row that counts.
+MTKD_DEVICE bool is_wanted(const KDForward<float>& args, Reading reading) {
+  if (reading.which == 0) return args.kd_scale != 0 || args.ce_weight != 0;
+  const bool may_skip = args.rule == WeightRule::given && args.skip_zero_weights;
+  return args.kd_scale != 0 && !(may_skip && given_weight(args, reading.which - 1, reading.row) == 0);
 }
 
-// The first wanted one from here on, every `step`-th row; none where its row is beyond the last one.
+// The first wanted one from here on, every `step`-th row; none where its row is beyond the last one. Of a row's
+// student or from a later one on, something was wanted before: the row counts.
 MTKD_DEVICE Reading wanted_from(const KDForward<float>& args, Reading from, int64_t step) {
-  while (from.row < args.rows) {
-    const Row row = read_row(args, nullptr, from.row);
+  for (; from.row < args.rows; from = {from.row + step, 0}) {
+    if (from.which == 0 && !read_row(args, nullptr, from.row).counts) continue;
     for (; from.which <= args.teachers; ++from.which) {
-      if (is_wanted(args, row, from.which)) return from;
+      if (is_wanted(args, from)) return from;
     }
-    from = {from.row + step, 0};
   }
   return from;
 }

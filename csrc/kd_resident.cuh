@@ -39,9 +39,10 @@ MTKD_DEVICE Share share_of(WeightRule rule, float known_weight, float signal, fl
 struct Likelihoods {
   float max;
   float log_sum;
-  float reference;  // max·log2(e)/τ
-  float factor;     // of all columns
-  bool is_far;      // 2^{(t − max)·log2(e)/τ} then
+  float inv_sum;
+  float reference;    // max·log2(e)/τ
+  float of_rounding;  // of all columns
+  bool is_far;        // 2^{(t − max)·log2(e)/τ} then
 };
 
 template <Kind kind>
@@ -52,13 +53,21 @@ MTKD_DEVICE Likelihoods likelihoods_of(const TeacherSummary& teacher, const Term
   const bool is_far = !(fabsf(rounded_off) < kFar);
   // Without a class beside a target that stands apart, p is 0.
   const bool nothing = kind == Kind::dkd && teacher.sum == 0;
-  const float of_rounding = is_far ? 1.0f : device::exp2(-rounded_off);
-  return {max, log_of(teacher.sum), reference, nothing ? 0.0f : of_rounding / teacher.sum, is_far};
+  return {max,
+          log_of(teacher.sum),
+          nothing ? 0.0f : 1.0f / teacher.sum,
+          reference,
+          is_far ? 1.0f : device::exp2(-rounded_off),
+          is_far};
 }
 
 template <Kind kind, bool two_sums, typename Group, typename Tile>
 struct ResidentRow {
   static constexpr int kWidth = Tile::kWidth;
+  static constexpr bool kIsLong = Tile::kPieces > 1;
+  // Whether p is an exponential of the first pass, but for a factor.
+  static constexpr bool kIsKept = Tile::kKeepsExponentials && (kind == Kind::forward_kl || kind == Kind::dkd);
+  using Kept = float[kIsKept ? Tile::kPieces : 1][kWidth];
   const KDForward<float>& args;
   const Terms& terms;
   Group& group;
@@ -76,7 +85,7 @@ struct ResidentRow {
   }
   MTKD_DEVICE Wanted wanted_teacher(int k) const {
     if (k >= args.teachers) return {};
-    return wanted(args.teacher[k], reads_teacher(args, row, known_weight(args, k, row)));
+    return wanted(args.teacher[k], reads_teacher(args, row, known_weight(args, terms, k, row)));
   }
   MTKD_DEVICE void fetch_first() const {
     if constexpr (!Tile::kReadsOn) {
@@ -107,18 +116,34 @@ struct ResidentRow {
     for (int c = 0; c < Tile::kChunks; ++c) set_apart<kind>(columns(j, c), x + c * kChunk);
   }
 
+  // The sums of a thread's columns are relative to the largest of them: of an only piece x, or of all pieces, looked at
+  // before any is exponentiated.
+  MTKD_DEVICE float largest_of(const float (&x)[kWidth]) const { return largest(x, -infinity<float>()); }
+  template <typename EachPiece>
+  MTKD_DEVICE float largest_of_pieces(const EachPiece& each_piece) const {
+    float max = -infinity<float>();
+    if constexpr (kIsLong && kind == Kind::dkd) {
+      each_piece([&](int j, float (&x)[kWidth]) {
+        set_target_apart(j, x);
+        max = largest(x, max);
+      });
+    } else if constexpr (kIsLong) {
+      max = tile.largest_arrived();
+    }
+    return max;
+  }
+
   MTKD_DEVICE SoftmaxState<float> absorb_student_row() {
     SoftmaxState<float> state;
-#pragma unroll 1
-    for (int j = 0; j < Tile::kPieces && tile.has(j); ++j) {
-      float x[kWidth];
-      Columns absorbed[Tile::kChunks];
-      tile.student(j, x);
+    state.max = largest_of_pieces([&](const auto& step) { tile.template each_piece_of_student<1, false>(step); });
+    tile.template each_piece_of_student<1, true>([&](int j, float (&x)[kWidth]) {
+      Columns added[Tile::kChunks];
       set_target_apart(j, x);
+      if (!kIsLong) state.max = largest_of(x);
 #pragma unroll
-      for (int c = 0; c < Tile::kChunks; ++c) absorbed[c] = columns(j, c);
-      absorb_student(state, x, absorbed, terms);
-    }
+      for (int c = 0; c < Tile::kChunks; ++c) added[c] = columns(j, c);
+      add_student(state, x, added, terms);
+    });
     group.merge(state, MergeStudent{terms});
     return state;
   }
@@ -128,14 +153,13 @@ struct ResidentRow {
     set_target_apart(j, ds);
   }
 
-  // What x of a piece is but for a factor. Of an only piece the exponentials are still here. A log p of −inf stands as
-  // 0: its divergence is +inf already, or its column weighs nothing.
+  // What x of a piece is but for a factor. A log p of −inf stands as 0: its divergence is +inf already, or its column
+  // weighs nothing.
   template <bool far>
-  MTKD_DEVICE void values_of_piece(const float (&t)[kWidth], const Likelihoods& teacher, const float (&e)[kWidth],
-                                   float (&x)[kWidth]) const {
+  MTKD_DEVICE void values_of_piece(const float (&t)[kWidth], const Likelihoods& teacher, float (&x)[kWidth]) const {
     const auto exponential = [&](int i) {
       if constexpr (far) return device::exp2((t[i] - teacher.max) * terms.log2e_t);
-      return Tile::kPieces == 1 ? e[i] : device::exp2(fmaf(t[i], terms.log2e_t, -teacher.reference));
+      return device::exp2(fmaf(t[i], terms.log2e_t, -teacher.reference));
     };
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
@@ -146,12 +170,10 @@ struct ResidentRow {
       }
     }
   }
-  // The factor. Exponentials of an only piece are relative to the thread's own maximum.
-  MTKD_DEVICE float factor_of_values(float local_max, const TeacherSummary& summary, const Likelihoods& teacher) const {
-    if (kind == Kind::reverse_kl) return 1.0f;
-    if (Tile::kPieces > 1 || (kind == Kind::dkd && summary.sum == 0)) return teacher.factor;
-    const float shift = local_max == -infinity<float>() ? 0.0f : local_max - summary.max;
-    return device::exp2(shift * terms.log2e_t) / summary.sum;
+  // The factor of exponentials that are relative to the thread's own maximum.
+  MTKD_DEVICE float factor_of_kept(float max, const Likelihoods& teacher) const {
+    const float shift = max == -infinity<float>() ? 0.0f : max - teacher.max;
+    return device::exp2(shift * terms.log2e_t) * teacher.inv_sum;
   }
   // The same for an elementwise divergence, and its part of D and G.
   MTKD_DEVICE void elements_of_piece(int j, const float (&t)[kWidth], const Softmax& student, const Softmax& teacher,
@@ -167,26 +189,29 @@ struct ResidentRow {
     });
   }
 
-  // First pass: the state of the thread's columns. Leaves the exponentials of its last piece.
-  MTKD_DEVICE TeacherState state_of_teacher(float student_max, float (&e)[kWidth]) const {
+  // First pass: the state of the thread's columns.
+  MTKD_DEVICE TeacherState state_of_teacher(float student_max, Kept& kept) const {
     TeacherState state;
-    tile.template each_piece_of_teacher<1, true>([&](int j, float (&x)[kWidth]) {
+    state.max = largest_of_pieces([&](const auto& step) { tile.template each_piece_of_teacher<1, false>(step); });
+    tile.template each_piece_of_teacher<kIsKept ? Tile::kPieces : 4, true>([&](int j, float (&x)[kWidth]) {
+      const int at = kIsKept ? j : 0;
       float ds[kWidth], es[kWidth];
       set_target_apart(j, x);
+      if (!kIsLong) state.max = largest_of(x);
       student_piece(j, student_max, ds);
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
         es[i] = kind == Kind::reverse_kl ? device::exp2(ds[i] * terms.log2e_t) : 0.0f;
       }
-      absorb_teacher<kind, (Tile::kPieces > 1)>(state, x, ds, es, terms, e);
+      add_teacher<kind, kIsLong>(state, x, ds, es, terms, kept[at]);
     });
     return state;
   }
 
   // One teacher: its state into the summary, its columns into the sums, and a later teacher on its way.
-  MTKD_DEVICE void absorb_teacher_row(int k, const SoftmaxState<float>& student, float student_at_label,
+  MTKD_DEVICE void absorb_teacher_row(int k, const SoftmaxState<float>& student, float log_s, float student_at_label,
                                       float& largest_signal) {
-    const float weight = known_weight(args, k, row);
+    const float weight = known_weight(args, terms, k, row);
     const bool reads = reads_teacher(args, row, weight);
     if (!group.any(reads)) {
       if (group.leads()) summaries[k] = TeacherSummary{};
@@ -199,17 +224,18 @@ struct ResidentRow {
     const bool needs_label = reads && wants_label_of_teachers<kind>(args.rule) && (two_sums || group.leads());
     const float at_label = needs_label ? label_logit(teacher_logits(k), row) : 0.0f;
 
-    float e[kWidth];
-    TeacherState state = state_of_teacher(student.max, e);
-    const float local_max = state.max;
+    Kept kept;
+    TeacherState state = state_of_teacher(student.max, kept);
+    const float own_max = state.max;
     group.merge(state, MergeTeacher<kind>{terms});
-    TeacherSummary summary = summarise<kind>(state, at_label, args.rule);
+    TeacherSummary summary = summarise<kind, two_sums>(state, at_label, args.rule);
 
     const bool adds = args.gradient.data != nullptr && reads && (two_sums || weight != 0);
     const Share share = share_of<two_sums>(args.rule, weight, summary.signal, largest_signal);
     const Softmax p = softmax_of(state.max, state.sum), q = softmax_of(student.max, student.sum);
     const Likelihoods likelihoods = likelihoods_of<kind>(summary, terms);
-    const float factor = kind == Kind::elementwise ? 1.0f : factor_of_values(local_max, summary, likelihoods);
+    const bool is_p = kind == Kind::forward_kl || kind == Kind::dkd;
+    const float factor = is_p ? likelihoods.of_rounding * likelihoods.inv_sum : 1.0f;
     ElementSums sums;
     if (adds && share.fade != 1) tile.fade(share.fade);  // the first teachers', and at a new largest signal
     const auto sweep = [&](auto far) {
@@ -222,27 +248,34 @@ struct ResidentRow {
         if constexpr (kind == Kind::elementwise) {
           elements_of_piece(j, t, q, p, sums, x);
         } else {
-          values_of_piece<is_far>(t, likelihoods, e, x);
+          values_of_piece<is_far>(t, likelihoods, x);
         }
         if (adds) tile.accumulate(j, x, share.first * factor, share.second * factor);
       });
     };
-    constexpr bool may_be_far = Tile::kPieces > 1 && (kind == Kind::forward_kl || kind == Kind::dkd);
-    if (adds || kind == Kind::elementwise) {
+    constexpr bool may_be_far = kind == Kind::forward_kl || kind == Kind::dkd;
+    if constexpr (kIsKept) {
+      fetch_next();
+      const float factor = factor_of_kept(own_max, likelihoods);
+#pragma unroll
+      for (int j = 0; j < Tile::kPieces && adds && tile.has(j); ++j) {
+        tile.accumulate(j, kept[j], share.first * factor, share.second * factor);
+      }
+    } else if (adds || kind == Kind::elementwise) {
       if (may_be_far && likelihoods.is_far) {
         sweep(std::bool_constant<may_be_far>());
       } else {
         sweep(std::false_type());
       }
     }
-    fetch_next();
+    if constexpr (!kIsKept) fetch_next();
     if constexpr (kind == Kind::elementwise) group.merge(sums, AddLanes{});
     if (!group.leads()) return;
     if constexpr (kind == Kind::elementwise) {
       summary.divergence = sums.divergence;
       summary.slope = sums.slope;
     } else {
-      set_divergence<kind>(summary, state.cross, student, {at_label, student_at_label}, args.beta, terms);
+      set_divergence<kind>(summary, state.cross, student, log_s, {at_label, student_at_label}, args.beta, terms);
     }
     summaries[k] = reads ? summary : TeacherSummary{};
   }
@@ -270,7 +303,7 @@ struct ResidentRow {
   }
 
   MTKD_DEVICE void forward() {
-    tile.begin_row(row.position);
+    tile.begin_row(row.index);
     fetch_first();
     // One thread finishes the row; one of a block, the summaries. DKD's gradient of the hard label is everyone's.
     const bool finishes = kind == Kind::dkd ? group.leads() || args.ce_weight != 0 : group.rank() == 0;
@@ -285,12 +318,13 @@ struct ResidentRow {
 
     tile.clear();
     float largest_signal = -infinity<float>();
-    for (int k = 0; k < args.teachers; ++k) absorb_teacher_row(k, student, at_label, largest_signal);
+    const float log_s = log_of(student.sum);
+    for (int k = 0; k < args.teachers; ++k) absorb_teacher_row(k, student, log_s, at_label, largest_signal);
     group.sync();  // the summaries are there
     const bool exists = row.index < args.rows;
     const int lane = group.rank() % group.lanes();
     const bool writes = exists && group.rank() < group.lanes();
-    const Mixture mixture = mix<kind>(args, row, summaries, lane, group.lanes(), writes);
+    const Mixture mixture = mix<kind>(args, terms, row, summaries, lane, group.lanes(), writes);
     if (!exists) return;
     if (group.rank() == 0) write_row(args, row, student, ce, mixture);
     if (args.gradient.data != nullptr) write_gradient(student, at_label, mixture);

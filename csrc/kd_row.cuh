@@ -41,8 +41,8 @@ MTKD_DEVICE float given_weight(const KDForward<float>& args, int k, int64_t row)
 }
 
 // The weight that teacher k is known to have before it is read: the given one, or 1/K.
-MTKD_DEVICE float known_weight(const KDForward<float>& args, int k, const Row& row) {
-  if (args.rule != WeightRule::given) return 1.0f / args.teachers;
+MTKD_DEVICE float known_weight(const KDForward<float>& args, const Terms& terms, int k, const Row& row) {
+  if (args.rule != WeightRule::given) return terms.equal_weight;
   return row.counts ? given_weight(args, k, row.index) : 0.0f;
 }
 
@@ -89,9 +89,10 @@ MTKD_DEVICE TeacherSummary* summaries_of(const Group& group, char* shared) {
 }
 
 // All but the divergence and the slope.
-template <Kind kind>
+template <Kind kind, bool may_be_computed = true>
 MTKD_DEVICE TeacherSummary summarise(const TeacherState& t, float label_logit, WeightRule rule) {
   TeacherSummary summary{0.0f, 0.0f, t.max, t.sum, 0.0f};
+  if (!may_be_computed) return summary;
   const bool apart = kind == Kind::dkd;
   if (rule == WeightRule::confidence) {
     summary.signal =
@@ -107,9 +108,9 @@ struct LabelLogits {
 };
 
 template <Kind kind>
-MTKD_DEVICE void set_divergence(TeacherSummary& t, float cross, const SoftmaxState<float>& student,
+MTKD_DEVICE void set_divergence(TeacherSummary& t, float cross, const SoftmaxState<float>& student, float log_s,
                                 LabelLogits at_label, float beta, const Terms& terms) {
-  const float log_t = log_of(t.sum), log_s = log_of(student.sum);
+  const float log_t = log_of(t.sum);
   t.divergence = kind == Kind::reverse_kl ? kl_from_sums(cross, student.sum, log_s, t.sum, log_t, terms.inv_t)
                                           : kl_from_sums(cross, t.sum, log_t, student.sum, log_s, terms.inv_t);
   if constexpr (kind == Kind::dkd) {
@@ -142,8 +143,8 @@ struct Mixture {
 // Weights, divergences and their sums, the lanes of a warp sharing the teachers. Writes the teachers' row_stats, if
 // asked and wanted.
 template <Kind kind>
-MTKD_DEVICE Mixture mix(const KDForward<float>& args, const Row& row, const Summaries& teachers, int lane, int lanes,
-                        bool write) {
+MTKD_DEVICE Mixture mix(const KDForward<float>& args, const Terms& terms, const Row& row, const Summaries& teachers,
+                        int lane, int lanes, bool write) {
   const int n = args.teachers;
   const bool computed = args.rule == WeightRule::confidence || args.rule == WeightRule::entropy;
   Mixture mixture;
@@ -166,7 +167,7 @@ MTKD_DEVICE Mixture mix(const KDForward<float>& args, const Row& row, const Summ
   const RowStats stats{n};
   for (int k = lane; k < n; k += lanes) {
     const TeacherSummary t = teachers[k];
-    float w = known_weight(args, k, row);
+    float w = known_weight(args, terms, k, row);
     if (computed) {
       const float value = args.rule == WeightRule::confidence ? relative_exp(t.signal, max) : t.signal;
       w = mixture.by_signal == 0 ? mixture.plain : (1 - value / sum) / (n - 1);

@@ -3,18 +3,20 @@
 //
 //   classes            a row lies in                              kernel                       units    because of
 //   up to 256          lanes of a warp, 8 columns in registers    kd_resident, LaneGroup       K + 2    (1)
-//   up to 6144         a block, 8 or 16 columns in registers      kd_resident, BlockGroup      K + 2    (2)
-//   up to n · 8192     n blocks, two to a multiprocessor: logits  kd_resident, SharedTile      K + 2    (3)
-//                      in shared memory, sums in registers
+//   up to 1024         a warp: logits in shared memory, sums of   kd_resident, SharedTile      K + 2    (2)
+//                      32 columns in registers
+//   up to n · 8192     n blocks, of as few warps as have sums     kd_resident, SharedTile      K + 2    (3)
+//                      of 64 columns in registers, two or more
+//                      to a multiprocessor
 //   up to n · 16384    n blocks, one to a multiprocessor          kd_resident, SharedTile      K + 2    (3)
 //   else               memory                                     kd_streaming, kd_backward    2K + 3   (4)
 //
-// (1) A merge is 5 shuffles a field and no barrier; many rows a block. (2) 4096 are 512 threads of 128 registers, 6144
-// are 384 of 168; beyond, the sums of a column leave no room for its logits. Elementwise divergences: 8 columns, 4096,
-// for their logarithms. (3) n is 1, or 2, 4, 8 or 16 blocks of a cluster (sm_90 and later); two to a multiprocessor are
-// tried first, for all n. 65536 registers hold two sums of 16384 columns, or one and 16 warps to hide what they wait
-// for. Less where shared memory is small, and 7 columns less for class counts that are no multiple of 8. (4) Two
-// sweeps. Where no gradient is asked for, rows beyond (2) stream too, K + 1 units either way, unless an elementwise
+// (1) A merge is 5 shuffles a field and no barrier; many rows a block. (2) The same of whole warps, twelve to a
+// multiprocessor, each with its next rows on their way. (3) n is 1, or 2, 4, 8 or 16 blocks of a cluster (sm_90 and
+// later). More than one block to a multiprocessor are tried first, for all n, so that one reads while another begins,
+// merges or ends; 65536 registers hold two sums of 16384 columns, or one and the exponentials of a teacher. Less where
+// shared memory is small, and 7 columns less for class counts that are no multiple of 8. (4) Two sweeps. Where no
+// gradient is asked for, rows that would take a cluster stream too, K + 1 units either way, unless an elementwise
 // divergence would sweep twice.
 //
 // Rows that are pixels of planes, of a student [B, C, H, W]: neighbouring threads have neighbouring pixels, so that 32
@@ -41,6 +43,7 @@ enum class Strategy { registers, pixels, shared_memory, streaming, streaming_pix
 // Where a row of shared memory lies: in so many blocks of so many threads, with room for so many rows as they come.
 struct Placement {
   int blocks = 0;  // none: it fits nowhere
+  bool is_short = false;
   int threads = 0;
   int places = 0;
 };
@@ -81,9 +84,9 @@ const char* with_kind(Divergence divergence, const Launch& launch) {
 }
 
 template <typename Launch>
-const char* with_kernel(const KDForward<float>& args, const Launch& launch) {
-  return with_kind(args.divergence, [&](auto kind) {
-    return has_two_sums(args.rule) ? launch(kind, Sums<true>{}) : launch(kind, Sums<false>{});
+const char* with_kernel(Divergence divergence, WeightRule rule, const Launch& launch) {
+  return with_kind(divergence, [&](auto kind) {
+    return has_two_sums(rule) ? launch(kind, Sums<true>{}) : launch(kind, Sums<false>{});
   });
 }
 
@@ -91,11 +94,6 @@ const char* with_kernel(const KDForward<float>& args, const Launch& launch) {
 
 constexpr int kLaneThreads = 128;
 constexpr int kLaneColumns = kWarp * kChunk;
-constexpr int kTileThreads = 512;  // 128 registers a thread
-constexpr int kNarrowColumns = kTileThreads * kChunk;
-constexpr int kWideTileThreads = 384;  // 168 registers a thread
-constexpr int kWideColumns = kWideTileThreads * 2 * kChunk;
-
 // 2, 4, ... up to a warp: the lanes that share a row.
 inline int lane_width(int64_t classes) {
   int width = 1;
@@ -106,27 +104,11 @@ inline int lane_width(int64_t classes) {
 inline LaunchShape lane_shape(const ResidentArgs& args, int threads) {
   const int rows_in_block = threads / args.group_width;
   const int64_t shared_bytes =
-      summary_bytes(rows_in_block * args.teachers) + RegisterTile<kChunk, false>::shared_bytes(args, threads);
+      summary_bytes(rows_in_block * args.teachers) + RegisterTile<false>::shared_bytes(args, threads);
   return {at_most_grid(ceil_div(args.rows, rows_in_block)), threads, static_cast<int>(shared_bytes)};
 }
 
-template <int N>
-LaunchShape block_shape(const KDArgs<float>& args) {
-  const int threads = static_cast<int>(ceil_div(ceil_div(args.classes, N), kWarp)) * kWarp;
-  const int64_t shared_bytes =
-      BlockGroup::scratch_bytes() + summary_bytes(args.teachers) + RegisterTile<N, false>::shared_bytes(args, threads);
-  return {at_most_grid(args.rows), threads, static_cast<int>(shared_bytes)};
-}
-
-// Two chunks a thread leave an elementwise divergence no registers for its logarithms.
-constexpr bool has_registers(Kind kind, int columns) { return columns == kChunk || kind != Kind::elementwise; }
-
-inline bool fits_in_registers(const KDArgs<float>& args, int device) {
-  if (args.classes <= kNarrowColumns) return true;
-  const int limit = device::shared_memory_limit(device);
-  return args.classes <= kWideColumns && !is_elementwise(args.divergence) &&
-         block_shape<2 * kChunk>(args).shared_bytes <= limit;
-}
+inline bool fits_in_registers(const KDArgs<float>& args) { return args.classes <= kLaneColumns; }
 
 // ------------------------------------------------------------------------------------------------------------ pixels
 
@@ -197,65 +179,94 @@ inline bool pixels_fit_in_registers(const KDArgs<float>& args, int device) {
 
 // -------------------------------------------------------------------------------------------------- in shared memory
 
-// Rows in shared memory, whose sums are registers: 32 of 512 threads, or 64, or twice as many, of 256. The elementwise
-// divergences' logarithms and DKD's target want more than 128 registers.
-constexpr int kBlockColumns = 16384;
-constexpr int columns_of_thread(Kind kind, bool two_sums) {
-  return two_sums || kind == Kind::elementwise || kind == Kind::dkd ? 64 : 32;
+// Columns of a thread, whose sums are registers, and the threads that a multiprocessor has registers for, 255 or 168 a
+// thread. Beside one sum they hold the exponentials of a teacher too. A merge costs a warp as much as three or four
+// chunks: so as few warps have a row as can hold it. One of 32 columns leaves registers for twelve, not eight; but
+// DKD's target wants more.
+struct Layout {
+  int columns, threads;
+  bool keeps_exponentials;
+};
+constexpr Layout layout_of(Kind kind, bool two_sums, bool is_short) {
+  const bool keeps = kind == Kind::forward_kl && !two_sums;
+  return is_short && kind != Kind::dkd ? Layout{32, 384, keeps} : Layout{64, 256, keeps};
 }
-constexpr int most_threads(Kind kind, bool two_sums) { return kBlockColumns / columns_of_thread(kind, two_sums); }
+constexpr int kShortRow = kWarp * 32;  // classes
 
-template <Kind kind, bool two, typename Group>
-constexpr auto in_shared_memory =
-    kd_resident<kind, two, Group, SharedTile<columns_of_thread(kind, two), two>, most_threads(kind, two)>;
+template <Kind kind, bool two, typename Group, bool is_short>
+constexpr auto in_shared_memory = kd_resident<
+    kind, two, Group,
+    SharedTile<layout_of(kind, two, is_short).columns, two, layout_of(kind, two, is_short).keeps_exponentials>,
+    layout_of(kind, two, is_short).threads>;
+
+// Calls launch(the kernel) for a row that lies in so many blocks.
+template <typename Launch>
+const char* with_shared_kernel(const KDArgs<float>& args, WeightRule rule, Placement at, const Launch& launch) {
+  return with_kernel(args.divergence, rule, [&](auto kind, auto sums) {
+    constexpr Kind of = decltype(kind)::value;
+    constexpr bool two = decltype(sums)::value;
+    if (at.blocks > 1) return launch(in_shared_memory<of, two, ClusterGroup, false>);
+    if (at.is_short) return launch(in_shared_memory<of, two, BlockGroup, true>);
+    return launch(in_shared_memory<of, two, BlockGroup, false>);
+  });
+}
 
 inline int64_t shared_bytes(const KDArgs<float>& args, Placement at) {
   const int scratch = at.blocks > 1 ? ClusterGroup::scratch_bytes() : BlockGroup::scratch_bytes();
   return scratch + summary_bytes(args.teachers) + shared_tile_bytes(args, at.blocks, at.places);
 }
 
+inline LaunchShape shared_tile_shape(const KDArgs<float>& args, Placement at) {
+  return {0, at.threads, static_cast<int>(shared_bytes(args, at)), at.blocks};
+}
+
 // As many blocks as run side by side, so that each goes on from row to row.
 template <typename Args>
-LaunchShape shared_tile_shape(void (*kernel)(Args), const KDArgs<float>& args, Placement at, int device) {
-  LaunchShape shape{0, at.threads, static_cast<int>(shared_bytes(args, at)), at.blocks};
+LaunchShape resident_shape(void (*kernel)(Args), const KDArgs<float>& args, Placement at, int device) {
+  LaunchShape shape = shared_tile_shape(args, at);
   const int64_t most = std::max<int64_t>(1, device::side_by_side(kernel, shape, device));
   shape.blocks = std::min(args.rows, most) * at.blocks;
   return shape;
 }
 
 inline bool has_room_for_cluster(const KDArgs<float>& args, WeightRule rule, Placement at, int device) {
-  const LaunchShape shape{0, at.threads, static_cast<int>(shared_bytes(args, at)), at.blocks};
   int64_t clusters = 0;
-  with_kind(args.divergence, [&](auto kind) -> const char* {
-    constexpr Kind of = decltype(kind)::value;
-    clusters = has_two_sums(rule) ? device::side_by_side(in_shared_memory<of, true, ClusterGroup>, shape, device)
-                                  : device::side_by_side(in_shared_memory<of, false, ClusterGroup>, shape, device);
+  with_shared_kernel(args, rule, at, [&](auto kernel) -> const char* {
+    clusters = device::side_by_side(kernel, shared_tile_shape(args, at), device);
     return nullptr;
   });
   return clusters > 0;
 }
 
-// With as many places as fit, if one does. Of half the threads two blocks share a multiprocessor.
-inline Placement placement_in(int blocks, bool half, const KDArgs<float>& args, WeightRule rule, int device) {
-  const int threads = most_threads(kind_of(args.divergence), has_two_sums(rule)) / (half ? 2 : 1);
-  if (chunks_of_block(args.classes, blocks) * kChunk > kBlockColumns / (half ? 2 : 1)) return {};
-  const int limit = half ? device::shared_memory_of_two(device) : device::shared_memory_limit(device);
-  for (int places = kMostPlaces; places > 0; --places) {
-    const Placement at{blocks, threads, places};
-    if (shared_bytes(args, at) <= limit) return at;
+// Of as few warps as hold the row, but at least so many; of as many as there are registers for beside the other blocks
+// of the multiprocessor: `beside` or more in all, each with room for `places` or more.
+inline Placement placement_in(Placement at, int beside, int places, const KDArgs<float>& args, WeightRule rule,
+                              int device) {
+  const Layout layout = layout_of(kind_of(args.divergence), has_two_sums(rule), at.is_short);
+  const int64_t columns = chunks_of_block(args.classes, at.blocks) * kChunk;
+  const int64_t threads = std::max<int64_t>(at.threads, ceil_div(ceil_div(columns, layout.columns), kWarp) * kWarp);
+  if (threads > layout.threads) return {};
+  const int most = layout.threads / static_cast<int>(threads);
+  at.threads = layout.threads / most / kWarp * kWarp;
+  const device::SharedMemory memory = device::shared_memory(device);
+  for (int share = most; share >= beside; --share) {
+    for (at.places = kMostPlaces; at.places >= places; --at.places) {
+      if (shared_bytes(args, at) <= memory.of_block(share)) return at;
+    }
   }
   return {};
 }
 
-// In turn: two blocks a multiprocessor, so that one reads while the other begins a row, ends it or waits for its
-// cluster, and two places, so that a teacher is on its way while another is worked on; one block; one place. Each with
+// In turn: two places, so that one row is on its way while another is worked on, and two blocks a multiprocessor or
+// more, so that one reads while another begins a row, ends it or waits for its cluster; one block; one place. Each with
 // the fewest blocks, a power of two.
 inline Placement placement_of(const KDArgs<float>& args, WeightRule rule, int device) {
-  for (int places = 2; places > 0; --places) {
-    for (const bool half : {true, false}) {
+  for (const int places : {2, 1}) {
+    for (const int beside : {2, 1}) {
       for (int blocks = 1; blocks <= kMaxCluster; blocks *= 2) {
-        const Placement at = placement_in(blocks, half, args, rule, device);
-        if (at.places >= places && (blocks == 1 || has_room_for_cluster(args, rule, at, device))) return at;
+        const bool is_short = blocks == 1 && args.classes <= kShortRow;
+        const Placement at = placement_in({blocks, is_short}, beside, places, args, rule, device);
+        if (at.blocks == 1 || (at.blocks > 1 && has_room_for_cluster(args, rule, at, device))) return at;
       }
     }
   }
@@ -271,16 +282,16 @@ inline Selection selection_of(const KDForward<float>& args, int device) {
     if (pixels_fit_in_registers(args, device)) return {Strategy::pixels, {}};
     if (!writes) return {Strategy::streaming_pixels, {}};
   }
-  if (fits_in_registers(args, device)) return {Strategy::registers, {}};
-  const bool stays = writes || is_elementwise(args.divergence);
-  const Placement at = stays ? placement_of(args, args.rule, device) : Placement{};
-  return at.blocks > 0 || writes ? Selection{Strategy::shared_memory, at} : Selection{Strategy::streaming, {}};
+  if (fits_in_registers(args)) return {Strategy::registers, {}};
+  const Placement at = placement_of(args, args.rule, device);
+  const bool stays = writes || at.blocks == 1 || (at.blocks > 1 && is_elementwise(args.divergence));
+  return stays ? Selection{Strategy::shared_memory, at} : Selection{Strategy::streaming, {}};
 }
 
 // Whether there is a kernel that writes the gradient in the forward.
 inline bool stays_on_chip(const KDArgs<float>& args, WeightRule rule, int device) {
   if (along_pixels(args)) return pixels_fit_in_registers(args, device);
-  return fits_in_registers(args, device) || placement_of(args, rule, device).blocks > 0;
+  return fits_in_registers(args) || placement_of(args, rule, device).blocks > 0;
 }
 
 }  // namespace mtkd_fast

@@ -1,6 +1,7 @@
 // Long rows: logits in shared memory, N columns a thread in pieces of a chunk. Only the sums are registers, so that a
 // teacher's logits cost two reads of shared memory, and nothing that is written there. Each block of the group has a
-// stretch of the row, and of its chunks piece j is number thread + j·threads.
+// stretch of the row, and each warp one of that, of whose chunks piece j is number lane + 32·j: pieces lie a constant
+// apart.
 //
 // Rows come in turn into a few places, the students too: what comes next, also of the next row, is on its way while
 // this teacher is worked on, and while a row ends and the next begins. Shared memory: [places, rows as they come;
@@ -28,8 +29,10 @@ struct SharedArgs : ResidentArgs {
   int place_words;  // of 16 bytes, in one
   int student_at;   // words from the first place to the student's floats
   int pitch;        // chunks that a block has, but for the last ones
-  bool in_step, in_bulk;
-  bool moves;  // halves and floats in turns: threads copy to where others may still read
+  int warp_pitch;   // and a warp
+  bool in_step = false, in_bulk = false;
+  bool odd_ends = false;  // in step, of an odd class count: the first and the last chunk are in part
+  bool moves = false;     // halves and floats in turns: threads copy to where others may still read
 };
 
 // In shared memory, before the places.
@@ -42,7 +45,10 @@ struct alignas(Words) Feed {
 
 // The columns of the longest row, counted from the first chunk.
 MTKD_HD int64_t columns_of_row(int64_t classes) { return classes % kChunk == 0 ? classes : classes + kChunk - 1; }
-MTKD_HD int64_t chunks_of(int64_t columns) { return (columns + kChunk - 1) / kChunk; }
+template <typename Int>
+MTKD_HD Int chunks_of(Int columns) {
+  return (columns + kChunk - 1) / kChunk;
+}
 
 inline int64_t chunks_of_block(int64_t classes, int blocks) {
   return (chunks_of(columns_of_row(classes)) + blocks - 1) / blocks;
@@ -76,21 +82,23 @@ inline bool all_in_step(const KDForward<float>& args) {
   return all;
 }
 
-template <int N, bool two_sums>
+template <int N, bool two_sums, bool keeps>
 struct SharedTile : RegisterSums<N, two_sums> {
   static constexpr int kWidth = kChunk;
   static constexpr int kChunks = 1;
   static constexpr int kPieces = N / kChunk;
   static constexpr bool kReadsOn = true;
+  static constexpr bool kKeepsExponentials = keeps;
   using Args = SharedArgs;
 
   const SharedArgs& args;
   Feed* const feed;
   Words *const places, *const s;
-  const int first;   // chunk of the row
-  int lead_, count;  // of this row: columns, chunks of this block
-  int latest;        // the place that has arrived last, counted round
-  const Words* t;    // and where that is
+  const int first;            // chunk of the row
+  const int begin, warp_end;  // this thread's first chunk of the block, and where its warp's end
+  int lead_, count;           // of this row: columns, chunks up to this warp's end
+  int latest;                 // the place that has arrived last, counted round
+  const Words* t;             // and where that is
   DType dtype;
   bool is_there;
   unsigned phases = 0;  // a bit for every place: the parity of its mailbox
@@ -102,6 +110,8 @@ struct SharedTile : RegisterSums<N, two_sums> {
         places(reinterpret_cast<Words*>(feed + 1)),
         s(places + args.student_at),
         first(rank / device::block_threads() * args.pitch),
+        begin(device::thread_index() / kWarp * args.warp_pitch + device::thread_index() % kWarp),
+        warp_end((device::thread_index() / kWarp + 1) * args.warp_pitch),
         latest(args.places - 1) {
     static_assert(sizeof(Feed) % sizeof(Words) == 0, "");
     if (device::thread_index() == 0) {
@@ -122,9 +132,9 @@ struct SharedTile : RegisterSums<N, two_sums> {
   MTKD_DEVICE bool has(int j) const { return at(j) < count; }
   MTKD_DEVICE int64_t chunk(int j, int) const { return first + at(j); }
 
-  MTKD_DEVICE void begin_row(const RowPosition& position) {
-    lead_ = lead_of(args.student, position);
-    count = chunks_up_to(chunks_of(args.classes + lead_));
+  MTKD_DEVICE void begin_row(int64_t row) {
+    lead_ = lead_of(first_element(args.student, row));
+    count = own_up_to(chunks_of(classes() + lead_));
   }
 
   // By all threads, when they are done with what has arrived. Between two of them the block meets.
@@ -137,44 +147,62 @@ struct SharedTile : RegisterSums<N, two_sums> {
   }
   MTKD_DEVICE void teacher_arrives(int, DType dtype, bool) {
     this->dtype = dtype;
+    is_there = true;
     arrives();
   }
 
-  MTKD_DEVICE void student(int j, float (&x)[kChunk]) const {
-    decode(is_there ? get(j, dtype) : empty_chunk(dtype), dtype, x);
-  }
+  // Of a student that is not read nothing, on which nothing then depends.
   MTKD_DEVICE void shift_student(float max) const {
-#pragma unroll 1
-    for (int j = 0; has(j); ++j) {
-      float x[kChunk];
-      student(j, x);
+    each_piece_of_student<1, true>([&](int j, float (&x)[kChunk]) {
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) x[i] = shifted(x[i], max);
       const RawChunk floats = encode(x, DType::f32);
       s[low(j)] = floats.low;
       s[high(j)] = floats.high;
-    }
+    });
   }
   MTKD_DEVICE void student_less(int j, float, float (&x)[kChunk]) const {
     decode({s[low(j)], s[high(j)]}, DType::f32, x);
   }
+  // Of this thread's columns; halves as they came, two at a time. NaN is passed over.
+  MTKD_DEVICE float largest_arrived() const {
+    float max = -infinity<float>();
+    with_dtype([&](DType dtype) {
+      RawChunk largest = empty_chunk(dtype);
+#pragma unroll
+      for (int j = 0; j < kPieces && is_there && has(j); ++j) {
+        const RawChunk raw = get(j, dtype);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          largest.low.word[i] = larger_of_words(largest.low.word[i], raw.low.word[i], dtype);
+          if (dtype == DType::f32) {
+            largest.high.word[i] = larger_of_words(largest.high.word[i], raw.high.word[i], dtype);
+          }
+        }
+      }
+      float x[kChunk];
+      decode(largest, dtype, x);
+      max = mtkd_fast::largest(x, max);
+    });
+    return max;
+  }
+  template <int unrolled, bool for_each_dtype, typename Step>
+  MTKD_DEVICE void each_piece_of_student(const Step& step) const {
+    each_piece_that_arrived<unrolled, for_each_dtype>(step);
+  }
   template <int unrolled, bool for_each_dtype, typename Step>
   MTKD_DEVICE void each_piece_of_teacher(const Step& step) const {
-    if (for_each_dtype) {
-      with_dtype([&](DType dtype) { each_piece_of<unrolled>([&](int j, auto& x) { read(j, dtype, x); }, step); });
-    } else {
-      each_piece_of<unrolled>([&](int j, auto& x) { with_dtype([&](DType dtype) { read(j, dtype, x); }); }, step);
-    }
+    each_piece_that_arrived<unrolled, for_each_dtype>(step);
   }
 
  private:
-  MTKD_DEVICE static int at(int j) { return device::thread_index() + j * device::block_threads(); }
+  MTKD_DEVICE int at(int j) const { return begin + j * kWarp; }
 
   // A chunk of floats is two neighbouring Words. Of the student's every other four threads have the second half first,
   // so that eight threads, which shared memory serves at a time, touch all banks.
   MTKD_DEVICE static int swapped() { return device::thread_index() / 4 % 2; }
-  MTKD_DEVICE static int low(int j) { return 2 * at(j) + swapped(); }
-  MTKD_DEVICE static int high(int j) { return low(j) ^ 1; }
+  MTKD_DEVICE int low(int j) const { return 2 * at(j) + swapped(); }
+  MTKD_DEVICE int high(int j) const { return 2 * at(j) + (swapped() ^ 1); }
 
   // As it came; floats in the same order of accesses, exchanged afterwards.
   MTKD_DEVICE RawChunk get(int j, DType dtype) const {
@@ -202,8 +230,17 @@ struct SharedTile : RegisterSums<N, two_sums> {
       f(DType::f16);
     }
   }
+  template <int unrolled, bool for_each_dtype, typename Step>
+  MTKD_DEVICE void each_piece_that_arrived(const Step& step) const {
+    if (!is_there) return;
+    if (for_each_dtype) {
+      with_dtype([&](DType dtype) { each_piece<unrolled>([&](int j, auto& x) { read(j, dtype, x); }, step); });
+    } else {
+      each_piece<unrolled>([&](int j, auto& x) { with_dtype([&](DType dtype) { read(j, dtype, x); }); }, step);
+    }
+  }
   template <int unrolled, typename Read, typename Step>
-  MTKD_DEVICE void each_piece_of(const Read& read_piece, const Step& step) const {
+  MTKD_DEVICE void each_piece(const Read& read_piece, const Step& step) const {
 #pragma unroll unrolled
     for (int j = 0; j < kPieces; ++j) {
       if (!has(j)) break;
@@ -216,13 +253,22 @@ struct SharedTile : RegisterSums<N, two_sums> {
   // ------------------------------------------------------------------------------------------------------- on its way
 
   MTKD_DEVICE Words* place(int i) const { return places + i * args.place_words; }
-  MTKD_DEVICE int chunks_up_to(int64_t end) const {  // of this block
-    const int64_t left = end - first;
-    return left < 0 ? 0 : left < args.pitch ? static_cast<int>(left) : args.pitch;
+  MTKD_DEVICE int classes() const { return static_cast<int>(args.classes); }
+  MTKD_DEVICE int chunks_up_to(int end) const {  // of this block
+    const int left = end - first;
+    return left < 0 ? 0 : left < args.pitch ? left : args.pitch;
   }
-  MTKD_DEVICE int lead_of(const Logits& x, const RowPosition& at) const {
-    if (!args.in_step) return 0;
-    return static_cast<int>((at.outer * x.outer_stride + at.inner * x.inner_stride) % kChunk);
+  MTKD_DEVICE int own_up_to(int end) const {
+    const int chunks = chunks_up_to(end);
+    return chunks < warp_end ? chunks : warp_end;
+  }
+  MTKD_DEVICE int64_t first_element(const Logits& x, int64_t row) const {
+    if (args.inner == 1) return row * x.outer_stride;
+    const RowPosition at = row_position(row, args.inner);
+    return at.outer * x.outer_stride + at.inner * x.inner_stride;
+  }
+  MTKD_DEVICE int lead_of(int64_t first_element) const {
+    return args.odd_ends ? static_cast<int>(first_element % kChunk) : 0;
   }
 
   MTKD_DEVICE void fetch_into(int free) {
@@ -241,31 +287,26 @@ struct SharedTile : RegisterSums<N, two_sums> {
       if (args.in_bulk) {
         device::sync_warp();
         const int warps = device::block_threads() / kWarp;
-        if (device::thread_index() % kWarp == 0 && device::count(&feed->done) == warps - 1) {
+        if (device::thread_index() % kWarp == 0 && (warps == 1 || device::count(&feed->done) == warps - 1)) {
           feed->done = 0;
           if (exists) fetch_in_bulk(reading, to, &feed->arrived[free]);
         }
       }
     }
-    if (!exists || (args.in_bulk && args.classes % kChunk == 0)) return;
-    const RowPosition position = row_position(reading.row, args.inner);
+    if (!exists || (args.in_bulk && !args.odd_ends)) return;
     const Logits& logits = logits_of(args, reading.which);
-    const int lead = lead_of(logits, position);
-    const InputRow row = led_row(logits, position, lead);
+    const int lead = lead_of(first_element(logits, reading.row));
+    InputRow row = input_row(logits, row_position(reading.row, args.inner));
+    row.data -= lead * element_size(logits.dtype);
     if (!args.in_bulk) {
-      fetch_own(row, args.classes + lead, to);
+      fetch_own(row, classes() + lead, to);
     } else {
       fetch_ends(row, lead, to);
     }
   }
-  MTKD_DEVICE static InputRow led_row(const Logits& logits, const RowPosition& position, int lead) {
-    InputRow row = input_row(logits, position);
-    row.data -= lead * element_size(logits.dtype);
-    return row;
-  }
 
-  MTKD_DEVICE void fetch_own(const InputRow& row, int64_t end, Words* to) const {
-    const int own = chunks_up_to(chunks_of(end)), words = row.dtype == DType::f32 ? 2 : 1;
+  MTKD_DEVICE void fetch_own(const InputRow& row, int end, Words* to) const {
+    const int own = own_up_to(chunks_of(end)), words = row.dtype == DType::f32 ? 2 : 1;
 #pragma unroll 1
     for (int j = 0; at(j) < own; ++j) {
       Words* const here = to + words * at(j);
@@ -279,19 +320,20 @@ struct SharedTile : RegisterSums<N, two_sums> {
 
   // The chunks that are wholly of the row, by one thread.
   MTKD_DEVICE void fetch_in_bulk(const Reading& reading, Words* to, Mailbox* box) const {
-    const RowPosition position = row_position(reading.row, args.inner);
     const Logits& logits = logits_of(args, reading.which);
-    const int lead = lead_of(logits, position), words = logits.dtype == DType::f32 ? 2 : 1;
-    const int begin = first == 0 && lead > 0 ? 1 : 0, end = chunks_up_to((args.classes + lead) / kChunk);
+    const int64_t element = first_element(logits, reading.row);
+    const int lead = lead_of(element), words = logits.dtype == DType::f32 ? 2 : 1;
+    const int begin = first == 0 && lead > 0 ? 1 : 0, end = chunks_up_to((classes() + lead) / kChunk);
     const int bytes = end > begin ? (end - begin) * words * static_cast<int>(sizeof(Words)) : 0;
     device::expect(box, bytes);
     if (bytes == 0) return;
+    const int64_t chunk = element / kChunk + first + begin;
     device::order_bulk_copies();
-    device::copy_bulk(to + begin * words, chunk_words(led_row(logits, position, lead), first + begin), bytes, box);
+    device::copy_bulk(to + begin * words, static_cast<const Words*>(logits.data) + chunk * words, bytes, box);
   }
   // Those that are in part, each by the thread that will look at it.
   MTKD_DEVICE void fetch_ends(const InputRow& row, int lead, Words* to) const {
-    const int64_t end = args.classes + lead;
+    const int end = classes() + lead;
     const int words = row.dtype == DType::f32 ? 2 : 1;
     const bool leads = first == 0 && lead > 0 && device::thread_index() == 0;
     const int tail = own_end(lead);
@@ -300,15 +342,14 @@ struct SharedTile : RegisterSums<N, two_sums> {
   }
   // The chunk in which the row ends, if that is in part and this thread's; or −1.
   MTKD_DEVICE int own_end(int lead) const {
-    const int64_t end = args.classes + lead, tail = end / kChunk - first;
-    if (end % kChunk == 0 || tail < 0 || tail >= args.pitch) return -1;
-    const int chunk = static_cast<int>(tail);
-    return chunk % device::block_threads() == device::thread_index() ? chunk : -1;
+    const int end = classes() + lead, tail = end / kChunk - first;
+    if (end % kChunk == 0 || tail >= args.pitch) return -1;
+    return tail < warp_end && tail >= begin && (tail - begin) % kWarp == 0 ? tail : -1;
   }
 
   MTKD_DEVICE void arrives() {
     latest = latest + 1 == args.places ? 0 : latest + 1;
-    wait_for_all_but(args.places - 1);
+    if (!args.in_bulk || args.odd_ends) wait_for_all_but(args.places - 1);
     if constexpr (device::kHasBulkCopies) {
       if (args.in_bulk) {
         device::await_copies(&feed->arrived[latest], phases >> latest & 1);
@@ -317,7 +358,7 @@ struct SharedTile : RegisterSums<N, two_sums> {
     }
     Words* const here = place(latest);
     t = here;
-    if (args.in_step && args.classes % kChunk != 0) close_ends(here);
+    if (args.odd_ends) close_ends(here);
   }
   MTKD_DEVICE static void wait_for_all_but(int pending) {
     static_assert(kMostPlaces == 4, "");
@@ -331,7 +372,7 @@ struct SharedTile : RegisterSums<N, two_sums> {
   MTKD_DEVICE void close_ends(Words* here) const {
     if (first == 0 && lead_ > 0 && device::thread_index() == 0) close(here, 0, 0, lead_);
     const int tail = own_end(lead_);
-    if (tail >= 0) close(here, tail, static_cast<int>((args.classes + lead_) % kChunk), kChunk);
+    if (tail >= 0) close(here, tail, (classes() + lead_) % kChunk, kChunk);
   }
   MTKD_DEVICE void close(Words* here, int chunk, int begin, int end) const {
     const uint32_t nothing = empty_chunk(dtype).low.word[0];

@@ -1,6 +1,6 @@
-// How the states of row_stats.h absorb several columns at once and merge across lanes. A thread's columns are
-// exponentiated relative to the largest of them, so one column costs one exponential; a maximum is raised once for all
-// of them.
+// How the states of row_stats.h take several columns at once and merge across lanes. Columns are exponentiated relative
+// to state.max, so one column costs one exponential. A state adds columns of which none is larger; before it absorbs
+// others its maximum is raised, once for all of them.
 #pragma once
 
 #include "chunk.cuh"
@@ -23,8 +23,9 @@ enum class AtOne : int { same, squared, squared_twice, own };
 
 // What the numbers of a call have in common.
 struct Terms {
-  float inv_t;    // 1/τ
-  float log2e_t;  // log2(e)/τ: e^{d/τ} = 2^{d·log2e_t}
+  float inv_t;         // 1/τ
+  float log2e_t;       // log2(e)/τ: e^{d/τ} = 2^{d·log2e_t}
+  float equal_weight;  // 1/K
   AtOne at_one;
   bool teacher_sum1;   // Σ e^{t−max} is wanted (cross-entropies, entropies)
   bool teacher_dot1;   // Σ e^{t−max}(t−max) is wanted (entropies)
@@ -37,6 +38,7 @@ MTKD_DEVICE Terms terms_of(const KDArgs<float>& args, WeightRule rule) {
   const float t = args.temperature;
   terms.inv_t = 1.0f / t;
   terms.log2e_t = device::kLog2E / t;
+  terms.equal_weight = 1.0f / args.teachers;
   terms.at_one = t == 1 ? AtOne::same : t == 2 ? AtOne::squared : t == 4 ? AtOne::squared_twice : AtOne::own;
   terms.teacher_sum1 = rule == WeightRule::confidence || rule == WeightRule::entropy;
   terms.teacher_dot1 = rule == WeightRule::entropy;
@@ -147,25 +149,16 @@ MTKD_DEVICE void set_apart(const Columns& columns, float* x) {
 
 // ------------------------------------------------------------------------------------------------------------- student
 
-// What `columns` leave out is −inf in x, and does not count in `total`. Returns how the maximum rose.
+// What `columns` leave out is −inf in x, and does not count in `total`.
 template <int N>
-MTKD_DEVICE Raise<float> absorb_student(SoftmaxState<float>& state, const float (&x)[N],
-                                        const Columns (&columns)[N / kChunk], const Terms& terms) {
-  const float max = largest(x, state.max);
-  Raise<float> by = unraised();
-  if (max > state.max) {
-    if (state.max != -infinity<float>()) {
-      by = Raise<float>(state.max, max, terms.inv_t);
-      raise(state, max, by);
-    }
-    state.max = max;
-  }
+MTKD_DEVICE void add_student(SoftmaxState<float>& state, const float (&x)[N], const Columns (&columns)[N / kChunk],
+                             const Terms& terms) {
 #pragma unroll
   for (int c = 0; c < N / kChunk; ++c) {
     float dx[kChunk], e[kChunk];
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
-      dx[i] = shifted(x[c * kChunk + i], max);
+      dx[i] = shifted(x[c * kChunk + i], state.max);
       e[i] = device::exp2(dx[i] * terms.log2e_t);
     }
     state.sum += sum_of_chunk(e);
@@ -180,6 +173,22 @@ MTKD_DEVICE Raise<float> absorb_student(SoftmaxState<float>& state, const float 
       state.count += count > 0 ? static_cast<float>(count) : 0.0f;
     }
   }
+}
+
+// Returns how the maximum rose.
+template <int N>
+MTKD_DEVICE Raise<float> absorb_student(SoftmaxState<float>& state, const float (&x)[N],
+                                        const Columns (&columns)[N / kChunk], const Terms& terms) {
+  const float max = largest(x, state.max);
+  Raise<float> by = unraised();
+  if (max > state.max) {
+    if (state.max != -infinity<float>()) {
+      by = Raise<float>(state.max, max, terms.inv_t);
+      raise(state, max, by);
+    }
+    state.max = max;
+  }
+  add_student(state, x, columns, terms);
   return by;
 }
 
@@ -229,19 +238,14 @@ MTKD_DEVICE void raise_teacher(TeacherState& state, float max, const Terms& term
 // ds[i]: the student's logits less its maximum; es[i]: e^{ds/τ}, used by reverse KL. Leaves e^{dx/τ} of the teacher
 // relative to state.max.
 template <Kind kind, bool long_row, int N>
-MTKD_DEVICE void absorb_teacher(TeacherState& state, const float (&x)[N], const float (&ds)[N], const float (&es)[N],
-                                const Terms& terms, float (&e)[N]) {
-  const float max = largest(x, state.max);
-  if (max > state.max) {
-    if (state.max != -infinity<float>()) raise_teacher<kind>(state, max, terms);
-    state.max = max;
-  }
+MTKD_DEVICE void add_teacher(TeacherState& state, const float (&x)[N], const float (&ds)[N], const float (&es)[N],
+                             const Terms& terms, float (&e)[N]) {
 #pragma unroll
   for (int c = 0; c < N; c += kChunk) {
     float dx[kChunk];
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
-      dx[i] = shifted(x[c + i], max);
+      dx[i] = shifted(x[c + i], state.max);
       e[c + i] = device::exp2(dx[i] * terms.log2e_t);
     }
     state.sum += sum_of_chunk(e + c);
@@ -263,6 +267,17 @@ MTKD_DEVICE void absorb_teacher(TeacherState& state, const float (&x)[N], const 
       state.sum1 += sum_at_one(e + c, dx, terms.at_one);
     }
   }
+}
+
+template <Kind kind, bool long_row, int N>
+MTKD_DEVICE void absorb_teacher(TeacherState& state, const float (&x)[N], const float (&ds)[N], const float (&es)[N],
+                                const Terms& terms, float (&e)[N]) {
+  const float max = largest(x, state.max);
+  if (max > state.max) {
+    if (state.max != -infinity<float>()) raise_teacher<kind>(state, max, terms);
+    state.max = max;
+  }
+  add_teacher<kind, long_row>(state, x, ds, es, terms, e);
 }
 
 template <Kind kind>

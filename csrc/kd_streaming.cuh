@@ -65,7 +65,7 @@ struct StreamingRow {
     if (terms.teacher_dot1) *field(k, 4) = state.dot1;
   }
 
-  MTKD_DEVICE bool reads(int k) const { return reads_teacher(args, row, known_weight(args, k, row)); }
+  MTKD_DEVICE bool reads(int k) const { return reads_teacher(args, row, known_weight(args, terms, k, row)); }
 
   MTKD_DEVICE int64_t chunk(int64_t tile, int c) const { return tile + static_cast<int64_t>(c) * group.size(); }
 
@@ -150,6 +150,7 @@ struct StreamingRow {
   MTKD_DEVICE void merge_teachers(const SoftmaxState<float>& own, const SoftmaxState<float>& student,
                                   float student_at_label) {
     const Raise<float> by(own.max, student.max, terms.inv_t);
+    const float log_s = log_of(student.sum);
     for (int k = 0; k < args.teachers; ++k) {
       TeacherSummary summary{};
       const bool read = reads(k);
@@ -162,7 +163,7 @@ struct StreamingRow {
         if (read && group.rank() == 0) {
           summary = summarise<kind>(state, at_label, args.rule);
           if constexpr (kind != Kind::elementwise) {
-            set_divergence<kind>(summary, state.cross, student, {at_label, student_at_label}, args.beta, terms);
+            set_divergence<kind>(summary, state.cross, student, log_s, {at_label, student_at_label}, args.beta, terms);
           }
         }
       }
@@ -237,7 +238,7 @@ struct StreamingRow {
     group.sync();  // the summaries are there
     if (group.rank() < group.lanes()) {
       const bool exists = row.index < args.rows;
-      const Mixture mixture = mix<kind>(args, row, summaries, group.rank(), group.lanes(), exists);
+      const Mixture mixture = mix<kind>(args, terms, row, summaries, group.rank(), group.lanes(), exists);
       const float ce = student_cross_entropy<kind>(args, row, student, at_label);
       if (exists && group.rank() == 0) write_row(args, row, student, ce, mixture);
     }

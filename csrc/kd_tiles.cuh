@@ -6,11 +6,11 @@
 //                                  one when a teacher has arrived
 //   fetch_next                     the same where the tile itself finds what comes next, on into the next row
 //                                  (kReadsOn): when the student is done with, or a teacher that was read
-//   student_arrives, teacher_...   student(j, x) and teacher(j, x) give the logits of piece j from here on: −inf beside
-//                                  the classes and where nothing is read
-//   student_less                   the same less the maximum, after shift_student(max)
-//   each_piece_of_teacher<n, b>    step(j, x) for every piece, n of them in a stretch of code; where b, written out for
-//                                  each dtype
+//   student_arrives, teacher_...   from here on logits are there: −inf beside the classes; where nothing is read, no
+//                                  piece or −inf
+//   each_piece_of_student<n, b>,   step(j, x) for every piece, n of them in a stretch of code; where b, written out for
+//   each_piece_of_teacher<n, b>    each dtype
+//   student_less                   a piece of the student less the maximum, after shift_student(max)
 //   has, chunk, lead               whether the thread takes part in piece j; which chunks of the row it is, where they
 //                                  are counted from `lead` columns before the first class
 //   fade, accumulate, mean         the sums over teachers: of all columns, and of piece j
@@ -71,39 +71,38 @@ struct RegisterSums {
   }
 };
 
-// In registers: N columns a thread in one piece. Rows come in through shared memory, [1 +
-// kAhead][planes][kChunks][threads] of 16 bytes, so that the student and the next four teachers can be on their way
-// without a register.
-template <int N, bool two_sums>
-struct RegisterTile : RegisterSums<N, two_sums> {
-  static constexpr int kWidth = N;
-  static constexpr int kChunks = N / kChunk;
+// In registers: a chunk a thread. Rows come in through shared memory, [1 + kAhead][planes][threads] of 16 bytes, so
+// that the student and the next four teachers can be on their way without a register.
+template <bool two_sums>
+struct RegisterTile : RegisterSums<kChunk, two_sums> {
+  static constexpr int kWidth = kChunk;
+  static constexpr int kChunks = 1;
   static constexpr int kAhead = 4;
   static constexpr int kPieces = 1;
   static constexpr bool kReadsOn = false;
+  static constexpr bool kKeepsExponentials = true;
   using Args = ResidentArgs;
 
   const ResidentArgs& args;
-  const int rank, size;
+  const int rank;
   Words* slots;      // this thread's first
   const int planes;  // 2 where some logits are floats
-  float s[N], t[N];
+  float s[kChunk], t[kChunk];
 
   static int64_t shared_bytes(const KDArgs<float>& args, int threads) {
-    return (1 + kAhead) * (any_wide(args) ? 2 : 1) * kChunks * threads * static_cast<int64_t>(sizeof(Words));
+    return (1 + kAhead) * (any_wide(args) ? 2 : 1) * threads * static_cast<int64_t>(sizeof(Words));
   }
 
-  MTKD_DEVICE RegisterTile(const ResidentArgs& args, int rank, int size, char* shared)
+  MTKD_DEVICE RegisterTile(const ResidentArgs& args, int rank, int, char* shared)
       : args(args),
         rank(rank),
-        size(size),
         slots(reinterpret_cast<Words*>(shared) + device::thread_index()),
         planes(args.wide ? 2 : 1) {}
 
   static constexpr bool has(int) { return true; }
   static constexpr int lead() { return 0; }
-  MTKD_DEVICE void begin_row(const RowPosition&) const {}
-  MTKD_DEVICE int64_t chunk(int, int c) const { return rank + static_cast<int64_t>(c) * size; }
+  MTKD_DEVICE void begin_row(int64_t) const {}
+  MTKD_DEVICE int64_t chunk(int, int) const { return rank; }
 
   MTKD_DEVICE void fetch_student(const Wanted& from) const { fetch(0, from); }
   MTKD_DEVICE void fetch_teacher(int k, const Wanted& from) const { fetch(1 + k % kAhead, from); }
@@ -116,45 +115,42 @@ struct RegisterTile : RegisterSums<N, two_sums> {
     arrive(1 + k % kAhead, dtype, reads, t);
   }
 
-  MTKD_DEVICE void student(int, float (&x)[N]) const { copy(s, x); }
   MTKD_DEVICE void shift_student(float) const {}
-  MTKD_DEVICE void student_less(int, float max, float (&x)[N]) const {
+  MTKD_DEVICE void student_less(int, float max, float (&x)[kChunk]) const {
 #pragma unroll
-    for (int i = 0; i < N; ++i) x[i] = shifted(s[i], max);
+    for (int i = 0; i < kChunk; ++i) x[i] = shifted(s[i], max);
+  }
+  template <int, bool, typename Step>
+  MTKD_DEVICE void each_piece_of_student(const Step& step) const {
+    float x[kChunk];
+    copy(s, x);
+    step(0, x);
   }
   template <int, bool, typename Step>
   MTKD_DEVICE void each_piece_of_teacher(const Step& step) const {
-    float x[N];
+    float x[kChunk];
     copy(t, x);
     step(0, x);
   }
 
  private:
-  MTKD_DEVICE Words* slot(int row, int plane, int c) const {
-    return slots + ((row * planes + plane) * kChunks + c) * device::block_threads();
-  }
+  MTKD_DEVICE bool is_there(bool reads) const { return reads && rank * kChunk < args.classes; }
+  MTKD_DEVICE Words* slot(int row, int plane) const { return slots + (row * planes + plane) * device::block_threads(); }
   MTKD_DEVICE void fetch(int row, const Wanted& from) const {
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      if (!from.reads || chunk(0, c) * kChunk >= args.classes) continue;
-      copy_chunk(from.row, chunk(0, c), args.classes, slot(row, 0, c), slot(row, 1, c));
-    }
+    if (is_there(from.reads)) copy_chunk(from.row, rank, args.classes, slot(row, 0), slot(row, 1));
     device::commit_copies();
   }
-  MTKD_DEVICE void arrive(int row, DType dtype, bool reads, float (&x)[N]) const {
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      RawChunk raw = empty_chunk(dtype);
-      if (reads && chunk(0, c) * kChunk < args.classes) {
-        raw.low = *slot(row, 0, c);
-        if (dtype == DType::f32) raw.high = *slot(row, 1, c);
-      }
-      decode(raw, dtype, x + c * kChunk);
+  MTKD_DEVICE void arrive(int row, DType dtype, bool reads, float (&x)[kChunk]) const {
+    RawChunk raw = empty_chunk(dtype);
+    if (is_there(reads)) {
+      raw.low = *slot(row, 0);
+      if (dtype == DType::f32) raw.high = *slot(row, 1);
     }
+    decode(raw, dtype, x);
   }
-  MTKD_DEVICE static void copy(const float (&from)[N], float (&to)[N]) {
+  MTKD_DEVICE static void copy(const float (&from)[kChunk], float (&to)[kChunk]) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) to[i] = from[i];
+    for (int i = 0; i < kChunk; ++i) to[i] = from[i];
   }
 };
 

@@ -6,13 +6,17 @@
 namespace mtkd_fast {
 
 const char* kd_forward_in_registers(const KDForward<float>&, int device, void* stream);
-const char* kd_forward_in_shared_memory(const KDForward<float>&, int device, void* stream);
-const char* kd_forward_by_clusters(const KDForward<float>&, int blocks, int device, void* stream);
+// So many blocks of so many warps, or as many as hold the row; short rows' registers, of one block, or long rows'.
+struct KDShape {
+  int blocks, warps;
+  bool is_short;
+};
+const char* kd_forward_in_shared_memory(const KDForward<float>&, KDShape, int device, void* stream);
 const char* kd_forward_streaming(const KDForward<float>&, int device, void* stream);
 const char* kd_forward_of_pixels(const KDForward<float>&, int device, void* stream);
 const char* kd_forward_streaming_of_pixels(const KDForward<float>&, int device, void* stream);
 
-// Where a long row lies: so many blocks of so many threads, room for so many rows as they come.
+// Where a row lies in shared memory: so many blocks of so many threads, room for so many rows as they come.
 struct KDPlacement {
   int blocks, threads, places;
   int64_t shared_bytes;

@@ -3,24 +3,26 @@
 import re
 import shutil
 import statistics
-from itertools import pairwise
+from itertools import chain
 
 import pytest
+import torch
 
 if not shutil.which("nvcc"):
     pytest.skip("there is no nvcc", allow_module_level=True)
 
+import emulator
 from mtkd_fast.bench import model
 from sass import SOURCES, count, kernels, loops, stretches
 
 CASES = [model.Case(1, half, computed) for half in (False, True) for computed in (False, True)]
 LOAD = "LDS.128"
-COLUMNS = 8
+COLUMNS, PIECES = 8, 8  # of a chunk; of a thread
 
 
 def forward_kl(case: model.Case) -> list[str]:
     """Of a cluster that shares rows in shared memory."""
-    tile = "SharedTileILi64ELb1E" if case.computed else "SharedTileILi32ELb0E"
+    tile = "SharedTileILi64ELb1E" if case.computed else "SharedTileILi64ELb0E"
     (code,) = kernels(SOURCES["kd"], "90a", "kd_residentILNS_4KindE0E", "ClusterGroup", tile).values()
     return code
 
@@ -29,29 +31,42 @@ def exponentials(code: list[str]) -> int:
     return count(code, "MUFU.EX2")
 
 
-def writes_shared(code: list[str]) -> bool:
-    return any(re.search(r"\bSTS\b", x) for x in code)
+def opcodes(code: list[str], pattern: str) -> int:
+    return sum(bool(re.search(pattern, x)) for x in code)
+
+
+def rounds(case: model.Case, code: list[str], loads: int) -> list[list[str]]:
+    """Of loops, and of what is written out chunk after chunk: from each load to the one so many after it."""
+    between = stretches(code, LOAD)
+    written_out = (list(chain(*between[i : i + loads])) for i in range(len(between)))
+    return [x for x in (*loops(code), *written_out) if count(x, LOAD) == loads and len(x) < 200]
+
+
+def largest_of_chunk(case: model.Case) -> list[list[str]]:
+    """Of student and teacher: halves two at a time."""
+    found = rounds(case, forward_kl(case), 1 if case.half else 2)
+    kind, maxima = (r"\bHMNMX2", 4) if case.half else (r"\bFMNMX", 8)
+    return [x for x in found if opcodes(x, kind) == maxima == opcodes(x, r"MNMX") and exponentials(x) == 0]
 
 
 def sums_of_teacher(case: model.Case) -> list[list[str]]:
-    """Rounds of the loop that reads a chunk of a teacher, and of the student's floats: one for each dtype."""
-    loads = (1 if case.half else 2) + 2
-    return [x for x in loops(forward_kl(case)) if exponentials(x) == COLUMNS and count(x, LOAD) == loads]
+    """One load of the teacher's halves, or two of floats, and two of the student's floats."""
+    found = rounds(case, forward_kl(case), (1 if case.half else 2) + 2)
+    return [x for x in found if exponentials(x) == COLUMNS and not opcodes(x, r"MNMX|\bST[SG]\b|\bBAR\b")]
 
 
 def shares_of_teacher(case: model.Case) -> list[list[str]]:
-    """Chunks, one after the other, of the sweeps that add to the sums: one load each of halves, two of floats.
+    """Chunks, one after the other, of the sweeps that add to the sums.
 
     A far teacher's exponents, each a difference first, are another sweep.
     """
-    found = []
-    for before, x in pairwise(stretches(forward_kl(case), LOAD)):
-        whole = x if case.half else before + x
-        loads = count(whole, LOAD)
-        of_far = count(whole, "FADD") >= COLUMNS
-        if exponentials(whole) == COLUMNS and loads == (1 if case.half else 2) and len(whole) < 60 and not of_far:
-            found.append(whole)
-    return [x for x in found if not any(re.search(r"\bSTG\b", y) for y in x)]
+    found = rounds(case, forward_kl(case), 1 if case.half else 2)
+    of_far = [count(x, "FADD") >= COLUMNS for x in found]
+    return [
+        x
+        for x, far in zip(found, of_far, strict=True)
+        if exponentials(x) == COLUMNS and len(x) < 60 and not far and not opcodes(x, r"\bST[SG]\b")
+    ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -59,32 +74,45 @@ def test_what_a_teacher_takes(case):
     """The shortest way is that of τ = 1, whose sums at temperature 1 are an addition a column. Squared twice they are a
     multiplication, and another with the addition.
     """
-    sums, share = model.of_teacher(case)
-    rounds = sums_of_teacher(case)
-    assert len(rounds) == (2 if case.half else 1)
-    for x in rounds:
-        assert len(x) + case.computed * COLUMNS == pytest.approx(sums.instructions, rel=0.03)
-        assert exponentials(x) == sums.exponentials
-        assert not writes_shared(x)
+    largest, sums, share = model.of_teacher(case)
+    found = largest_of_chunk(case)
+    assert len(found) >= 2 * PIECES  # the student's and a teacher's
+    assert statistics.median(len(x) for x in found) == pytest.approx(largest.instructions, abs=1)
 
+    found = sums_of_teacher(case)
+    assert len(found) >= (1 if case.computed else PIECES) * (2 if case.half else 1)
+    assert statistics.median(len(x) for x in found) + case.computed * COLUMNS == pytest.approx(
+        sums.instructions, rel=0.03
+    )
+    assert sums.exponentials == COLUMNS
+
+    if not case.computed:
+        assert share.exponentials == share.shared_bytes == 0  # test_what_is_kept
+        return
     chunks = sorted(shares_of_teacher(case), key=len)  # and the ways from one sweep to the next
-    pieces = (8 if case.computed else 4) * (2 if case.half else 1)  # of a thread, for each dtype
+    pieces = PIECES * (2 if case.half else 1)  # of a thread, for each dtype
     assert len(chunks) >= pieces
     assert statistics.median(len(x) for x in chunks[:pieces]) == pytest.approx(share.instructions, rel=0.03)
-    assert not any(writes_shared(x) for x in chunks[:pieces])
 
 
 def test_what_bounds_a_case():
     """Of five units of floats, 20 bytes a column, a copy of 4.3 TB/s leaves 4.65 ps."""
-    took = model.seconds_of_column(model.Case(3, half=False, computed=False))
-    assert took["memory"] == pytest.approx(20 / 4.3e12)
+    case = model.Case(3, half=False, computed=False)
+    took = model.seconds_of_row(1000, case)
+    assert took["memory"] == pytest.approx(1000 * 20 / 4.3e12)
     assert max(took, key=took.get) == "memory"
-    found = model.seconds(100, 1000, model.Case(3, half=False, computed=False))
-    assert found == pytest.approx(1e5 * 20 / 4.3e12 + 2 * model.H200.launch)
-    took = model.seconds_of_column(model.Case(16, half=True, computed=True))
+    assert model.seconds(100, 1000, case) == pytest.approx(1e5 * 20 / 4.3e12 + 2 * model.H200.launch)
+    took = model.seconds_of_row(32000, model.Case(16, half=True, computed=True))
     assert max(took, key=took.get) == "instructions"
     found = model.seconds(100, 32000, model.Case(16, half=True, computed=True))
-    assert found == pytest.approx(3.2e6 * took["instructions"] + 2 * model.H200.launch)
+    assert found == pytest.approx(100 * took["instructions"] + 2 * model.H200.launch)
+
+
+@pytest.mark.parametrize("rule", ["uniform", "confidence"])
+@pytest.mark.parametrize("classes", [257, 1000, 1024, 1025, 4096, 6000, 32000, 50257, 128256, 131072, 151936])
+def test_the_model_lays_rows_out_as_the_kernels_do(classes, rule):
+    at, found = model.layout(classes), emulator.placement(classes, torch.bfloat16, 3, rule, "forward_kl")
+    assert (at.blocks, at.threads) == (found.blocks, found.threads)
 
 
 def test_the_model_prints_every_case(capsys):

@@ -138,6 +138,15 @@ inline uint32_t float_as_bf16(float x) {
 }
 inline uint32_t pack_bf16(float lo, float hi) { return float_as_bf16(lo) | float_as_bf16(hi) << 16; }
 
+inline uint32_t max_f16(uint32_t a, uint32_t b) {
+  const Pair x = unpack_f16(a), y = unpack_f16(b);
+  return pack_f16(fmaxf(x.x, y.x), fmaxf(x.y, y.y));
+}
+inline uint32_t max_bf16(uint32_t a, uint32_t b) {
+  const auto larger = [](uint32_t x, uint32_t y) { return fmaxf(bits<float>(x), bits<float>(y)); };
+  return pack_bf16(larger(a << 16, b << 16), larger(a & 0xffff0000u, b & 0xffff0000u));
+}
+
 template <typename T>
 inline T load(const T* p, int line = __builtin_LINE()) {
   emulator::check_access(p, sizeof(T), false, line);
@@ -181,7 +190,10 @@ inline void wait_for_copies() {
 
 inline int64_t max_blocks() { return 5; }  // so few that kernels must loop
 inline int shared_memory_limit(int) { return emulator::shared_memory; }
-inline int shared_memory_of_two(int) { return (emulator::shared_memory + 1024) / 2 - 1024; }
+struct SharedMemory {
+  int of_block(int blocks) const { return (emulator::shared_memory + 1024) / blocks - 1024; }
+};
+inline SharedMemory shared_memory(int) { return {}; }
 inline int multiprocessors(int) { return 1; }
 
 template <typename Args>

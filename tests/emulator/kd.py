@@ -8,7 +8,7 @@ from emulator.machine import launch, library, poisoned, poisoned_like
 from mtkd_fast.schemas.kd import row_stats_size
 
 # Of kd_forward: chosen by shape, or by name.
-VARIANTS = ("", "_registers", "_shared", "_pairs", "_clusters", "_stream", "_pixels", "_stream_of_pixels")
+VARIANTS = ("", "_registers", "_short", "_shared", "_pairs", "_clusters", "_stream", "_pixels", "_stream_of_pixels")
 
 
 def arguments(
