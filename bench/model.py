@@ -3,7 +3,8 @@
 A multiprocessor moves bytes, issues instructions, evaluates exponentials and reads shared memory side by side; the one
 that takes longest bounds the kernel from below. Latencies, the first and last microsecond of a call, and what the rows
 that share a multiprocessor cannot hide of one another come on top: what a measurement has beyond the prediction is what
-wants explaining. Of rows in registers only the bytes are counted, and of every call its two launches.
+wants explaining; so does the last turn of rows, in which multiprocessors idle. Of rows in registers only the bytes are
+counted, and of every call its two launches.
 
     python -m mtkd_fast.bench.model
 """
@@ -40,7 +41,7 @@ class Case(NamedTuple):
 
 
 # Forward KL with a hard label at τ = 4. tests/test_cuda_model.py holds them against the machine code, but for the
-# gradient, and for the student's statistics at temperature 1 (SQUARES).
+# gradient, and for the student's statistics at temperature 1 (SQUARES): those are read by eye.
 SQUARES = 20
 
 
@@ -82,19 +83,22 @@ OF_TWO_BLOCKS = 8192  # the columns that a block has at most, for two to share a
 
 
 def layout(classes: int) -> Layout:
-    columns, most = (32, 384) if classes <= OF_A_WARP else (64, 256)  # of a thread; threads of a multiprocessor
+    of_row = classes if classes % CHUNK == 0 else classes + CHUNK - 1  # columns: a row may begin anywhere in a chunk
+    columns, most = (32, 384) if of_row <= OF_A_WARP else (64, 256)  # of a thread; threads of a multiprocessor
+    chunks = -(-of_row // CHUNK)
     blocks = 1
-    while -(-classes // blocks) > OF_TWO_BLOCKS and blocks < 16:
+    while -(-chunks // blocks) * CHUNK > OF_TWO_BLOCKS and blocks < 16:
         blocks *= 2
-    chunks = -(-classes // (CHUNK * blocks))
+    chunks = -(-chunks // blocks)
     threads = -(-chunks * CHUNK // (columns * WARP)) * WARP
     threads = most // (most // threads) // WARP * WARP
     return Layout(blocks, threads, -(-chunks // WARP))
 
 
 class Warp(NamedTuple):
-    """Instructions of a warp beside the chunks, as read off the way that an ordinary row takes: where it is, how lanes
-    wait and merge; and what only the first warp of a block does: ask for what comes next, for labels, and end the row.
+    """Instructions of a warp beside the chunks, read by eye off the way that an ordinary row takes, to a fifth or so:
+    where it is, how lanes wait and merge; and what only the first warp of a block does: ask for what comes next, for
+    labels, and end the row.
     """
 
     every: int

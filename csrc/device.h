@@ -279,7 +279,10 @@ inline int shared_memory_limit(int device) {
 // What each of the blocks that share a multiprocessor can ask for.
 struct SharedMemory {
   int of_multiprocessor, reserved, limit;
-  int of_block(int blocks) const { return std::min(limit, of_multiprocessor / blocks - reserved); }
+  int of_block(int blocks) const {
+    constexpr int kGrain = 128;  // bytes, in which it is handed out
+    return std::min(limit, of_multiprocessor / blocks / kGrain * kGrain - reserved);
+  }
 };
 
 // Nothing where the device does not say.
@@ -372,6 +375,8 @@ int64_t side_by_side(void (*kernel)(Args), LaunchShape shape, int device) {
     shape.blocks = shape.cluster;
     const cudaLaunchConfig_t config = launch_config(shape, nullptr, &cluster);
     if (allow(kernel, shape) != nullptr) return -1;
+    const int all = cudaSharedmemCarveoutMaxShared;  // for as many blocks as there is room for
+    if (failed(cudaFuncSetAttribute(of, cudaFuncAttributePreferredSharedMemoryCarveout, all))) return -1;
     if (shape.cluster > 1) return failed(cudaOccupancyMaxActiveClusters(&count, of, &config)) ? -1 : count;
     const size_t bytes = config.dynamicSmemBytes;
     if (failed(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, of, shape.threads, bytes))) return -1;

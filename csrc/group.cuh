@@ -71,8 +71,9 @@ struct LaneGroup : WithinBlock {
   static constexpr int scratch_bytes() { return 0; }
 };
 
-// The whole block shares a row. One barrier a merge, also of a block that is one warp, which needs no more: the scratch
-// is used in turns, so that a warp still reading one half cannot meet a warp that already writes the next.
+// The whole block shares a row. One barrier a merge: the scratch is used in turns, so that a warp still reading one
+// half cannot meet a warp that already writes the next. A block of one warp has the barrier alone: it shows what one
+// lane has written to the others.
 struct BlockGroup : WithinBlock {
   float* scratch;  // [2][kMaxStateFields][kMaxWarps]
   int turn = 0;

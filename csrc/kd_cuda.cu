@@ -79,6 +79,7 @@ const char* forward_in_shared_memory(const KDForward<float>& args, Placement at,
 
 const char* kd_forward_in_shared_memory(const KDForward<float>& args, KDShape shape, int device, void* stream) {
   const Placement wanted{shape.blocks, shape.is_short, shape.warps * kWarp};
+  if (shape.is_short && shape.blocks > 1) return "a short row lies in one block";
   const Placement at = placement_in(wanted, 1, 1, args, args.rule, device);
   if (at.blocks > 1 && !has_room_for_cluster(args, args.rule, at, device)) {
     return "the device has no clusters of so many blocks";

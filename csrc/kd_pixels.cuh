@@ -102,7 +102,7 @@ struct PixelTile : RegisterSums<N, two_sums> {
     return static_cast<int64_t>(threads / kWarp) * (1 + kTeachers) * slot_bytes_of(any_wide(args));
   }
 
-  MTKD_DEVICE PixelTile(const ResidentArgs& args, int rank, int, char* shared)
+  MTKD_DEVICE PixelTile(const ResidentArgs& args, int rank, char* shared)
       : first(rank * N),
         count(static_cast<int>(args.classes - first < N ? args.classes - first : N)),
         slot_bytes(slot_bytes_of(args.wide)),

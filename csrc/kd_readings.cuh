@@ -18,8 +18,8 @@ MTKD_DEVICE bool is_wanted(const KDForward<float>& args, Reading reading) {
   return args.kd_scale != 0 && !(may_skip && given_weight(args, reading.which - 1, reading.row) == 0);
 }
 
-// The first wanted one from here on, every `step`-th row; none where its row is beyond the last one. Of a row's
-// student or from a later one on, something was wanted before: the row counts.
+// The first wanted one from here on, every `step`-th row; none where its row is beyond the last one. Where `from` is
+// not a row's student, something of the row was wanted before: it counts.
 MTKD_DEVICE Reading wanted_from(const KDForward<float>& args, Reading from, int64_t step) {
   for (; from.row < args.rows; from = {from.row + step, 0}) {
     if (from.which == 0 && !read_row(args, nullptr, from.row).counts) continue;

@@ -208,6 +208,36 @@ struct ResidentRow {
     return state;
   }
 
+  // Second pass, where exponentials are not kept: x of every column into the sums; an elementwise divergence.
+  MTKD_DEVICE ElementSums sweep_teacher(const SoftmaxState<float>& student, const TeacherState& state,
+                                        const Likelihoods& likelihoods, const Share& share, bool adds) {
+    constexpr bool is_p = kind == Kind::forward_kl || kind == Kind::dkd;
+    const Softmax p = softmax_of(state.max, state.sum), q = softmax_of(student.max, student.sum);
+    const float factor = is_p ? likelihoods.of_rounding * likelihoods.inv_sum : 1.0f;
+    ElementSums sums;
+    const auto sweep = [&](auto far) {
+      constexpr bool is_far = decltype(far)::value;
+      // An elementwise step is too long for three of it, and a far one too rare.
+      constexpr bool for_each_dtype = kind != Kind::elementwise && !is_far;
+      tile.template each_piece_of_teacher<Tile::kPieces, for_each_dtype>([&](int j, float (&t)[kWidth]) {
+        float x[kWidth];
+        set_target_apart(j, t);
+        if constexpr (kind == Kind::elementwise) {
+          elements_of_piece(j, t, q, p, sums, x);
+        } else {
+          values_of_piece<is_far>(t, likelihoods, x);
+        }
+        if (adds) tile.accumulate(j, x, share.first * factor, share.second * factor);
+      });
+    };
+    if (is_p && likelihoods.is_far) {
+      sweep(std::bool_constant<is_p>());
+    } else {
+      sweep(std::false_type());
+    }
+    return sums;
+  }
+
   // One teacher: its state into the summary, its columns into the sums, and a later teacher on its way.
   MTKD_DEVICE void absorb_teacher_row(int k, const SoftmaxState<float>& student, float log_s, float student_at_label,
                                       float& largest_signal) {
@@ -232,28 +262,9 @@ struct ResidentRow {
 
     const bool adds = args.gradient.data != nullptr && reads && (two_sums || weight != 0);
     const Share share = share_of<two_sums>(args.rule, weight, summary.signal, largest_signal);
-    const Softmax p = softmax_of(state.max, state.sum), q = softmax_of(student.max, student.sum);
     const Likelihoods likelihoods = likelihoods_of<kind>(summary, terms);
-    const bool is_p = kind == Kind::forward_kl || kind == Kind::dkd;
-    const float factor = is_p ? likelihoods.of_rounding * likelihoods.inv_sum : 1.0f;
     ElementSums sums;
     if (adds && share.fade != 1) tile.fade(share.fade);  // the first teachers', and at a new largest signal
-    const auto sweep = [&](auto far) {
-      constexpr bool is_far = decltype(far)::value;
-      // An elementwise step is too long for three of it, and a far one too rare.
-      constexpr bool for_each_dtype = kind != Kind::elementwise && !is_far;
-      tile.template each_piece_of_teacher<Tile::kPieces, for_each_dtype>([&](int j, float (&t)[kWidth]) {
-        float x[kWidth];
-        set_target_apart(j, t);
-        if constexpr (kind == Kind::elementwise) {
-          elements_of_piece(j, t, q, p, sums, x);
-        } else {
-          values_of_piece<is_far>(t, likelihoods, x);
-        }
-        if (adds) tile.accumulate(j, x, share.first * factor, share.second * factor);
-      });
-    };
-    constexpr bool may_be_far = kind == Kind::forward_kl || kind == Kind::dkd;
     if constexpr (kIsKept) {
       fetch_next();
       const float factor = factor_of_kept(own_max, likelihoods);
@@ -261,14 +272,10 @@ struct ResidentRow {
       for (int j = 0; j < Tile::kPieces && adds && tile.has(j); ++j) {
         tile.accumulate(j, kept[j], share.first * factor, share.second * factor);
       }
-    } else if (adds || kind == Kind::elementwise) {
-      if (may_be_far && likelihoods.is_far) {
-        sweep(std::bool_constant<may_be_far>());
-      } else {
-        sweep(std::false_type());
-      }
+    } else {
+      if (adds || kind == Kind::elementwise) sums = sweep_teacher(student, state, likelihoods, share, adds);
+      fetch_next();
     }
-    if constexpr (!kIsKept) fetch_next();
     if constexpr (kind == Kind::elementwise) group.merge(sums, AddLanes{});
     if (!group.leads()) return;
     if constexpr (kind == Kind::elementwise) {
@@ -342,7 +349,7 @@ MTKD_DEVICE Tile tile_of(const typename Tile::Args& args, const Group& group, ch
   if constexpr (Tile::kReadsOn) {
     return Tile(args, group.rank(), shared, Group::place(), Group::places());
   } else {
-    return Tile(args, group.rank(), group.size(), shared);
+    return Tile(args, group.rank(), shared);
   }
 }
 

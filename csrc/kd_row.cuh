@@ -92,7 +92,7 @@ MTKD_DEVICE TeacherSummary* summaries_of(const Group& group, char* shared) {
 template <Kind kind, bool may_be_computed = true>
 MTKD_DEVICE TeacherSummary summarise(const TeacherState& t, float label_logit, WeightRule rule) {
   TeacherSummary summary{0.0f, 0.0f, t.max, t.sum, 0.0f};
-  if (!may_be_computed) return summary;
+  if constexpr (!may_be_computed) return summary;
   const bool apart = kind == Kind::dkd;
   if (rule == WeightRule::confidence) {
     summary.signal =

@@ -11,13 +11,13 @@
 //   up to n · 16384    n blocks, one to a multiprocessor          kd_resident, SharedTile      K + 2    (3)
 //   else               memory                                     kd_streaming, kd_backward    2K + 3   (4)
 //
-// (1) A merge is 5 shuffles a field and no barrier; many rows a block. (2) The same of whole warps, twelve to a
-// multiprocessor, each with its next rows on their way. (3) n is 1, or 2, 4, 8 or 16 blocks of a cluster (sm_90 and
-// later). More than one block to a multiprocessor are tried first, for all n, so that one reads while another begins,
-// merges or ends; 65536 registers hold two sums of 16384 columns, or one and the exponentials of a teacher. Less where
-// shared memory is small, and 7 columns less for class counts that are no multiple of 8. (4) Two sweeps. Where no
-// gradient is asked for, rows that would take a cluster stream too, K + 1 units either way, unless an elementwise
-// divergence would sweep twice.
+// (1) A merge is 5 shuffles a field and no barrier; many rows a block. (2) The same of a whole warp, twelve to a
+// multiprocessor, each with its next rows on their way. DKD has registers for eight, of 64 columns. (3) n is 1, or 2,
+// 4, 8 or 16 blocks of a cluster (sm_90 and later). More than one block to a multiprocessor are tried first, for all n,
+// so that one reads while another begins, merges or ends; 65536 registers hold two sums of 16384 columns, or one and
+// the exponentials of a teacher. Less where shared memory is small, and 7 columns less for class counts that are no
+// multiple of 8. (4) Two sweeps. Where no gradient is asked for, rows that would take a cluster stream too, K + 1 units
+// either way, unless an elementwise divergence would sweep twice.
 //
 // Rows that are pixels of planes, of a student [B, C, H, W]: neighbouring threads have neighbouring pixels, so that 32
 // lanes touch whole sectors. Other tensors of the call may lie as they like.
@@ -180,9 +180,9 @@ inline bool pixels_fit_in_registers(const KDArgs<float>& args, int device) {
 // -------------------------------------------------------------------------------------------------- in shared memory
 
 // Columns of a thread, whose sums are registers, and the threads that a multiprocessor has registers for, 255 or 168 a
-// thread. Beside one sum they hold the exponentials of a teacher too. A merge costs a warp as much as three or four
-// chunks: so as few warps have a row as can hold it. One of 32 columns leaves registers for twelve, not eight; but
-// DKD's target wants more.
+// thread. Beside one sum they hold the exponentials of a teacher too. What a warp does once a teacher costs as much as
+// three chunks: so few warps have a row, with many columns a thread. Of 32 columns, which make a warp's row, there are
+// registers for twelve warps, not eight; but DKD's target wants more.
 struct Layout {
   int columns, threads;
   bool keeps_exponentials;
@@ -191,7 +191,7 @@ constexpr Layout layout_of(Kind kind, bool two_sums, bool is_short) {
   const bool keeps = kind == Kind::forward_kl && !two_sums;
   return is_short && kind != Kind::dkd ? Layout{32, 384, keeps} : Layout{64, 256, keeps};
 }
-constexpr int kShortRow = kWarp * 32;  // classes
+constexpr int kShortRow = kWarp * 32;  // columns
 
 template <Kind kind, bool two, typename Group, bool is_short>
 constexpr auto in_shared_memory = kd_resident<
@@ -264,7 +264,7 @@ inline Placement placement_of(const KDArgs<float>& args, WeightRule rule, int de
   for (const int places : {2, 1}) {
     for (const int beside : {2, 1}) {
       for (int blocks = 1; blocks <= kMaxCluster; blocks *= 2) {
-        const bool is_short = blocks == 1 && args.classes <= kShortRow;
+        const bool is_short = blocks == 1 && columns_of_row(args.classes) <= kShortRow;
         const Placement at = placement_in({blocks, is_short}, beside, places, args, rule, device);
         if (at.blocks == 1 || (at.blocks > 1 && has_room_for_cluster(args, rule, at, device))) return at;
       }

@@ -1,7 +1,7 @@
-// Long rows: logits in shared memory, N columns a thread in pieces of a chunk. Only the sums are registers, so that a
-// teacher's logits cost two reads of shared memory, and nothing that is written there. Each block of the group has a
-// stretch of the row, and each warp one of that, of whose chunks piece j is number lane + 32·j: pieces lie a constant
-// apart.
+// Longer rows: logits in shared memory, N columns a thread in pieces of a chunk. Sums are registers, and beside one sum
+// a teacher's exponentials where the tile `keeps` them: its logits cost two reads of shared memory then, else three,
+// and nothing that is written there. Each block of the group has a stretch of the row, and each warp one of that, of
+// whose chunks piece j is number lane + 32·j: pieces lie a constant apart.
 //
 // Rows come in turn into a few places, the students too: what comes next, also of the next row, is on its way while
 // this teacher is worked on, and while a row ends and the next begins. Shared memory: [places, rows as they come;
@@ -22,7 +22,7 @@
 
 namespace mtkd_fast {
 
-constexpr int kMostPlaces = 4;
+constexpr int kMostPlaces = 8;
 
 struct SharedArgs : ResidentArgs {
   int places;
@@ -186,13 +186,19 @@ struct SharedTile : RegisterSums<N, two_sums> {
     });
     return max;
   }
+  // Of what has arrived: the student until the first teacher does.
   template <int unrolled, bool for_each_dtype, typename Step>
   MTKD_DEVICE void each_piece_of_student(const Step& step) const {
-    each_piece_that_arrived<unrolled, for_each_dtype>(step);
+    each_piece_of_teacher<unrolled, for_each_dtype>(step);
   }
   template <int unrolled, bool for_each_dtype, typename Step>
   MTKD_DEVICE void each_piece_of_teacher(const Step& step) const {
-    each_piece_that_arrived<unrolled, for_each_dtype>(step);
+    if (!is_there) return;
+    if constexpr (for_each_dtype) {
+      with_dtype([&](DType dtype) { each_piece<unrolled>([&](int j, auto& x) { read(j, dtype, x); }, step); });
+    } else {
+      each_piece<unrolled>([&](int j, auto& x) { with_dtype([&](DType dtype) { read(j, dtype, x); }); }, step);
+    }
   }
 
  private:
@@ -228,15 +234,6 @@ struct SharedTile : RegisterSums<N, two_sums> {
       f(DType::bf16);
     } else {
       f(DType::f16);
-    }
-  }
-  template <int unrolled, bool for_each_dtype, typename Step>
-  MTKD_DEVICE void each_piece_that_arrived(const Step& step) const {
-    if (!is_there) return;
-    if (for_each_dtype) {
-      with_dtype([&](DType dtype) { each_piece<unrolled>([&](int j, auto& x) { read(j, dtype, x); }, step); });
-    } else {
-      each_piece<unrolled>([&](int j, auto& x) { with_dtype([&](DType dtype) { read(j, dtype, x); }); }, step);
     }
   }
   template <int unrolled, typename Read, typename Step>
@@ -361,11 +358,15 @@ struct SharedTile : RegisterSums<N, two_sums> {
     if (args.odd_ends) close_ends(here);
   }
   MTKD_DEVICE static void wait_for_all_but(int pending) {
-    static_assert(kMostPlaces == 4, "");
+    static_assert(kMostPlaces == 8, "");
     if (pending == 0) device::wait_for_copies<0>();
     if (pending == 1) device::wait_for_copies<1>();
     if (pending == 2) device::wait_for_copies<2>();
     if (pending == 3) device::wait_for_copies<3>();
+    if (pending == 4) device::wait_for_copies<4>();
+    if (pending == 5) device::wait_for_copies<5>();
+    if (pending == 6) device::wait_for_copies<6>();
+    if (pending == 7) device::wait_for_copies<7>();
   }
 
   // −inf in what came beside the classes.

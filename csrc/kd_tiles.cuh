@@ -93,7 +93,7 @@ struct RegisterTile : RegisterSums<kChunk, two_sums> {
     return (1 + kAhead) * (any_wide(args) ? 2 : 1) * threads * static_cast<int64_t>(sizeof(Words));
   }
 
-  MTKD_DEVICE RegisterTile(const ResidentArgs& args, int rank, int, char* shared)
+  MTKD_DEVICE RegisterTile(const ResidentArgs& args, int rank, char* shared)
       : args(args),
         rank(rank),
         slots(reinterpret_cast<Words*>(shared) + device::thread_index()),

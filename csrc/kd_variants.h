@@ -6,10 +6,11 @@
 namespace mtkd_fast {
 
 const char* kd_forward_in_registers(const KDForward<float>&, int device, void* stream);
-// So many blocks of so many warps, or as many as hold the row; short rows' registers, of one block, or long rows'.
+// A row in so many blocks, of so many warps or more. Of one block, the kernel of short rows or that of long ones.
 struct KDShape {
-  int blocks, warps;
+  int blocks;
   bool is_short;
+  int warps;
 };
 const char* kd_forward_in_shared_memory(const KDForward<float>&, KDShape, int device, void* stream);
 const char* kd_forward_streaming(const KDForward<float>&, int device, void* stream);

@@ -191,7 +191,7 @@ inline void wait_for_copies() {
 inline int64_t max_blocks() { return 5; }  // so few that kernels must loop
 inline int shared_memory_limit(int) { return emulator::shared_memory; }
 struct SharedMemory {
-  int of_block(int blocks) const { return (emulator::shared_memory + 1024) / blocks - 1024; }
+  int of_block(int blocks) const { return (emulator::shared_memory + 1024) / blocks / 128 * 128 - 1024; }
 };
 inline SharedMemory shared_memory(int) { return {}; }
 inline int multiprocessors(int) { return 1; }

@@ -33,16 +33,16 @@ int fits_on_chip(const KDForward<float>* args) { return kd_fits_on_chip(*args, a
 const char* kd_forward(const KDForward<float>* args) { return kd_forward_cuda(*args, 0, nullptr); }
 const char* kd_forward_registers(const KDForward<float>* args) { return kd_forward_in_registers(*args, 0, nullptr); }
 const char* kd_forward_short(const KDForward<float>* args) {
-  return kd_forward_in_shared_memory(*args, {1, 1, true}, 0, nullptr);
+  return kd_forward_in_shared_memory(*args, {1, true, 1}, 0, nullptr);
 }
 const char* kd_forward_shared(const KDForward<float>* args) {
-  return kd_forward_in_shared_memory(*args, {1, 2, false}, 0, nullptr);
+  return kd_forward_in_shared_memory(*args, {1, false, 2}, 0, nullptr);
 }
 const char* kd_forward_pairs(const KDForward<float>* args) {
-  return kd_forward_in_shared_memory(*args, {2, 2, false}, 0, nullptr);
+  return kd_forward_in_shared_memory(*args, {2, false, 2}, 0, nullptr);
 }
 const char* kd_forward_clusters(const KDForward<float>* args) {
-  return kd_forward_in_shared_memory(*args, {16, 1, false}, 0, nullptr);
+  return kd_forward_in_shared_memory(*args, {16, false, 1}, 0, nullptr);
 }
 const char* kd_forward_stream(const KDForward<float>* args) { return kd_forward_streaming(*args, 0, nullptr); }
 const char* kd_forward_pixels(const KDForward<float>* args) { return kd_forward_of_pixels(*args, 0, nullptr); }
