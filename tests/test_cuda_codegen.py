@@ -117,7 +117,7 @@ def test_enough_bytes_are_on_their_way(classes, n_teachers, dtype, rule, diverge
     resident = min(REGISTERS // registers, SHARED_MEMORY // (at.shared_bytes + RESERVED))
     columns = -(-classes // at.blocks)
     assert resident >= (2 if columns <= 8192 else 1)
-    assert resident * at.threads == (384 if is_short else 256)
+    assert resident * at.threads >= (384 if is_short else 256)
     assert resident * (at.places - 1) * columns * dtype.itemsize >= LATENCY * BANDWIDTH
 
 
