@@ -154,7 +154,7 @@ CASES = [
     for teachers in (1, 2, 4, 8, 16)
 ]
 CLASSES = (100, 1000, 4096, 32000, 50257, 128256, 151936, 262144)
-SHARES = (1000, 4096, 32000)
+LONG, SHARES = 128256, (1000, 4096, 32000)
 ELEMENTS = 2**26  # of the student
 
 
@@ -164,7 +164,7 @@ def share_of_copy(classes: int, case: Case) -> float:
 
 
 def main() -> None:
-    print("Picoseconds a column on the whole device, of rows of 128256 classes; what other rows can reach:\n")
+    print(f"Picoseconds a column on the whole device, of rows of {LONG} classes; what other rows can reach:\n")
     print(
         "| logits | weights | K | memory | instructions | exponentials | shared memory | share of a copy at most |",
         end="",
@@ -172,9 +172,8 @@ def main() -> None:
     print(*(f" {classes} |" for classes in SHARES), sep="")
     print("| --- | --- | --: | --: | --: | --: | --: | --: |", " --: |" * len(SHARES), sep="")
     for case in CASES:
-        took = seconds_of_row(128256, case)
-        cells = " | ".join(f"{1e12 * x / 128256:.2f}" for x in took.values())
-        shares = (f"{share_of_copy(classes, case):.0%}" for classes in (128256, *SHARES))
+        cells = " | ".join(f"{1e12 * x / LONG:.2f}" for x in seconds_of_row(LONG, case).values())
+        shares = (f"{share_of_copy(classes, case):.0%}" for classes in (LONG, *SHARES))
         print(f"| {name_of(case)} | {cells} |", *(f"{x} |" for x in shares))
     print(f"\nMilliseconds of loss and gradient, {ELEMENTS} logits a tensor, by classes:\n")
     print("| logits | weights | K |", *(f"{classes} |" for classes in CLASSES))

@@ -23,7 +23,7 @@ COLUMNS, PIECES = 8, 8  # of a chunk; of a thread
 
 def forward_kl(case: model.Case) -> list[str]:
     """Of a cluster that shares rows in shared memory."""
-    tile = "SharedTileILi64ELb1E" if case.computed else "SharedTileILi64ELb0E"
+    tile = f"SharedTileILi64ELb{int(case.computed)}E"
     (code,) = kernels(SOURCES["kd"], "90a", "kd_residentILNS_4KindE0E", "ClusterGroup", tile).values()
     return code
 
