@@ -1,6 +1,10 @@
 // Where rows of several tiles keep their exponentials: in the memory of gradients still to be written, those of the
-// thread's rows to come. It costs nothing; the last rows of a thread compute theirs again. Included once per
+// rows to come of the same piece. It takes no memory; the last rows of a piece compute theirs again. Included once per
 // instruction set.
+
+// At most so many bytes, as a second cache has room for. What comes back from further away costs more than to compute
+// it again, as the last columns of a longer row do, from logits that are still near.
+constexpr int64_t kBehindBytes = 1 << 20;
 
 template <typename T>
 class Behind {
@@ -17,7 +21,8 @@ class Behind {
   // While row n is worked on. As far behind as there is room, so that it stays the same memory, in cache.
   void start(int64_t n, int64_t tiles, int64_t tile_bytes) {
     const auto first = static_cast<int64_t>((data_ + (n + 1) * row_bytes_ + 63) / 64 * 64);
-    const int64_t fitting = std::clamp<int64_t>((static_cast<int64_t>(end_) - first) / tile_bytes, 0, tiles);
+    const int64_t room = std::min(static_cast<int64_t>(end_) - first, kBehindBytes);
+    const int64_t fitting = std::clamp<int64_t>(room / tile_bytes, 0, tiles);
     begin_ = (end_ - fitting * tile_bytes) / 64 * 64;
     columns_ = fitting * kTileColumns;
   }
