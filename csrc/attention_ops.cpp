@@ -61,8 +61,8 @@ Forward forward(TensorList student, TensorList teacher, const OptionalTensor& we
   const TensorList all(slopes);
   const Side<T> f(student, all.slice(0, student.size()), weights), g(teacher, all.slice(student.size()), weights);
   const int64_t units = f.pairs * samples;
-  run<AttentionMaps<T>>(device, f, units, elements, attention_energy_cpu, MTKD_CUDA_LAUNCHER(attention_energy_cuda));
-  run<AttentionMaps<T>>(device, g, units, elements, attention_energy_cpu, MTKD_CUDA_LAUNCHER(attention_energy_cuda));
+  run<AttentionMaps<T>>(device, f, {units, elements}, attention_energy_cpu, MTKD_CUDA_LAUNCHER(attention_energy_cuda));
+  run<AttentionMaps<T>>(device, g, {units, elements}, attention_energy_cpu, MTKD_CUDA_LAUNCHER(attention_energy_cuda));
 
   Tensor distance = at::empty({f.pairs, samples}, options);
   AttentionPairs<T> both{samples, f.pairs, {}, f.weights, distance.template mutable_data_ptr<T>()};
@@ -70,7 +70,7 @@ Forward forward(TensorList student, TensorList teacher, const OptionalTensor& we
     TORCH_CHECK_VALUE(f.map[k].positions == g.map[k].positions, "the maps of a pair must have the same positions");
     both.pair[k] = {f.map[k].of_positions, g.map[k].of_positions, f.map[k].positions};
   }
-  run<AttentionPairs<T>>(device, both, units, 6 * mean_elements(slopes), attention_distance_cpu,
+  run<AttentionPairs<T>>(device, both, {units, 6 * mean_elements(slopes)}, attention_distance_cpu,
                          MTKD_CUDA_LAUNCHER(attention_distance_cuda));
   return {distance, slopes};
 }
@@ -94,7 +94,7 @@ std::vector<Tensor> attention_backward(TensorList features, TensorList slopes, c
       if (f.is_cpu()) ask_for_huge_pages(gradients[k]);
       side.map[k].gradient = needs[k] ? gradients[k].mutable_data_ptr() : nullptr;
     }
-    run<AttentionMaps<T>>(features[0].device(), side, side.pairs * side.samples, 2 * mean_elements(features),
+    run<AttentionMaps<T>>(features[0].device(), side, {side.pairs * side.samples, 2 * mean_elements(features)},
                           attention_gradient_cpu, MTKD_CUDA_LAUNCHER(attention_gradient_cuda));
     return gradients;
   });

@@ -92,8 +92,8 @@ Tensor hint_forward(TensorList student, TensorList teacher, const OptionalTensor
     const auto options = student[0].options().dtype(dtype_of_pairs(student, teacher));
     Tensor kept = at::empty({kept_numbers(args.distance), args.pairs, args.samples}, options);
     args.kept = kept.mutable_data_ptr<T>();
-    run<HintArgs<T>>(student[0].device(), args, args.pairs * args.samples, 2 * mean_elements(student), hint_forward_cpu,
-                     MTKD_CUDA_LAUNCHER(hint_forward_cuda));
+    run<HintArgs<T>>(student[0].device(), args, {args.pairs * args.samples, 2 * mean_elements(student)},
+                     hint_forward_cpu, MTKD_CUDA_LAUNCHER(hint_forward_cuda));
     return kept;
   });
 }
@@ -106,7 +106,7 @@ std::vector<Tensor> hint_backward(TensorList student, TensorList teacher, const 
                       "kept must be what the forward returned");
     args.kept = const_cast<T*>(numbers.const_data_ptr<T>());
     const std::vector<Tensor> gradients = empty_gradients(args, needs);
-    run<HintArgs<T>>(student[0].device(), args, args.pairs * args.samples, 3 * mean_elements(student),
+    run<HintArgs<T>>(student[0].device(), args, {args.pairs * args.samples, 3 * mean_elements(student)},
                      hint_backward_cpu, MTKD_CUDA_LAUNCHER(hint_backward_cuda));
     return gradients;
   });
@@ -157,7 +157,7 @@ std::tuple<Tensor, std::vector<Tensor>> hint_fused_forward(TensorList student, T
         args.kept = distances.mutable_data_ptr<T>();
         const std::vector<Tensor> gradients = empty_gradients(args, needs);
         const HintFused<T> fused{args, static_cast<T>(mean_factor(args.samples, reduction))};
-        run<HintFused<T>>(student[0].device(), fused, args.pairs * args.samples, 3 * mean_elements(student),
+        run<HintFused<T>>(student[0].device(), fused, {args.pairs * args.samples, 3 * mean_elements(student)},
                           hint_fused_cpu, MTKD_CUDA_LAUNCHER(hint_fused_cuda));
         const Tensor loss = distances.is_cpu() ? loss_of<T>(distances, args, reduction)
                                                : reduced(weighted_sum(distances, weights), reduction);

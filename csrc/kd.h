@@ -126,6 +126,9 @@ struct KDRescale {
   const acc_t* scale;  // [rows]
 };
 
+// CPU: what a thread may keep of a register of pixels, whatever it has to do; more only of many pixels (kd_scratch.h).
+constexpr int64_t kAcrossBytes = 128 << 10;
+
 // CPU: rows [begin, end), the instruction set chosen once at run time (see kd_cpu.cpp).
 void kd_forward_cpu(const KDForward<float>&, int64_t begin, int64_t end);
 void kd_forward_cpu(const KDForward<double>&, int64_t begin, int64_t end);

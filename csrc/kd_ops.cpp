@@ -40,6 +40,14 @@ Gradient fill(KDArgs<T>& args, const Tensor& student, TensorList teachers, const
   return wanted ? gradient_of(gradient, grid, teachers.size() + 1) : Gradient{};
 }
 
+// Pixels of many classes at once: how much a thread keeps depends on how many it has.
+template <typename T>
+Units units_of(const KDArgs<T>& args) {
+  constexpr int64_t kRegisterBytes = 64;  // the widest
+  const bool many = args.classes * kRegisterBytes * (args.teachers + 2) > kAcrossBytes;
+  return {args.rows, args.classes * (args.teachers + 1), lies_in_planes(args.student) && many};
+}
+
 constexpr int64_t kPartColumns = 8192;  // of a part, at least: some 5 µs of work
 
 // How many parts the columns of a row are shared out in, where there are fewer rows than threads.
@@ -124,8 +132,8 @@ std::tuple<Tensor, Tensor, Tensor> kd_forward(const Tensor& student, TensorList 
     if (const int parts = column_parts(student.device(), args); parts > 1)
       kd_forward_columns_cpu(args, parts, in_parallel);
     else
-      run<KDForward<T>>(student.device(), args, args.rows, args.classes * (args.teachers + 1), kd_forward_cpu,
-                        MTKD_CUDA_LAUNCHER(kd_forward_cuda), [&](int64_t begin, int64_t end) {
+      run<KDForward<T>>(student.device(), args, units_of(args), kd_forward_cpu, MTKD_CUDA_LAUNCHER(kd_forward_cuda),
+                        [&](int64_t begin, int64_t end) {
                           if (!none) losses.sum(begin, end);
                         });
 
@@ -179,8 +187,7 @@ std::vector<Tensor> kd_backward(const Tensor& student, TensorList teachers, cons
     if (const int parts = column_parts(student.device(), args); parts > 1)
       kd_backward_columns_cpu(args, parts, in_parallel);
     else
-      run<KDBackward<T>>(student.device(), args, args.rows, args.classes * (args.teachers + 1), kd_backward_cpu,
-                         MTKD_CUDA_LAUNCHER(kd_backward_cuda));
+      run<KDBackward<T>>(student.device(), args, units_of(args), kd_backward_cpu, MTKD_CUDA_LAUNCHER(kd_backward_cuda));
     return gradients;
   });
 }
@@ -203,7 +210,8 @@ void rescale_into(const Tensor& gradient, const Tensor& upstream, const Tensor& 
     args.upstream = up.const_data_ptr<T>();
     args.upstream_stride = up.stride(0);
     args.scale = scales.const_data_ptr<T>();
-    run<KDRescale<T>>(gradient.device(), args, rows, args.classes, kd_rescale_cpu, MTKD_CUDA_LAUNCHER(kd_rescale_cuda));
+    run<KDRescale<T>>(gradient.device(), args, {rows, args.classes}, kd_rescale_cpu,
+                      MTKD_CUDA_LAUNCHER(kd_rescale_cuda));
   });
 }
 

@@ -2,10 +2,9 @@
 // the gradient the exponentials of the first sweep, which then need only be weighed. Rows of several tiles keep them
 // elsewhere (kd_behind.h). Included once per instruction set.
 
-constexpr int64_t kBlockBytes = 192 << 10;   // of a block that goes along; no row is read while it is written
-constexpr int64_t kAcrossBytes = 128 << 10;  // of one that goes across
-constexpr int64_t kKeptBytes = 4 << 20;      // of pixels with many classes
-constexpr int64_t kKeptShare = 8;            // of the gradient's memory at most, the inverse
+constexpr int64_t kBlockBytes = 192 << 10;  // of a block that goes along; no row is read while it is written
+constexpr int64_t kKeptBytes = 4 << 20;     // of pixels with many classes
+constexpr int64_t kKeptShare = 8;           // of the gradient's memory at most, the inverse
 constexpr int64_t kShortRow = 128;  // classes up to which rows are worked on across (kd_block.h), wherever they lie
 
 // Whether what a thread keeps of `rows` rows, beyond a block of short ones, is little beside their gradient.
@@ -47,7 +46,7 @@ class Scratch {
   Tile<T> share, out;
   const bool streams;  // the student's gradient goes past the caches: a row at a time, or neighbouring rows together
 
-  // For a thread that has `rows` rows to do.
+  // For a piece of `rows` rows.
   Scratch(const KDArgs<T>& args, int64_t rows, Exps exps, const Behind<T>& behind, bool streams)
       : across_(goes_across(args, rows)),
         streams(streams),

@@ -60,7 +60,7 @@ std::tuple<Tensor, Tensor> mixture_forward(TensorList teachers, const OptionalTe
     const Tensor row_stats = at::empty({2 * args.teachers, args.rows}, probabilities.options());
     args.probabilities = probabilities.mutable_data_ptr<T>();
     args.row_stats = row_stats.mutable_data_ptr<T>();
-    run<MixtureForward<T>>(all[0].device(), args, args.rows, args.classes * (args.teachers + 1), mixture_forward_cpu,
+    run<MixtureForward<T>>(all[0].device(), args, {args.rows, args.classes * (args.teachers + 1)}, mixture_forward_cpu,
                            MTKD_CUDA_LAUNCHER(mixture_forward_cuda));
     return {probabilities, row_stats};
   });
@@ -97,8 +97,8 @@ std::tuple<Tensor, std::vector<Tensor>> mixture_backward(TensorList teachers, co
       gradients.push_back(contiguous_gradient(all[k], needs[k]));
       args.teacher_gradient[k] = needs[k] ? gradients[k].mutable_data_ptr() : nullptr;
     }
-    run<MixtureBackward<T>>(all[0].device(), args, args.rows, args.classes * (args.teachers + 1), mixture_backward_cpu,
-                            MTKD_CUDA_LAUNCHER(mixture_backward_cuda));
+    run<MixtureBackward<T>>(all[0].device(), args, {args.rows, args.classes * (args.teachers + 1)},
+                            mixture_backward_cpu, MTKD_CUDA_LAUNCHER(mixture_backward_cuda));
     return {dots, gradients};
   });
 }
@@ -122,7 +122,7 @@ std::tuple<Tensor, Tensor, Tensor> mixture_divergence_forward(const Tensor& stud
     args.divergence = divergence.mutable_data_ptr<T>();
     args.row_stats = row_stats.mutable_data_ptr<T>();
     args.gradient = write_gradient ? gradient.mutable_data_ptr() : nullptr;
-    run<MixtureDivergence<T>>(student.device(), args, args.rows, args.classes * (args.teachers + 2),
+    run<MixtureDivergence<T>>(student.device(), args, {args.rows, args.classes * (args.teachers + 2)},
                               mixture_divergence_cpu, MTKD_CUDA_LAUNCHER(mixture_divergence_cuda));
     return {divergence.view(student.sizes().slice(0, student.dim() - 1)), row_stats, gradient};
   });

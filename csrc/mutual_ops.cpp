@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> mutual_forward(TensorList studen
     args.row_stats = row_stats.mutable_data_ptr<T>();
     args.keep_stats = keep_stats;
     const bool none = reduction == "none";
-    run<MutualForward<T>>(first.device(), args, args.rows, 2 * args.classes * args.students, mutual_forward_cpu,
+    run<MutualForward<T>>(first.device(), args, {args.rows, 2 * args.classes * args.students}, mutual_forward_cpu,
                           MTKD_CUDA_LAUNCHER(mutual_forward_cuda), [&](int64_t begin, int64_t end) {
                             if (!none) losses.sum(begin, end);
                           });
@@ -104,8 +104,8 @@ std::vector<Tensor> mutual_backward(TensorList students, const OptionalTensor& p
     const Tensor up = upstream ? upstream_rows(*upstream, args.rows, dtype) : Tensor();
     args.upstream = up.defined() ? up.const_data_ptr<T>() : nullptr;
     args.upstream_stride = up.defined() ? up.stride(0) : 0;
-    run<MutualBackward<T>>(students[0].device(), args, args.rows, 2 * args.classes * args.students, mutual_backward_cpu,
-                           MTKD_CUDA_LAUNCHER(mutual_backward_cuda));
+    run<MutualBackward<T>>(students[0].device(), args, {args.rows, 2 * args.classes * args.students},
+                           mutual_backward_cpu, MTKD_CUDA_LAUNCHER(mutual_backward_cuda));
     return gradients;
   });
 }

@@ -85,12 +85,12 @@ struct Side {
                                 left_out.defined() ? left_out.const_data_ptr<bool>() : nullptr,
                                 packed.mutable_data_ptr<double>(),
                                 poisons.mutable_data_ptr<double>()};
-    run(x.device(), points, panels, width * kRelationTile, relation_panels_cpu, nullptr);
+    run(x.device(), points, {panels, width * kRelationTile}, relation_panels_cpu, nullptr);
     poison = poisons.sum();
     planes = at::empty({2, pitch, pitch}, options);
     distances = at::empty({count}, options);
     const RelationSquares squares{width, pitch, packed.const_data_ptr<double>(), planes.mutable_data_ptr<double>()};
-    run(x.device(), squares, squares.parts(), pitch * width, relation_squares_cpu, nullptr);
+    run(x.device(), squares, {squares.parts(), pitch * width}, relation_squares_cpu, nullptr);
     const RelationPlanes rows{count,
                               width,
                               pitch,
@@ -99,7 +99,7 @@ struct Side {
                               nearest.const_data_ptr<double>(),
                               planes.mutable_data_ptr(),
                               distances.mutable_data_ptr<double>()};
-    run(x.device(), rows, pitch, 8 * pitch, relation_planes_cpu, nullptr);
+    run(x.device(), rows, {pitch, 8 * pitch}, relation_planes_cpu, nullptr);
   }
 
   void find_planes(const Tensor& embeddings) {
@@ -118,7 +118,7 @@ struct Side {
                               nearest.const_data_ptr<double>(),
                               planes.mutable_data_ptr(),
                               distances.mutable_data_ptr<double>()};
-    run(x.device(), args, pitch, pitch, relation_planes_cpu, MTKD_CUDA_LAUNCHER(relation_planes_cuda));
+    run(x.device(), args, {pitch, pitch}, relation_planes_cpu, MTKD_CUDA_LAUNCHER(relation_planes_cuda));
   }
 
   // D = −1 and r = 0 for the pairs that are left out: every cosine is 0, and the distances are passed over.
@@ -142,7 +142,7 @@ struct Side {
                                 left_out.defined() ? left_out.const_data_ptr<bool>() : nullptr,
                                 factors.const_data_ptr<double>(),
                                 found.mutable_data_ptr<float>()};
-    run(x.device(), args, count > 0 ? args.parts() : 0, count * count, relation_gradient_cpu, nullptr);
+    run(x.device(), args, {count > 0 ? args.parts() : 0, count * count}, relation_gradient_cpu, nullptr);
     return found;
   }
 
@@ -180,7 +180,7 @@ Found angle(const Side& student, const Side& teacher, bool write_gradient) {
                            teacher.planes.const_data_ptr(),
                            loss.mutable_data_ptr<double>(),
                            write_gradient ? pull.mutable_data_ptr<double>() : nullptr};
-  run(loss.device(), args, parts, b * b, relation_angle_cpu, MTKD_CUDA_LAUNCHER(relation_angle_cuda));
+  run(loss.device(), args, {parts, b * b}, relation_angle_cpu, MTKD_CUDA_LAUNCHER(relation_angle_cuda));
   const Tensor total = loss.sum().mul_(2);
   return {student.samples.over_power(total, 3), pull, student.samples.over_power(at::full_like(total, 4), 3)};
 }
@@ -197,7 +197,7 @@ Found distance(const Side& student, const Side& teacher, bool write_gradient) {
   args.student_mean = mean.const_data_ptr<double>(), args.teacher_mean = teacher_mean.const_data_ptr<double>();
   args.loss = loss.mutable_data_ptr<double>(), args.weighted = weighted.mutable_data_ptr<double>();
   const auto pass = [&] {
-    run(loss.device(), args, b, b, relation_distance_cpu, MTKD_CUDA_LAUNCHER(relation_distance_cuda));
+    run(loss.device(), args, {b, b}, relation_distance_cpu, MTKD_CUDA_LAUNCHER(relation_distance_cuda));
   };
   pass();
   const Tensor total = student.samples.over_power(loss.sum(), 2);

@@ -84,7 +84,7 @@ template <typename T>
 class RowLosses {
  public:
   RowLosses(int64_t rows, const at::TensorOptions& options) : rows_(at::empty({rows}, options)) {
-    if (rows_.is_cpu()) of_group_.assign((rows + kGroup - 1) / kGroup, kNotSummed);
+    if (rows_.is_cpu()) of_group_.assign((rows + kRowGroup - 1) / kRowGroup, kNotSummed);
   }
 
   T* data() const { return rows_.mutable_data_ptr<T>(); }
@@ -92,7 +92,8 @@ class RowLosses {
 
   // The groups that lie within [begin, end).
   void sum(int64_t begin, int64_t end) {
-    for (int64_t g = (begin + kGroup - 1) / kGroup; end_of(g) <= end && g < groups(); ++g) of_group_[g] = sum_of(g);
+    for (int64_t g = (begin + kRowGroup - 1) / kRowGroup; end_of(g) <= end && g < groups(); ++g)
+      of_group_[g] = sum_of(g);
   }
 
   Tensor reduced(const OptionalTensor& items) const {
@@ -108,13 +109,12 @@ class RowLosses {
   }
 
  private:
-  static constexpr int64_t kGroup = 64;
   static constexpr double kNotSummed = std::numeric_limits<double>::quiet_NaN();
 
   int64_t groups() const { return static_cast<int64_t>(of_group_.size()); }
-  int64_t end_of(int64_t group) const { return std::min((group + 1) * kGroup, rows_.numel()); }
+  int64_t end_of(int64_t group) const { return std::min((group + 1) * kRowGroup, rows_.numel()); }
   double sum_of(int64_t group) const {
-    return sum_of_rows_cpu(rows_.const_data_ptr<T>() + group * kGroup, end_of(group) - group * kGroup);
+    return sum_of_rows_cpu(rows_.const_data_ptr<T>() + group * kRowGroup, end_of(group) - group * kRowGroup);
   }
 
   Tensor rows_;

@@ -12,6 +12,8 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
+#include <atomic>
 #include <optional>
 #include <string>
 #include <type_traits>
@@ -114,7 +116,37 @@ auto by_name(const Named (&table)[kCount], c10::string_view name, const char* ar
   TORCH_CHECK_VALUE(false, argument, " is not known to the fused kernels: '", name, "'");
 }
 
-constexpr int64_t kGrain = 16384;  // elements a thread should have before another is woken, some 5 µs of work
+constexpr int64_t kGrain = 16384;     // elements a thread should have before another is woken, some 5 µs of work
+constexpr int64_t kRowGroup = 64;     // rows whose losses one thread sums (RowLosses): pieces are whole groups
+constexpr int64_t kLeastPieces = 16;  // for each thread, that it take them one by one: few never end together
+
+// Rows, or other units of work.
+struct Units {
+  int64_t count, elements;  // elements of each
+  bool at_once = false;     // a thread takes all of its own
+};
+
+// Calls body(begin, end) on PyTorch's threads until all units are done. No two cores are equally fast, least of all
+// those of a virtual machine: where there are many, a thread takes half of its share of what is left, again and again,
+// so that all end together.
+template <typename Body>
+void share_out(const Units& units, const Body& body) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, units.elements));
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), (units.count + grain - 1) / grain);
+  const int64_t least = std::max(grain, kRowGroup);
+  const bool at_once = units.at_once || threads == 1 || units.count < kLeastPieces * least * threads;
+  if (at_once || at::in_parallel_region()) return at::parallel_for(0, units.count, grain, body);
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t begin = next; begin < units.count;) {
+      const int64_t piece = std::max(least, (units.count - begin) / (2 * threads));
+      const int64_t end = std::min(units.count, begin + (piece + kRowGroup - 1) / kRowGroup * kRowGroup);
+      if (!next.compare_exchange_weak(begin, end)) continue;
+      body(begin, end);
+      begin = next;
+    }
+  });
+}
 
 // Names a CUDA launcher of an op, in a build that has them.
 #ifdef MTKD_CUDA
@@ -134,16 +166,15 @@ constexpr int64_t kGrain = 16384;  // elements a thread should have before anoth
 #define MTKD_PASSES(m) TORCH_LIBRARY_IMPL(mtkd_fast, CPU, m)
 #endif
 
-// Runs a launcher of an op over `units` rows: CPU threads, each of which calls afterwards(begin, end) for the rows it
+// Runs a launcher of an op over its units: CPU threads, each of which calls afterwards(begin, end) for the rows it
 // has done, or a CUDA stream.
 template <typename Args, typename Cuda, typename Afterwards = void (*)(int64_t, int64_t)>
 void run(
-    const at::Device& device, const Args& args, int64_t units, int64_t elements_per_unit,
-    void (*cpu)(const Args&, int64_t, int64_t), Cuda cuda, const Afterwards& afterwards = [](int64_t, int64_t) {}) {
-  if (units == 0) return;
+    const at::Device& device, const Args& args, const Units& units, void (*cpu)(const Args&, int64_t, int64_t),
+    Cuda cuda, const Afterwards& afterwards = [](int64_t, int64_t) {}) {
+  if (units.count == 0) return;
   if (device.is_cpu()) {
-    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements_per_unit));
-    at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+    share_out(units, [&](int64_t begin, int64_t end) {
       cpu(args, begin, end);
       afterwards(begin, end);
     });
