@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from cases.kd import check
+from cases.threads import using_threads
 
 from mtkd_fast import multi_teacher_kd_loss
 
@@ -53,13 +54,10 @@ def test_a_sum_has_the_digits_of_float64(instruction_set, rows):
 
 def test_a_sum_does_not_depend_on_the_threads(instruction_set):
     student, teacher, target = inputs(8197)
-    sums, before = set(), torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
+    sums = set()
+    for threads in (1, 2, 3):
+        with using_threads(threads):
             sums.add(instruction_set.loss(student, [teacher], target, ce_weight=1.0, reduction="sum").item())
-    finally:
-        torch.set_num_threads(before)
     assert len(sums) == 1
 
 
@@ -79,12 +77,8 @@ def test_neighbouring_rows_and_a_row_that_does_not_count(instruction_set, out, h
 
 def test_a_loss_is_the_same_on_any_number_of_threads(instruction_set):
     student, teacher, target = inputs(5000)
-    before = torch.get_num_threads()
     losses = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
+    for threads in (1, 2, 3):
+        with using_threads(threads):
             losses.append(multi_teacher_kd_loss(student, [teacher], target, ce_weight=1.0).item())
-    finally:
-        torch.set_num_threads(before)
     assert len(set(losses)) == 1

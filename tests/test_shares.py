@@ -22,25 +22,26 @@ def found_on(threads, call):
         return call()
 
 
+def check_on_threads(backend, tensors, others):
+    """The loss and the gradient of every row have the bits that one thread gives them."""
+
+    def call():
+        return loss_and_gradient(backend, *tensors, **OPTIONS)
+
+    alone = found_on(1, call)
+    for threads in others:
+        assert_same_bits(alone, found_on(threads, call), slice(None))
+
+
 @pytest.mark.parametrize("rows", [PIECES - 1, 2 * PIECES - 1, 2 * PIECES, 2 * PIECES + 1, 5 * PIECES + 77])
 @pytest.mark.parametrize("classes", [100, 300])
 def test_every_row_is_done_whoever_takes_it(instruction_set, rows, classes):
-    tensors = inputs(rows, classes)
-    alone, *others = (
-        found_on(threads, lambda: loss_and_gradient(instruction_set, *tensors, **OPTIONS)) for threads in (1, 2, 3, 5)
-    )
-    for together in others:
-        assert_same_bits(alone, together, slice(None))
+    check_on_threads(instruction_set, inputs(rows, classes), (2, 3, 5))
 
 
 def test_long_rows_keep_their_exponentials_in_rows_of_the_same_piece(instruction_set):
     """Rows of several tiles write to the gradient before their turn: never to one that another thread has written."""
-    tensors = inputs(2 * PIECES, 2200)
-    alone, *others = (
-        found_on(threads, lambda: loss_and_gradient(instruction_set, *tensors, **OPTIONS)) for threads in (1, 2, 2, 2)
-    )
-    for together in others:
-        assert_same_bits(alone, together, slice(None))
+    check_on_threads(instruction_set, inputs(2 * PIECES, 2200), (2, 2, 2))
 
 
 def test_the_longest_rows_keep_the_exponentials_of_their_first_columns(instruction_set):
